@@ -1,0 +1,107 @@
+"""The one list of what a run's state is: whatever is not here is a function of the configuration and the step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpt.errors import UserError
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Global batches consumed."""
+    tokens: int = 0
+    """Tokens consumed."""
+
+    def advance(self, tokens: int) -> "Progress":
+        """After one more global batch."""
+        return Progress(self.step + 1, self.tokens + tokens)
+
+
+class AppState:
+    """Everything that a checkpoint holds.
+
+    Args:
+        model: the bare module, never a wrapper, so that names are canonical.
+        optimizer: its state is saved under the names of the parameters.
+        scaler: of float16; disabled otherwise.
+        skipped_updates: device counter of steps whose update was skipped for a non-finite gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        skipped_updates: torch.Tensor,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.skipped_updates = skipped_updates
+        self.progress = Progress()
+
+    def model_tensors(self) -> Tensors:
+        """Weights and buffers by their names."""
+        return dict(self.model.state_dict())
+
+    def optimizer_tensors(self) -> Tensors:
+        """`PARAMETER.KEY` -> tensor, for AdamW exp_avg, exp_avg_sq and step."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def progress_json(self) -> dict[str, Any]:
+        """The rest of the state, as JSON."""
+        return {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "skipped_updates": int(self.skipped_updates),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, model: Tensors, optimizer: Tensors, progress: dict[str, Any]) -> None:
+        """Restore what the three methods above gave."""
+        load_model_tensors(self.model, model)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        by_parameter: dict[str, Tensors] = {}
+        for name, value in optimizer.items():
+            parameter_name, _, key = name.rpartition(".")
+            by_parameter.setdefault(parameter_name, {})[key] = value
+        template = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        template["state"] = {
+            index: by_parameter[names[parameter]]
+            for index, parameter in enumerate(parameters)
+            if names[parameter] in by_parameter
+        }
+        self.optimizer.load_state_dict(template)
+        self.scaler.load_state_dict(progress["scaler"])
+        self.skipped_updates.fill_(progress["skipped_updates"])
+        self.progress = Progress(progress["step"], progress["tokens"])
+
+
+def load_model_tensors(model: nn.Module, tensors: Tensors) -> None:
+    """Copy weights into a model.
+
+    Raises:
+        UserError: they are those of another architecture.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"the checkpoint is of another architecture: {name} has shape {found.get(name, 'none')} there "
+                f"and {expected.get(name, 'none')} in this model"
+            )
+    model.load_state_dict(tensors)

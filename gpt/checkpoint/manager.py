@@ -1,0 +1,43 @@
+"""Saving and pruning over the course of a run."""
+
+from pathlib import Path
+
+from gpt.checkpoint.app_state import AppState
+from gpt.checkpoint.run_folder import RunFolder
+from gpt.checkpoint.store import write_checkpoint
+from gpt.utils.atomic_io import remove_folder
+from gpt.utils.distributed import DistContext
+
+
+class CheckpointManager:
+    """Rank 0 writes, and a failure is every rank's.
+
+    Args:
+        folder: the run's folder.
+        keep: newest checkpoints to keep; 0: all.
+        config_json: goes into each checkpoint, so that one can be read without its run.
+        dist: the processes that train.
+    """
+
+    def __init__(self, folder: RunFolder, keep: int, config_json: str, dist: DistContext):
+        self._folder = folder
+        self._keep = keep
+        self._config_json = config_json
+        self._dist = dist
+
+    def save(self, state: AppState) -> Path:
+        """Commit the state of its step; a step that is committed already is left as it is.
+
+        Raises:
+            UserError: the disk refused.
+        """
+        path = self._folder.checkpoint_at(state.progress.step)
+        self._dist.on_main(lambda: self._save_and_prune(path, state))
+        return path
+
+    def _save_and_prune(self, path: Path, state: AppState) -> None:
+        if not path.exists():
+            write_checkpoint(path, state, self._config_json)
+        if self._keep:
+            for old in self._folder.committed()[: -self._keep]:
+                remove_folder(old)

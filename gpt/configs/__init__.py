@@ -1,0 +1,1 @@
+"""Frozen pydantic models and pure derivation from them; nothing here imports torch."""

@@ -1,0 +1,250 @@
+"""argv -> configuration: tyro reads the flags, pydantic checks them, and every error is one line.
+
+tyro hands over the values as text and builds plain dicts (`_registry`), so that pydantic sees the whole tree at
+once: its errors then carry the full path of a field, and a saved config.json is checked by the same code.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
+
+import tyro
+from pydantic import BaseModel, ValidationError
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from gpt.configs.base import Config
+from gpt.configs.presets import PRESETS
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+
+C = TypeVar("C", bound=Config)
+
+POSITIONAL = "positional"
+"""`Annotated[..., POSITIONAL]` makes a field an argument without a flag."""
+
+HORIZON = ("max_steps", "max_tokens", "epochs")
+
+
+class TrainCommand(TrainConfig):
+    """Train a GPT: every value below is the preset's own."""
+
+    config: Path | None = None
+    """Start from a saved config.json instead of a preset."""
+    dry_run: bool = False
+    """Resolve, check and print the plan; train nothing."""
+
+
+def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """`[PRESET] [--flags]` -> the configuration, and whether only to plan it."""
+    flags = list(argv)
+    preset = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; {_nearest(preset, PRESETS)}")
+    base = _saved_or_preset(_value_of("--config", flags), preset)
+    named = {name for name in HORIZON if _is_named(f"--{name}", flags)}
+    if named:  # a horizon on the command line replaces the preset's, whichever of the three that one uses
+        base |= {name: 0 for name in HORIZON if name not in named}
+    command = parse(TrainCommand, flags, prog=f"gpt train {preset or ''}".strip(), default=base)
+    return TrainConfig(**command.model_dump(exclude={"config", "dry_run"})), command.dry_run
+
+
+def load_config(path: Path) -> TrainConfig:
+    """A `config.json` that a run has saved."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    try:
+        return TrainConfig.model_validate(saved)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error, TrainConfig, as_flag=False)}") from error
+
+
+def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[str, Any] | None = None) -> C:
+    """The flags of `model`, over the values in `default` and the model's own.
+
+    Raises:
+        UserError: an unknown flag, a missing value, or a value that `model` refuses.
+        SystemExit: after `--help`.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            values, unknown = tyro.cli(
+                model,
+                args=list(argv),
+                prog=prog,
+                default=model.model_construct(**(default or {})),
+                return_unknown_args=True,
+                registry=_registry,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _refuse(said.getvalue())
+    if unknown:
+        _refuse_unknown(unknown[0], model, prog)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, model)) from error
+
+
+_registry = ConstructorRegistry()
+
+
+@_registry.struct_rule
+def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A section of the configuration becomes a plain dict: pydantic checks the whole tree later."""
+    if not (isinstance(info.type, type) and issubclass(info.type, BaseModel)):
+        return None
+    fields = tuple(
+        StructFieldSpec(
+            name=name,
+            type=_positional(field.annotation) if POSITIONAL in field.metadata else cast(Any, field.annotation),
+            default=getattr(info.default, name) if hasattr(info.default, name) else tyro.MISSING,
+            helptext=field.description,
+        )
+        for name, field in info.type.model_fields.items()
+    )
+    return StructConstructorSpec(instantiate=dict, fields=fields)
+
+
+@_registry.primitive_rule
+def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A single value stays the text that was typed; switches and lists keep tyro's own reading."""
+    kinds = [kind for kind in _alternatives(info.type) if kind is not NoneType]
+    if len(kinds) != 1 or kinds[0] is bool or not (kinds[0] in (int, float, str, Path) or _choices(kinds[0])):
+        return None
+    choices = _choices(kinds[0])
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}" if choices else getattr(kinds[0], "__name__", "value").upper(),
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
+
+
+def _positional(annotation: Any) -> Any:
+    return tyro.conf.Positional[annotation]
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _saved_or_preset(saved: str | None, preset: str | None) -> dict[str, Any]:
+    if saved is None:
+        config = PRESETS[preset or "quickstart"]()
+    elif preset is not None:
+        raise UserError(f"--config {saved} and the preset {preset} both give every value: leave one out")
+    else:
+        config = load_config(Path(saved))
+    return {name: getattr(config, name) for name in type(config).model_fields}
+
+
+def _is_named(flag: str, argv: Sequence[str]) -> bool:
+    return any(word.split("=")[0].replace("_", "-") == flag.replace("_", "-") for word in argv)
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    for index, word in enumerate(argv):
+        if word == flag:
+            return argv[index + 1] if index + 1 < len(argv) else None
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None
+
+
+def _refuse(box: str) -> NoReturn:
+    """What tyro refuses by itself is a flag without its value; its message names the flag."""
+    flag = re.search(r"--[a-z][\w.-]*", box)
+    if flag and "Missing value" in box:
+        raise UserError(f"{flag[0]} needs a value")
+    message = " ".join(re.sub(r"[─│╭╮╰╯]", " ", box.split("───", 2)[1]).split())
+    raise UserError(message)
+
+
+def _refuse_unknown(word: str, model: type[Config], prog: str) -> NoReturn:
+    if not word.startswith("-"):
+        hint = f"; a preset comes first: gpt train {word}" if word in PRESETS else ""
+        raise UserError(f"unexpected argument {word!r}{hint}; see {prog} --help")
+    flag = word.split("=")[0].replace("_", "-")
+    raise UserError(f"unknown flag {flag}; {_nearest(flag, _flags(model))}")
+
+
+def _flags(model: type[BaseModel], prefix: str = "--") -> list[str]:
+    flags: list[str] = []
+    for name, field in model.model_fields.items():
+        flag = prefix + name.replace("_", "-")
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            flags += _flags(kind, f"{flag}.")
+        elif kind is bool:
+            flags += [flag, f"{prefix}no-{name.replace('_', '-')}"]
+        else:
+            flags.append(flag)
+    return flags
+
+
+def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if not close:  # `--lr` is far from every flag by spelling, but is the tail or the section of one
+        close = [name for name in names if word.strip("-") in re.split(r"[.-]+", name)][:1]
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"one of {', '.join(names)}" if len(names) < 20 else "gpt train --help lists them all"
+
+
+def _explain(error: ValidationError, model: type[Config], *, as_flag: bool = True) -> str:
+    """The first of pydantic's errors as one line: where, which value, what it should be."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"] if isinstance(part, str)]
+    place = "--" + ".".join(path).replace("_", "-") if as_flag else ".".join(path)
+    value, context = first["input"], first.get("ctx", {})
+    if first["type"] == "value_error":  # a model's own check: its message names its fields and values
+        section = f"{'.'.join(path)}: " if path else ""
+        return f"{section}{context['error']}"
+    if first["type"] == "extra_forbidden":
+        known = [flag[2:].replace("-", "_") for flag in _flags(model)]
+        return f"unknown key {place}; {_nearest(place, known)}"
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        return f"{place} {value}: {_nearest(str(value), choices)} (one of {', '.join(choices)})"
+    expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:]).format(**context)
+    return f"{place} {value}: {expected}"
+
+
+_EXPECTED = {
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "int_type": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "greater_than_equal": "must be at least {ge}; nearest: {ge}",
+    "greater_than": "must be greater than {gt}",
+    "less_than_equal": "must be at most {le}; nearest: {le}",
+    "less_than": "must be less than {lt}",
+}

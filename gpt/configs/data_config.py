@@ -1,0 +1,25 @@
+"""What to train on and how it becomes tokens."""
+
+from pathlib import Path
+
+import platformdirs
+from pydantic import Field
+
+from gpt.configs.base import Config
+
+
+class DataConfig(Config):
+    """The corpus, its split and its tokenizer."""
+
+    source: str = "stdlib"
+    """Text file, folder of text or source files, or stdlib: the Python standard library's own sources."""
+    val_source: str | None = None
+    """Text file or folder to validate on; without it, a part of the source is held out."""
+    val_fraction: float = Field(0.1, ge=0, le=0.5)
+    """Part of the source held out: whole documents of a folder, the tail of a single file."""
+    cache_dir: Path = Path(platformdirs.user_cache_dir("gpt-training-pipeline", appauthor=False))
+    """Where prepared tokens are kept for later runs."""
+    tokenizer: str = "bpe"
+    """byte, char, bpe (trained on the corpus), gpt2, or the path of a tokenizer.json."""
+    vocab_size: int = Field(2048, ge=257, le=1_000_000)
+    """Vocabulary that bpe is trained to: 256 bytes, merges, one end-of-text token."""

@@ -1,0 +1,34 @@
+"""The architecture of the model."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from gpt.configs.base import Config
+
+
+class GPTConfig(Config):
+    """Sizes of a GPT-2: names as in the GPT-2 report and its released code."""
+
+    n_layer: int = Field(4, ge=1)
+    """Transformer blocks."""
+    n_head: int = Field(4, ge=1)
+    """Attention heads; divides n_embd."""
+    n_embd: int = Field(256, ge=1)
+    """Width of the residual stream."""
+    block_size: int = Field(256, ge=1)
+    """Longest context in tokens; one training sequence is this long."""
+    vocab_size: int = Field(0, ge=0)
+    """Rows of the embedding; 0 takes the tokenizer's size, a larger one pads it."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of dropping an activation (embeddings, attention weights, residual branches)."""
+    bias: bool = True
+    """Biases in linear layers and layer norms, as GPT-2 has them."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            below = self.n_embd - self.n_embd % self.n_head
+            nearest = " or ".join(str(n) for n in (below, below + self.n_head) if n)
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; nearest: {nearest}")
+        return self

@@ -1,0 +1,41 @@
+"""What is watched while a run trains."""
+
+from pydantic import Field
+
+from gpt.configs.base import Config
+
+
+class LogConfig(Config):
+    """The console and metrics.jsonl."""
+
+    interval: int = Field(10, ge=1)
+    """Steps between two reports of the training loss."""
+
+
+class EvalConfig(Config):
+    """Evaluation on the validation set; the last step is evaluated whatever the interval."""
+
+    interval: int = Field(250, ge=0)
+    """Steps between evaluations; 0: only the last step."""
+    batches: int = Field(0, ge=0)
+    """Micro-batches per evaluation; 0: the whole validation set."""
+
+
+class SampleConfig(Config):
+    """How text is drawn from the model, during training and by `gpt sample`."""
+
+    max_new_tokens: int = Field(200, ge=1)
+    """Tokens to draw at most; an end-of-text token ends a text earlier."""
+    temperature: float = Field(0.8, ge=0)
+    """Divides the logits; 0 takes the most likely token each time."""
+    top_k: int = Field(0, ge=0)
+    """Draw among the k most likely tokens; 0: among all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw among the most likely tokens that together have this probability."""
+
+
+class TextSampleConfig(SampleConfig):
+    """Texts that are drawn at each evaluation and written to samples.jsonl."""
+
+    prompts: tuple[str, ...] = ("",)
+    """Prompts to continue; none: draw no text. An empty prompt starts a document."""

@@ -1,0 +1,99 @@
+"""Named configurations: a preset is a function that returns a TrainConfig."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt.configs.checkpoint_config import CheckpointConfig
+from gpt.configs.data_config import DataConfig
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.lr_config import LRConfig
+from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+from gpt.configs.optimizer_config import OptimizerConfig
+from gpt.configs.train_config import TrainConfig
+
+
+def debug() -> TrainConfig:
+    """Every part of a run in seconds: a two-layer byte model on the standard library."""
+    return TrainConfig(
+        run_dir=Path("runs/debug"),
+        max_steps=20,
+        micro_batch_size=4,
+        tokens_per_step=512,
+        model=GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64),
+        data=DataConfig(tokenizer="byte"),
+        lr=LRConfig(warmup_steps=5),
+        log=LogConfig(interval=1),
+        eval=EvalConfig(interval=10, batches=8),
+        checkpoint=CheckpointConfig(interval=10),
+        sample=TextSampleConfig(max_new_tokens=64),
+    )
+
+
+def shakespeare_char() -> TrainConfig:
+    """NanoGPT's documented CPU setting: pass the text with --data.source."""
+    return TrainConfig(
+        run_dir=Path("runs/shakespeare-char"),
+        max_steps=2000,
+        micro_batch_size=12,
+        tokens_per_step=12 * 64,
+        model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False),
+        data=DataConfig(source="tinyshakespeare.txt", tokenizer="char"),
+        lr=LRConfig(max_lr=1e-3, min_lr=1e-4, warmup_steps=100),
+        optimizer=OptimizerConfig(beta2=0.99),
+        log=LogConfig(interval=50),
+        eval=EvalConfig(interval=500),
+        checkpoint=CheckpointConfig(interval=500),
+        sample=TextSampleConfig(prompts=("\n",), max_new_tokens=300),
+    )
+
+
+def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> TrainConfig:
+    """GPT-2's sizes (GPT-2 report, table 2) with GPT-3's rates and half-million-token batch (table 2.1)."""
+    return TrainConfig(
+        run_dir=Path("runs") / name,
+        max_steps=19_073,  # 10 billion tokens
+        micro_batch_size=4,
+        tokens_per_step=2**19,
+        model=GPTConfig(
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            block_size=1024,
+            vocab_size=50_304,  # 50,257 rounded up to a multiple of 128, which matrix units prefer
+        ),
+        data=DataConfig(tokenizer="gpt2"),
+        lr=LRConfig(max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=715),
+        eval=EvalConfig(interval=250, batches=64),
+        checkpoint=CheckpointConfig(interval=500),
+    )
+
+
+def gpt2_124m() -> TrainConfig:
+    """GPT-2 small."""
+    return _gpt2("gpt2-124m", n_layer=12, n_head=12, n_embd=768, max_lr=6e-4)
+
+
+def gpt2_355m() -> TrainConfig:
+    """GPT-2 medium."""
+    return _gpt2("gpt2-355m", n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4)
+
+
+def gpt2_774m() -> TrainConfig:
+    """GPT-2 large."""
+    return _gpt2("gpt2-774m", n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4)
+
+
+def gpt2_1558m() -> TrainConfig:
+    """GPT-2 XL."""
+    return _gpt2("gpt2-1558m", n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4)
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "debug": debug,
+    "quickstart": TrainConfig,
+    "shakespeare-char": shakespeare_char,
+    "gpt2-124m": gpt2_124m,
+    "gpt2-355m": gpt2_355m,
+    "gpt2-774m": gpt2_774m,
+    "gpt2-1558m": gpt2_1558m,
+}

@@ -1,0 +1,201 @@
+"""resolve(config, machine, corpus) -> RunPlan: every derived number and every check across sections."""
+
+import math
+from dataclasses import dataclass, field
+
+from gpt.configs.lr_config import LRConfig
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What the machine offers; filled by `gpt.planning.hardware`."""
+
+    device: str
+    """cpu, cuda or mps: resolved, never auto."""
+    device_name: str
+    has_bfloat16: bool
+    """The device has bfloat16 arithmetic, not just a conversion."""
+    world_size: int = 1
+    """Processes that train together."""
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What the prepared corpus holds; filled by `gpt.data.corpus`."""
+
+    vocab_size: int
+    train_tokens: int
+    val_tokens: int = 0
+    val_bytes: int = 0
+    """Bytes of the validation text, end-of-text tokens not counted."""
+    val_documents: int = 0
+    xz_bits_per_byte: float | None = None
+    """What `xz -9e` needs for the validation text; None where it was too long to compress."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's tokens are cut up; needs no corpus, so it is checked before one is prepared."""
+
+    micro_batch_size: int
+    block_size: int
+    world_size: int
+    grad_accum_steps: int
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences over all processes and micro-batches of one update."""
+        return self.micro_batch_size * self.grad_accum_steps * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens over all processes and micro-batches of one update."""
+        return self.sequences_per_step * self.block_size
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Every number that a run needs, resolved; nothing downstream asks the configuration again."""
+
+    machine: MachineFacts
+    corpus: CorpusFacts
+    batch: BatchPlan
+    seed: int
+    dtype: str
+    """float32, bfloat16 or float16."""
+    vocab_size: int
+    """Rows of the embedding: the tokenizer's size, or more."""
+    max_steps: int
+    windows_per_epoch: int
+    """Training sequences in one pass over the corpus."""
+    lr: LRConfig
+    """With `decay_steps` filled in."""
+    log_interval: int
+    eval_interval: int
+    checkpoint_interval: int
+    eval_batches: int
+    notes: tuple[str, ...] = field(default=())
+    """What the user should know of how the values were chosen."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training set."""
+        return self.max_steps * self.batch.sequences_per_step / self.windows_per_epoch
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after `step`."""
+        return step == self.max_steps or _is_due(step, self.eval_interval)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is written after `step`."""
+        return step == self.max_steps or _is_due(step, self.checkpoint_interval)
+
+    def logs_at(self, step: int) -> bool:
+        """Whether metrics are reported after `step`.
+
+        Evaluations and saves close a reporting window, so that a reported rate is of training alone.
+        """
+        return step == 1 or _is_due(step, self.log_interval) or self.evaluates_at(step) or self.saves_at(step)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def windows_per_epoch(n_tokens: int, block_size: int) -> int:
+    """Sequences of `block_size` targets in one epoch over `n_tokens`.
+
+    An epoch starts at a drawn offset below `block_size` (see `gpt.data.sampler`), which costs up to one window.
+    """
+    return max(1, (n_tokens - block_size) // block_size)
+
+
+def plan_batch(config: TrainConfig, world_size: int) -> BatchPlan:
+    """Cut `tokens_per_step` into micro-batches.
+
+    Raises:
+        UserError: the sizes do not divide.
+    """
+    block_size = config.model.block_size
+    unit = config.micro_batch_size * block_size * world_size
+    tokens = config.tokens_per_step or unit
+    if tokens % unit:
+        below = tokens - tokens % unit
+        nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+        fitting = [n for n in range(config.micro_batch_size, 0, -1) if tokens % (n * block_size * world_size) == 0]
+        remedy = f", or --micro-batch-size {fitting[0]}" if fitting else ""
+        raise UserError(
+            f"--tokens-per-step {tokens} is not divisible by micro_batch_size*block_size*processes="
+            f"{config.micro_batch_size}*{block_size}*{world_size}={unit}; nearest: {nearest}{remedy}"
+        )
+    return BatchPlan(config.micro_batch_size, block_size, world_size, tokens // unit)
+
+
+def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> RunPlan:
+    """Derive a run's numbers.
+
+    Raises:
+        UserError: values that do not fit together, with the nearest that do.
+    """
+    batch = plan_batch(config, machine.world_size)
+    if corpus.train_tokens <= batch.block_size:
+        raise UserError(
+            f"the training text of {config.data.source} has {corpus.train_tokens} tokens, "
+            f"too few for --model.block-size {batch.block_size}; nearest: {max(1, corpus.train_tokens - 1)}"
+        )
+    if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
+        raise UserError(
+            f"--model.vocab-size {config.model.vocab_size} is smaller than the tokenizer's {corpus.vocab_size}; "
+            f"nearest: {corpus.vocab_size}, or 0 for the tokenizer's own"
+        )
+    per_epoch = windows_per_epoch(corpus.train_tokens, batch.block_size)
+    max_steps = _horizon(config, batch, per_epoch)
+    notes = []
+    if config.lr.warmup_steps >= max_steps:
+        notes.append(f"warmup of {config.lr.warmup_steps} steps lasts the whole run of {max_steps}")
+    if corpus.val_tokens < 2:
+        notes.append("no validation set: val/loss is not reported")
+    return RunPlan(
+        machine=machine,
+        corpus=corpus,
+        batch=batch,
+        seed=config.seed,
+        dtype=_dtype(config, machine),
+        vocab_size=config.model.vocab_size or corpus.vocab_size,
+        max_steps=max_steps,
+        windows_per_epoch=per_epoch,
+        lr=config.lr.model_copy(update={"decay_steps": _decay_steps(config.lr, max_steps)}),
+        log_interval=config.log.interval,
+        eval_interval=config.eval.interval,
+        checkpoint_interval=config.checkpoint.interval,
+        eval_batches=config.eval.batches,
+        notes=tuple(notes),
+    )
+
+
+def _horizon(config: TrainConfig, batch: BatchPlan, per_epoch: int) -> int:
+    """Steps until the earliest of the bounds that are set."""
+    bounds = []
+    if config.max_steps:
+        bounds.append(config.max_steps)
+    if config.max_tokens:
+        bounds.append(math.ceil(config.max_tokens / batch.tokens_per_step))
+    if config.epochs:
+        bounds.append(math.ceil(config.epochs * per_epoch / batch.sequences_per_step))
+    return min(bounds)
+
+
+def _decay_steps(lr: LRConfig, max_steps: int) -> int:
+    if lr.decay_steps or lr.schedule in ("constant", "inverse-sqrt"):
+        return lr.decay_steps
+    if lr.schedule == "wsd":
+        return max(1, max_steps // 5)
+    return max(1, max_steps - lr.warmup_steps)
+
+
+def _dtype(config: TrainConfig, machine: MachineFacts) -> str:
+    if config.dtype == "auto":
+        return "bfloat16" if machine.has_bfloat16 else "float32"
+    return config.dtype

@@ -1,0 +1,94 @@
+"""The root of the configuration: `TrainConfig()` is the `quickstart` preset and the default of everything."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gpt.configs.base import Config
+from gpt.configs.checkpoint_config import CheckpointConfig
+from gpt.configs.data_config import DataConfig
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.lr_config import LRConfig
+from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+from gpt.configs.optimizer_config import OptimizerConfig
+
+FREE_ON_RESUME = frozenset(
+    {
+        "run_dir",
+        "max_steps",
+        "max_tokens",
+        "epochs",
+        "device",
+        "compile",
+        "resume",
+        "log",
+        "eval",
+        "checkpoint",
+    }
+    | {"sample", "data.cache_dir"}
+)
+"""What may differ when a run is continued: where and for how long it runs and what is watched of it."""
+
+
+class TrainConfig(Config):
+    """A training run."""
+
+    run_dir: Path = Path("runs/quickstart")
+    """Folder of the run: configuration, metrics, samples and checkpoints."""
+    seed: int = Field(1337, ge=0, lt=2**63)
+    """Decides the initial weights, the data order and every other draw."""
+    max_steps: int = Field(600, ge=0)
+    """Steps to train; 0: no bound. The earliest of max_steps, max_tokens and epochs ends the run."""
+    max_tokens: int = Field(0, ge=0)
+    """Tokens to train on; 0: no bound."""
+    epochs: float = Field(0, ge=0)
+    """Passes over the training set; 0: no bound."""
+    micro_batch_size: int = Field(16, ge=1)
+    """Sequences per process in one forward pass."""
+    tokens_per_step: int = Field(4096, ge=0)
+    """Tokens over all processes in one update; 0: one micro-batch per process."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto: cuda, else mps, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute type under autocast; auto: bfloat16 where the hardware has it, else float32."""
+    compile: bool = False
+    """Compile the model with torch.compile; a machine that cannot falls back, and says so."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0: no clipping."""
+    resume: str = "auto"
+    """auto: continue the run in run_dir if there is one; never; or a checkpoint to continue from."""
+    init_from: Path | None = None
+    """Run or checkpoint whose weights to start from, with a fresh optimizer."""
+    model: GPTConfig = GPTConfig()
+    data: DataConfig = DataConfig()
+    lr: LRConfig = LRConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: TextSampleConfig = TextSampleConfig()
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Self:
+        if not (self.max_steps or self.max_tokens or self.epochs):
+            raise ValueError("max_steps, max_tokens and epochs are all 0: set one of them, or the run never ends")
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise ValueError(f"init_from={self.init_from} and resume={self.resume} both name a start: leave one out")
+        return self
+
+    def differences(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
+        """Fields that make `other` a different run: dotted name -> (here, there)."""
+        mine, theirs = _leaves(self.model_dump(mode="json")), _leaves(other.model_dump(mode="json"))
+        return {
+            name: (value, theirs[name])
+            for name, value in mine.items()
+            if value != theirs[name] and not {name, name.split(".")[0]} & FREE_ON_RESUME
+        }
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves

@@ -1,0 +1,176 @@
+"""Source -> prepared corpus: split, tokenized and written once into a cache keyed by content and settings."""
+
+import hashlib
+import json
+import logging
+import lzma
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from gpt.configs.data_config import DataConfig
+from gpt.configs.run_plan import CorpusFacts
+from gpt.data.readers import Document, fingerprint, read_source
+from gpt.data.shards import ShardInfo, TokenStream, shard_to_json, token_dtype, write_shards
+from gpt.data.tokenizer import Ids, Tokenizer, build_tokenizer
+from gpt.errors import UserError
+from gpt.utils.atomic_io import new_folder, require_writable, write_json
+from gpt.utils.helper import plural
+from gpt.utils.progress import progress_bar
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST = "corpus.json"
+FEW_DOCUMENTS = 20
+"""Below this many, whole documents make too coarse a split: the tail of each is held out instead."""
+LARGEST_SHARE = 0.05
+"""No document makes up more than this part of a validation set, where the corpus allows it."""
+XZ_LIMIT = 16 * 2**20
+"""Bytes of validation text above which xz, at about 1 MB/s, would keep the user waiting."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus, opened."""
+
+    tokenizer: Tokenizer
+    train: TokenStream
+    val: TokenStream
+    facts: CorpusFacts
+
+
+def prepare(config: DataConfig) -> Path:
+    """The folder of the prepared corpus; made if it is not there, under a lock, so that processes do it once.
+
+    Raises:
+        UserError: the source cannot be read, or the cache not written.
+    """
+    documents = read_source(config.source)
+    held_out = read_source(config.val_source, "--data.val-source") if config.val_source else []
+    key = _cache_key(config, documents, held_out)
+    folder = config.cache_dir / key
+    if (folder / MANIFEST).exists():
+        return folder
+    require_writable(config.cache_dir, "--data.cache-dir")
+    with FileLock(config.cache_dir / f"{key}.lock"):
+        if not (folder / MANIFEST).exists():
+            train, val = (documents, held_out) if held_out else split(documents, config.val_fraction)
+            with new_folder(folder) as unfinished:
+                _prepare_into(unfinished, config, train, val)
+    return folder
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Map a prepared folder.
+
+    Raises:
+        UserError: a file of it is missing or was changed.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    shards = {name: [ShardInfo(**entry) for entry in entries] for name, entries in manifest["splits"].items()}
+    streams = {name: TokenStream(folder, entries) for name, entries in shards.items()}
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    facts = CorpusFacts(
+        vocab_size=tokenizer.vocab_size,
+        train_tokens=len(streams["train"]),
+        val_tokens=len(streams["val"]),
+        val_bytes=sum(shard.text_bytes for shard in shards["val"]),
+        val_documents=sum(shard.documents for shard in shards["val"]),
+        xz_bits_per_byte=manifest["xz_bits_per_byte"],
+    )
+    return Corpus(tokenizer, streams["train"], streams["val"], facts)
+
+
+def split(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents, the same on every machine.
+
+    Whole documents, in the order of their names' hashes, until their bytes reach the fraction; one that would be too
+    large a share of it waits until no other is left. Of few documents the tail of each is taken, as nanoGPT does.
+    """
+    if not val_fraction:
+        return list(documents), []
+    if len(documents) < FEW_DOCUMENTS:
+        cuts = [int(len(document.text) * (1 - val_fraction)) for document in documents]
+        heads = [Document(d.name, d.text[:cut]) for d, cut in zip(documents, cuts, strict=True)]
+        tails = [Document(d.name, d.text[cut:]) for d, cut in zip(documents, cuts, strict=True)]
+        return [d for d in heads if d.text], [d for d in tails if d.text]
+    sizes = {document.name: document.n_bytes for document in documents}
+    wanted = val_fraction * sum(sizes.values())
+    order = sorted(
+        documents,
+        key=lambda d: (
+            sizes[d.name] if sizes[d.name] > LARGEST_SHARE * wanted else 0,
+            hashlib.sha256(d.name.encode()).digest(),
+        ),
+    )
+    chosen: set[str] = set()
+    taken = 0
+    for document in order:
+        if taken >= wanted:
+            break
+        chosen.add(document.name)
+        taken += sizes[document.name]
+    return [d for d in documents if d.name not in chosen], [d for d in documents if d.name in chosen]
+
+
+def _cache_key(config: DataConfig, documents: list[Document], held_out: list[Document]) -> str:
+    settings: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "source": fingerprint(documents),
+        "val": fingerprint(held_out) if held_out else config.val_fraction,
+        "tokenizer": config.tokenizer,
+    }
+    if config.tokenizer == "bpe":
+        settings["vocab_size"] = config.vocab_size
+    elif Path(config.tokenizer).is_file():
+        settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _prepare_into(folder: Path, config: DataConfig, train: list[Document], val: list[Document]) -> None:
+    texts = {"train": [d.text for d in train], "val": [d.text for d in val]}
+    size = sum(d.n_bytes for d in [*train, *val])
+    log.info("preparing %s: %s, %.1f MB", config.source, plural(len(train) + len(val), "document"), size / 1e6)
+    tokenizer = build_tokenizer(
+        config.tokenizer, config.vocab_size, corpus=[*texts["train"], *texts["val"]], training=texts["train"]
+    )
+    (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
+    dtype = token_dtype(tokenizer.vocab_size)
+    with progress_bar("tokenizing", total=size) as advance:
+        shards = {name: write_shards(folder, name, _encoded(tokenizer, texts[name], advance), dtype) for name in texts}
+    write_json(
+        folder / MANIFEST,
+        {
+            "format_version": FORMAT_VERSION,
+            "source_sha256": fingerprint(train + val),
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": np.dtype(dtype).name,
+            "xz_bits_per_byte": _xz_bits_per_byte(texts["val"]),
+            "splits": {name: [shard_to_json(shard) for shard in shards[name]] for name in shards},
+        },
+    )
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str], advance: Callable[[int], None]) -> Iterator[tuple[Ids, int]]:
+    start = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
+    for text in texts:
+        n_bytes = len(text.encode())
+        ids = np.concatenate([start, tokenizer.encode(text)])
+        if int(ids.max(initial=0)) >= tokenizer.vocab_size:
+            raise UserError(f"the tokenizer gave id {ids.max()}, beyond its own vocabulary of {tokenizer.vocab_size}")
+        yield ids, n_bytes
+        advance(n_bytes)
+
+
+def _xz_bits_per_byte(texts: list[str]) -> float | None:
+    """Bits per byte of `xz -9e` on the texts as one stream: what a compressor makes of them without learning."""
+    content = "".join(texts).encode()
+    if not 0 < len(content) <= XZ_LIMIT:
+        return None
+    return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)

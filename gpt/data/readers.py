@@ -1,0 +1,115 @@
+"""Sources -> documents: a text file, a folder of text files, or Python's standard library."""
+
+import hashlib
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.errors import UserError
+
+STDLIB = "stdlib"
+STDLIB_LEFT_OUT = frozenset(
+    # Tables of `encodings` and `pydoc_data` compress to almost nothing and would flatter the loss; tests repeat the code.
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "idlelib",
+        "lib2to3",
+        "encodings",
+        "pydoc_data",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus; `name` is its path inside the source."""
+
+    name: str
+    text: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Length as UTF-8."""
+        return len(self.text.encode())
+
+
+def read_source(source: str, flag: str = "--data.source") -> list[Document]:
+    """The documents of a source that hold any text, in the order of their names.
+
+    In a folder, hidden files and binary ones (a NUL in the first 8,192 bytes, git's rule) are left out.
+
+    Raises:
+        UserError: there is no such source, it holds no text, or a file is not UTF-8.
+    """
+    path = Path(source)
+    if source == STDLIB:
+        documents = list(_stdlib_documents())
+    elif path.is_dir():
+        documents = list(_folder_documents(path))
+    elif path.exists():
+        documents = [Document(path.name, _decode(path, _read(path)))]
+    else:
+        raise UserError(f"{flag} {source}: no such file or folder; name a text file, a folder or stdlib")
+    documents = [document for document in documents if document.text]
+    if not documents:
+        kind = "folder holds no text" if path.is_dir() else "file is empty"
+        raise UserError(f"{flag} {source}: the {kind}; name one with text in it")
+    return documents
+
+
+def fingerprint(documents: list[Document]) -> str:
+    """SHA-256 over names and texts."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.name.encode(), document.text.encode()):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _stdlib_documents() -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in _files_below(root):
+        name = path.relative_to(root)
+        if path.suffix == ".py" and not STDLIB_LEFT_OUT.intersection(name.parts):
+            with tokenize.open(path) as file:  # honours a source file's own encoding line
+                yield Document(name.as_posix(), file.read())
+
+
+def _folder_documents(root: Path) -> Iterator[Document]:
+    for path in _files_below(root):
+        content = _read(path)
+        if b"\0" not in content[:8192]:
+            yield Document(path.relative_to(root).as_posix(), _decode(path, content))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files in the order of their paths, whatever the file system's own order is."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        found += [Path(folder) / name for name in names if not name.startswith(".")]
+    return iter(sorted(found, key=lambda path: path.relative_to(root).parts))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _decode(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte offset {error.start} (0x{content[error.start]:02x}); convert the file to UTF-8"
+        ) from error

@@ -1,0 +1,1 @@
+"""The Trainer (a Subject), the step it repeats, and the Observers that watch it."""

@@ -1,0 +1,107 @@
+"""The run on the terminal: a live bar there, plain lines anywhere else."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from gpt.configs.run_plan import RunPlan
+from gpt.training.events import (
+    CheckpointSaved,
+    EvalEnd,
+    Event,
+    MetricsReady,
+    StepEnd,
+    TextSampled,
+    TrainEnd,
+    TrainStart,
+)
+from gpt.utils.helper import si
+
+
+class ConsoleSink:
+    """Shows step, loss, rate, tokens per second and time to go; evaluations, texts and checkpoints above the bar."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._plan: RunPlan | None = None
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", numbers="", start=False)
+
+    def write(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case TrainStart():
+                self._start(event)
+            case StepEnd(step=step):
+                self._progress.update(self._task, completed=step)
+            case MetricsReady(step=step, metrics=metrics):
+                self._show_metrics(step, metrics)
+            case EvalEnd(step=step, metrics=metrics):
+                self._say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+                self._compare_with_xz(metrics.get("val/bpb"))
+            case TextSampled(prompt=prompt, text=text):
+                self._say("--- sample " + "-" * 40)
+                self._console.print(Text(_printable(prompt + text)))
+                self._say("-" * 51)
+            case CheckpointSaved(step=step, path=path):
+                self._say(f"step {step}: saved {path}")
+            case TrainEnd(step=step, reason=reason):
+                self._progress.stop()
+                self._say(f"{reason} at step {step}")
+
+    def close(self, error: BaseException | None) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+    def _start(self, event: TrainStart) -> None:
+        self._plan = event.plan
+        if event.resumed_from:
+            self._say(f"continuing from {event.resumed_from}")
+        self._progress.update(self._task, total=event.plan.max_steps, completed=event.step)
+        self._progress.start_task(self._task)
+        self._progress.start()
+
+    def _show_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        numbers = (
+            f"loss {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  {si(metrics['tokens_per_second'])} tokens/s"
+        )
+        if self._console.is_terminal:
+            self._progress.update(self._task, numbers=numbers)
+        else:
+            assert self._plan is not None
+            remaining = (self._plan.max_steps - step) * self._plan.batch.tokens_per_step
+            self._say(
+                f"step {step}/{self._plan.max_steps}  {numbers}  "
+                f"ETA {_duration(remaining / metrics['tokens_per_second'])}"
+            )
+
+    def _compare_with_xz(self, bpb: float | None) -> None:
+        if self._plan is not None and bpb is not None and self._plan.corpus.xz_bits_per_byte is not None:
+            xz = self._plan.corpus.xz_bits_per_byte
+            self._say(f"        bits per byte of the same files: {bpb:.3f} here, {xz:.3f} by xz -9e")
+
+    def _say(self, line: str) -> None:
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _printable(text: str) -> str:
+    """What a model writes must not steer the terminal: control characters but newline and tab are shown, not sent."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

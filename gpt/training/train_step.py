@@ -1,0 +1,84 @@
+"""One optimizer step: forward, backward, clip, update. Its statistics stay on the device: no host sync."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gpt.data.data_loader import MicroBatch
+from gpt.parallel.gradient_sync import gradient_sync
+from gpt.utils.helper import draw
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Device scalars of one step."""
+
+    loss_sum: torch.Tensor
+    """Sum in nats over this process's tokens of the step."""
+    grad_norm: torch.Tensor
+    """Norm of the global gradient before clipping."""
+
+
+class TrainStep:
+    """Accumulate over micro-batches and update once.
+
+    The loss is normalised by the number of tokens of the whole step, over all micro-batches and processes, so that
+    cutting the step up in another way changes nothing but rounding.
+
+    Args:
+        model: the module to call: (tokens, targets) -> summed loss; wrapped for several processes where there are any.
+        optimizer: updates the model's parameters.
+        scaler: of float16; disabled otherwise.
+        skipped_updates: device counter, increased when a non-finite float16 gradient makes the scaler skip the update.
+        autocast: context of the forward pass.
+        tokens_per_step: tokens over all processes and micro-batches.
+        world_size: processes over which the wrapped model averages its gradients.
+        grad_clip: largest norm of the gradient; 0 does not clip.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        skipped_updates: torch.Tensor,
+        *,
+        autocast: Callable[[], AbstractContextManager[object]],
+        tokens_per_step: int,
+        world_size: int,
+        grad_clip: float,
+        seed: int,
+    ):
+        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._skipped_updates = skipped_updates
+        self._autocast = autocast
+        self._loss_scale = world_size / tokens_per_step  # DDP averages over processes; the loss is a global mean
+        self._max_norm = grad_clip or math.inf
+        self._seed = seed
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepStats:
+        """Consume global batch `step` and update the parameters."""
+        losses = [self._accumulate(step, batch, is_last=batch is micro_batches[-1]) for batch in micro_batches]
+        self._scaler.unscale_(self._optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._scaler.is_enabled():
+            self._skipped_updates += ~grad_norm.isfinite()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepStats(torch.stack(losses).sum(), grad_norm)
+
+    def _accumulate(self, step: int, batch: MicroBatch, *, is_last: bool) -> torch.Tensor:
+        # Every draw of this micro-batch is addressed, so neither the process count nor a restart can change it.
+        torch.manual_seed(draw(self._seed, step, batch.index))
+        with gradient_sync(self._model, is_last=is_last):
+            with self._autocast():
+                loss: torch.Tensor = self._model(batch.inputs, batch.targets)
+            self._scaler.scale(loss * self._loss_scale).backward()
+        return loss.detach()

@@ -1,0 +1,118 @@
+"""The training loop."""
+
+from gpt.checkpoint.app_state import AppState
+from gpt.checkpoint.manager import CheckpointManager
+from gpt.configs.run_plan import RunPlan
+from gpt.data.data_loader import DataLoader
+from gpt.optim.build import set_learning_rate
+from gpt.training.events import (
+    CheckpointSaved,
+    Command,
+    MetricsReady,
+    Save,
+    StepEnd,
+    Stop,
+    TrainEnd,
+    TrainStart,
+)
+from gpt.training.metrics import Meter
+from gpt.training.subject import Subject
+from gpt.training.train_step import TrainStep
+from gpt.utils.custom_scheduler import Schedule
+
+FINISHED = "finished"
+
+
+class Trainer(Subject):
+    """Repeats the step until the plan is fulfilled or an observer says stop.
+
+    Args:
+        plan: how long to train, and when to report and save.
+        state: what the step changes; holds the progress.
+        loader: global step -> micro-batches.
+        train_step: micro-batches -> update.
+        schedule: steps taken -> factor of the plan's max_lr.
+        meter: statistics -> metrics.
+        checkpoints: writes the state.
+        resumed_from: the checkpoint that `state` was loaded from, for those who watch.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        state: AppState,
+        *,
+        loader: DataLoader,
+        train_step: TrainStep,
+        schedule: Schedule,
+        meter: Meter,
+        checkpoints: CheckpointManager,
+        resumed_from: str | None = None,
+    ):
+        super().__init__()
+        self._plan, self._state = plan, state
+        self._loader, self._train_step, self._schedule = loader, train_step, schedule
+        self._meter, self._checkpoints = meter, checkpoints
+        self._resumed_from = resumed_from
+        self._stop_reason: str | None = None
+
+    def train(self) -> str:
+        """Run to the end; returns the reason for it: `finished`, or that of the Stop that ended it.
+
+        Observers are closed whatever happens, and told of the error if there is one.
+        """
+        error: BaseException | None = None
+        try:
+            self._execute(self.notify(TrainStart(self._step, self._plan, self._resumed_from)))
+            self._meter.start_window()
+            while self._stop_reason is None and self._step < self._plan.max_steps:
+                self._advance()
+            reason = self._stop_reason or FINISHED
+            self.notify(TrainEnd(self._step, reason))
+            return reason
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            self._loader.close()
+            self.close(error)
+
+    @property
+    def _step(self) -> int:
+        return self._state.progress.step
+
+    def _advance(self) -> None:
+        """One step, and everything that is due after it."""
+        micro_batches = self._loader.batches_of(self._step)
+        rate = self._plan.lr.max_lr * self._schedule(self._step)
+        set_learning_rate(self._state.optimizer, rate)
+        self._meter.add(self._train_step(self._step, micro_batches))
+        self._state.progress = self._state.progress.advance(self._plan.batch.tokens_per_step)
+
+        commands: list[Command] = []
+        reports = self._plan.logs_at(self._step)
+        if reports:
+            commands += self.notify(self._metrics(rate))
+        commands += self.notify(StepEnd(self._step, self._state.progress.tokens))
+        if self._plan.saves_at(self._step):
+            commands.append(Save())
+        self._execute(commands)
+        if reports:
+            self._meter.start_window()
+
+    def _metrics(self, rate: float) -> MetricsReady:
+        metrics, losses = self._meter.report()
+        metrics |= {"lr": rate, "tokens": self._state.progress.tokens}
+        if self._state.scaler.is_enabled():
+            metrics["skipped_updates"] = int(self._state.skipped_updates)
+        return MetricsReady(self._step, metrics, losses)
+
+    def _execute(self, commands: list[Command]) -> None:
+        """Save at most once, then stop; a run that stops is saved first."""
+        stops = [command.reason for command in commands if isinstance(command, Stop)]
+        if commands:
+            path = self._checkpoints.save(self._state)
+            commands = self.notify(CheckpointSaved(self._step, str(path)))
+            stops += [command.reason for command in commands if isinstance(command, Stop)]
+        if stops:
+            self._stop_reason = stops[0]

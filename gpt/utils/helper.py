@@ -1,0 +1,48 @@
+"""A few pure functions that several layers need."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+_MASK = 2**64 - 1
+
+
+def draw(*address: int) -> int:
+    """A 64-bit number that depends on every part of `address`, and on nothing else.
+
+    Randomness here is addressed, not consumed: `draw(seed, step, micro_batch)` is the same on every machine, so no
+    generator's state has to be saved. The mixer is SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable
+    pseudorandom number generators").
+    """
+    state = 0
+    for part in address:
+        state = (state ^ (part & _MASK)) * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def si(number: float) -> str:
+    """A count for people: 1234567 -> '1.23M'."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 file', '2 files'."""
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
