@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -96,7 +96,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
     except SystemExit as stop:
         if not stop.code:
             raise
-        _refuse(said.getvalue())
+        _refuse(said.getvalue(), model, prog)
     if unknown:
         _refuse_unknown(unknown[0], model, prog)
     try:
@@ -142,7 +142,7 @@ def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _positional(annotation: Any) -> Any:
-    return tyro.conf.Positional[annotation]
+    return Annotated[annotation, tyro.conf.Positional]
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -176,13 +176,13 @@ def _value_of(flag: str, argv: Sequence[str]) -> str | None:
     return None
 
 
-def _refuse(box: str) -> NoReturn:
-    """What tyro refuses by itself is a flag without its value; its message names the flag."""
+def _refuse(box: str, model: type[Config], prog: str) -> NoReturn:
+    """What tyro refuses by itself: a flag without its value, which its message names, or a missing argument."""
     flag = re.search(r"--[a-z][\w.-]*", box)
     if flag and "Missing value" in box:
         raise UserError(f"{flag[0]} needs a value")
-    message = " ".join(re.sub(r"[─│╭╮╰╯]", " ", box.split("───", 2)[1]).split())
-    raise UserError(message)
+    required = " ".join(name.upper() for name, field in model.model_fields.items() if field.is_required())
+    raise UserError(f"usage: {prog} {required} [--flags]; see {prog} --help")
 
 
 def _refuse_unknown(word: str, model: type[Config], prog: str) -> NoReturn:

@@ -12,7 +12,7 @@ from gpt.errors import UserError
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset(
-    # Tables of `encodings` and `pydoc_data` compress to almost nothing and would flatter the loss; tests repeat the code.
+    # The tables of `encodings` and `pydoc_data` would flatter the loss; tests repeat the code that they test.
     {
         "test",
         "tests",

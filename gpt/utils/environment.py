@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from gpt import __version__
+import gpt
 
+PACKAGE = Path(gpt.__file__).parent
 LIBRARIES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
 
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and the commit of the code."""
     return {
-        "gpt-training-pipeline": __version__,
+        "gpt-training-pipeline": gpt.__version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
@@ -31,16 +32,15 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit that the package's files are at, marked where they differ from it; None outside a checkout."""
-    folder = Path(__file__).parent
+    """The commit that the package's files are at, marked where they differ from it; None outside their checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", "__init__.py")  # installed below somebody else's checkout, it is not theirs
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()

@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import pytest
+
+from gpt.checkpoint.app_state import Progress
+from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.run_folder import RunFolder
+from gpt.utils.distributed import DistContext
+from tests.checkpoint.test_store import trained_state
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
+def test_the_newest_are_kept(tmp_path: Path, keep: int, left: list[int]) -> None:
+    folder, state = RunFolder(tmp_path), trained_state()
+    manager = CheckpointManager(folder, keep, "{}", DistContext("cpu"))
+    for step in range(1, 5):
+        state.progress = Progress(step, step)
+        assert manager.save(state) == folder.checkpoint_at(step)
+    assert folder.committed() == [folder.checkpoint_at(step) for step in left]
+    assert len(list(folder.checkpoints.iterdir())) == len(left)
+
+
+def test_a_committed_step_is_never_rewritten(tmp_path: Path) -> None:
+    manager = CheckpointManager(RunFolder(tmp_path), 0, "{}", DistContext("cpu"))
+    state = trained_state()
+    path = manager.save(state)
+    before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in path.iterdir()}
+    state.model.get_parameter("wte.weight").data.zero_()
+    manager.save(state)
+    assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in path.iterdir()} == before

@@ -1,0 +1,70 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+
+Configure = Callable[..., TrainConfig]
+
+
+def test_a_new_folder_starts_afresh(tiny: Configure, tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "new").origin(tiny(tmp_path / "new")) is None
+
+
+def test_auto_continues_from_the_newest(tiny: Configure, finished_run: Path) -> None:
+    folder = RunFolder(finished_run)
+    assert [path.name for path in folder.committed()] == ["step_00000004", "step_00000008"]
+    assert folder.origin(tiny(finished_run, checkpoint={"interval": 4})) == folder.checkpoint_at(8)
+
+
+def test_an_uncommitted_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for name in (".step_00000003.tmp", ".step_00000002.gone", "step_1", "step_00000001"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    assert folder.committed() == [folder.checkpoint_at(1)]
+
+
+def test_never_refuses_a_folder_that_holds_a_run(tiny: Configure, finished_run: Path) -> None:
+    with pytest.raises(UserError, match=f"--run-dir {finished_run} holds a run; --resume auto continues it"):
+        RunFolder(finished_run).origin(tiny(finished_run, resume="never"))
+
+
+def test_another_configuration_is_refused_and_told(tiny: Configure, finished_run: Path) -> None:
+    other = tiny(finished_run, model={"n_layer": 3}, seed=1)
+    with pytest.raises(UserError, match=r"another configuration: seed is 1337 there and 1 here \(and 1 more\)"):
+        RunFolder(finished_run).origin(other)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step_00000004"])
+def test_a_named_checkpoint_starts_another_folder(tiny: Configure, finished_run: Path, tmp_path: Path, place: str) -> None:
+    start = finished_run / place
+    expected = RunFolder(finished_run).checkpoint_at(4 if place else 8)
+    assert RunFolder(tmp_path / "new").origin(tiny(tmp_path / "new", resume=str(start))) == expected
+
+
+def test_a_named_checkpoint_of_another_configuration_is_refused(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    config = tiny(tmp_path / "new", resume=str(finished_run), model={"n_embd": 32})
+    with pytest.raises(UserError, match="model.n_embd is 16 there and 32 here"):
+        RunFolder(tmp_path / "new").origin(config)
+
+
+def test_a_folder_of_another_start_is_refused(tiny: Configure, finished_run: Path) -> None:
+    checkpoint = RunFolder(finished_run).checkpoint_at(4)
+    with pytest.raises(UserError, match="holds a run that did not start from"):
+        RunFolder(finished_run).origin(tiny(finished_run, resume=str(checkpoint)))
+
+
+def test_what_holds_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--resume {tmp_path}: holds no checkpoint"):
+        locate_checkpoint(tmp_path, "--resume")
+    with pytest.raises(UserError, match="no such folder"):
+        locate_checkpoint(tmp_path / "none", "--resume")
+
+
+def test_a_checkpoint_knows_its_run(finished_run: Path) -> None:
+    assert run_of(RunFolder(finished_run).checkpoint_at(4)).path == finished_run.resolve()

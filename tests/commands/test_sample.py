@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from gpt.errors import UserError
+from gpt.commands.sample import run
+
+
+def sample(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert run([*argv, "--device", "cpu"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_text_begins_with_the_prompt_and_follows_the_seed(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = str(finished_run)
+    first = sample(capsys, run_dir, "--prompt", "the model", "--seed", "1", "--max-new-tokens", "20")
+    assert first.startswith("the model")
+    assert len(first) > len("the model\n")
+    assert first == sample(capsys, "--prompt", "the model", "--seed", "1", "--max-new-tokens", "20", run_dir)
+    assert first != sample(capsys, run_dir, "--prompt", "the model", "--seed", "2", "--max-new-tokens", "20")
+
+
+def test_temperature_zero_is_greedy_whatever_the_seed(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (str(finished_run), "--prompt", "a", "--temperature", "0", "--max-new-tokens", "12")
+    assert sample(capsys, *flags, "--seed", "1") == sample(capsys, *flags, "--seed", "2")
+    assert sample(capsys, *flags) == sample(capsys, *flags[:-4], "--top-k", "1", "--max-new-tokens", "12")
+
+
+def test_a_checkpoint_can_be_named(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = str(finished_run / "checkpoints/step_00000008")
+    assert sample(capsys, newest, "--prompt", "a") == sample(capsys, str(finished_run), "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["/no/such/run"], "RUN_DIR /no/such/run: no such folder"),
+        ([], r"usage: gpt sample RUN_DIR \[--flags\]"),
+        (["a", "--top-p", "2"], "--top-p 2: must be at most 1"),
+        (["a", "--promt", "x"], "unknown flag --promt; did you mean --prompt"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(argv)

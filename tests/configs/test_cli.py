@@ -1,0 +1,161 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt.configs.cli import load_config, parse_train
+from gpt.configs.presets import PRESETS
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+
+
+def config_of(line: str) -> TrainConfig:
+    return parse_train(line.split())[0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_bare_preset_is_that_preset(name: str) -> None:
+    assert config_of(name) == PRESETS[name]()
+
+
+def test_no_arguments_are_quickstart_which_is_the_defaults() -> None:
+    assert config_of("") == TrainConfig() == PRESETS["quickstart"]()
+
+
+def test_flags_override_the_preset_in_every_section() -> None:
+    config = config_of(
+        "debug --seed 7 --model.n-layer=3 --model.no-bias --data.source a/b --lr.schedule wsd --lr.max-lr 1e-2 "
+        "--optimizer.beta1 0.8 --eval.batches 0 --checkpoint.keep 5 --log.interval 2 --compile --init-from x "
+        "--sample.prompts one two"
+    )
+    assert (config.seed, config.model.n_layer, config.model.bias) == (7, 3, False)
+    assert (config.data.source, config.lr.schedule, config.lr.max_lr) == ("a/b", "wsd", 0.01)
+    assert (config.optimizer.beta1, config.eval.batches, config.checkpoint.keep) == (0.8, 0, 5)
+    assert (config.log.interval, config.compile, config.init_from) == (2, True, Path("x"))
+    assert config.sample.prompts == ("one", "two")
+    assert config.model.n_embd == PRESETS["debug"]().model.n_embd
+
+
+def test_underscores_work_as_hyphens_do() -> None:
+    assert config_of("--model.n_layer 3") == config_of("--model.n-layer 3")
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("--max-tokens 99", (0, 99, 0)), ("--epochs 0.5", (0, 0, 0.5))])
+def test_a_horizon_flag_replaces_the_presets_horizon(flag: str, expected: tuple[float, ...]) -> None:
+    config = config_of(f"debug {flag}")
+    assert (config.max_steps, config.max_tokens, config.epochs) == expected
+
+
+def test_several_horizon_flags_are_all_kept() -> None:
+    config = config_of("debug --max-steps 5 --epochs 2")
+    assert (config.max_steps, config.epochs) == (5, 2)
+
+
+def test_dry_run_is_no_part_of_the_configuration() -> None:
+    assert parse_train(["debug", "--dry-run"]) == (PRESETS["debug"](), True)
+    assert not parse_train(["debug"])[1]
+
+
+REQUIRED_FLAGS = """
+    --run-dir --seed --max-steps --max-tokens --epochs --micro-batch-size --tokens-per-step --device --dtype --compile
+    --grad-clip --model.n-layer --model.n-head --model.n-embd --model.block-size --model.dropout --model.bias
+    --model.vocab-size --data.source --data.val-source --data.val-fraction --data.cache-dir --data.tokenizer
+    --data.vocab-size --lr.schedule --lr.max-lr --lr.min-lr --lr.warmup-steps --lr.decay-steps
+    --optimizer.weight-decay --optimizer.beta1 --optimizer.beta2 --log.interval --eval.interval --eval.batches
+    --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run
+""".split()
+
+
+def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_train(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert [flag for flag in REQUIRED_FLAGS if flag not in shown] == []
+    assert "(default: 1337)" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--sed 3", "unknown flag --sed; did you mean --seed?"),
+        ("--model.n-layr 3", "unknown flag --model.n-layr; did you mean --model.n-layer?"),
+        ("--n-layer 3", "unknown flag --n-layer; did you mean --model.n-layer?"),
+        ("--seed x", "--seed x: expected a whole number"),
+        ("--tokens-per-step 1e3", "--tokens-per-step 1e3: expected a whole number"),
+        ("--lr.max-lr fast", "--lr.max-lr fast: expected a number"),
+        ("--lr.max-lr nan", "--lr.max-lr nan: expected a finite number"),
+        ("--lr.max-lr 0", "--lr.max-lr 0: must be greater than 0"),
+        ("--model.n-layer 0", "--model.n-layer 0: must be at least 1; nearest: 1"),
+        ("--model.n-layer -3", "--model.n-layer -3: must be at least 1; nearest: 1"),
+        ("--data.val-fraction 0.9", "--data.val-fraction 0.9: must be at most 0.5; nearest: 0.5"),
+        ("--model.dropout 1", "--model.dropout 1: must be less than 1"),
+        ("--lr.schedule cosin", "--lr.schedule cosin: did you mean cosine? (one of cosine, linear, wsd"),
+        ("--dtype fp32", "--dtype fp32: did you mean float32?"),
+        ("--model.n-head 3", "model: n_embd=256 is not divisible by n_head=3; nearest: 255 or 258"),
+        ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr="),
+        ("--lr.schedule constant --lr.decay-steps 5", "lr: decay_steps=5 means nothing for schedule=constant"),
+        ("--max-steps 0", "max_steps, max_tokens and epochs are all 0"),
+        ("--resume a --init-from b", "init_from=b and resume=a both name a start"),
+        ("--model.n-layer", "--model.n-layer needs a value"),
+        ("--config", "--config needs a value"),
+        ("shakespear", "unknown preset 'shakespear'; did you mean shakespeare-char?"),
+        ("--max-steps 5 debug", "unexpected argument 'debug'; a preset comes first: gpt train debug"),
+        ("--model.bias True", "unexpected argument 'True'"),
+        ("--config /no/such.json", "/no/such.json: No such file or directory"),
+        ("debug --config c.json", "--config c.json and the preset debug both give every value"),
+    ],
+)
+def test_every_mistake_is_one_line_that_names_flag_and_remedy(line: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_train(line.split())
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_saved_configuration_is_read_back_and_overridden(tmp_path: Path) -> None:
+    saved = config_of("debug --seed 5 --data.val-source some/where")
+    path = tmp_path / "config.json"
+    path.write_text(saved.model_dump_json())
+    assert load_config(path) == saved
+    assert parse_train(["--config", str(path), "--seed", "6"])[0] == saved.model_copy(update={"seed": 6})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ('{"sed": 1}', "unknown key sed; did you mean seed?"),
+        ('{"model": {"n_layers": 1}}', "unknown key model.n_layers; did you mean model.n_layer?"),
+        ('{"model": {"n_layer": "x"}}', "model.n_layer x: expected a whole number"),
+        ('{"max_steps": -1}', "max_steps -1: must be at least 0"),
+    ],
+)
+def test_a_broken_configuration_file_names_file_and_key(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="^" + str(path)) as error:
+        load_config(path)
+    assert message in str(error.value)
+
+
+def test_every_field_has_a_help_text() -> None:
+    def undocumented(model: type, prefix: str = "") -> list[str]:
+        fields = model.model_fields.items()  # type: ignore[attr-defined]
+        nested = [name for n, f in fields if hasattr(f.annotation, "model_fields") for name in undocumented(f.annotation, f"{n}.")]
+        return nested + [prefix + n for n, f in fields if not f.description and not hasattr(f.annotation, "model_fields")]
+
+    assert undocumented(TrainConfig) == []
+
+
+def test_the_command_line_loads_without_torch() -> None:
+    code = "import sys, gpt.main, gpt.configs.cli, gpt.commands.train; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "False\n"
+
+
+def test_a_configuration_survives_json() -> None:
+    for preset in PRESETS.values():
+        assert TrainConfig.model_validate(json.loads(preset().model_dump_json())) == preset()

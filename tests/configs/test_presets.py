@@ -1,0 +1,26 @@
+import pytest
+
+from gpt.configs.presets import PRESETS
+from gpt.configs.run_plan import plan_batch
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_runs_in_a_folder_of_its_name_and_its_batch_divides(name: str) -> None:
+    config = PRESETS[name]()
+    assert config.run_dir.as_posix() == f"runs/{name}"
+    plan_batch(config, world_size=1)
+
+
+def test_shakespeare_char_is_nanogpts_documented_cpu_setting() -> None:
+    config = PRESETS["shakespeare-char"]()
+    model = config.model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (4, 4, 128, 64)
+    assert (config.tokens_per_step, config.max_steps, model.dropout) == (12 * 64, 2000, 0)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("gpt2-124m", 124), ("gpt2-355m", 355), ("gpt2-774m", 774)])
+def test_gpt2_presets_have_the_sizes_of_their_names(name: str, millions: int) -> None:
+    model = PRESETS[name]().model
+    embeddings = (50_257 + model.block_size) * model.n_embd
+    block = 12 * model.n_embd**2 + 13 * model.n_embd
+    assert round((embeddings + model.n_layer * block + 2 * model.n_embd) / 1e6) == millions

@@ -1,0 +1,91 @@
+from typing import Any
+
+import pytest
+
+from gpt.configs.run_plan import CorpusFacts, MachineFacts, RunPlan, plan_batch, resolve, windows_per_epoch
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+
+CPU = MachineFacts("cpu", "a CPU", has_bfloat16=False)
+CORPUS = CorpusFacts(vocab_size=100, train_tokens=10_000, val_tokens=500, val_bytes=900)
+
+
+def plan(machine: MachineFacts = CPU, corpus: CorpusFacts = CORPUS, **changes: Any) -> RunPlan:
+    config = {"micro_batch_size": 2, "tokens_per_step": 64, "model": {"block_size": 16}, "max_steps": 10} | changes
+    return resolve(TrainConfig.model_validate(config), machine, corpus)
+
+
+def test_accumulation_makes_up_the_step_at_every_world_size() -> None:
+    for world_size, accumulation in ((1, 2), (2, 1)):
+        batch = plan(MachineFacts("cpu", "", False, world_size)).batch
+        assert (batch.grad_accum_steps, batch.sequences_per_step, batch.tokens_per_step) == (accumulation, 4, 64)
+
+
+def test_tokens_per_step_zero_is_one_micro_batch_per_process() -> None:
+    assert plan(MachineFacts("cpu", "", False, 3), tokens_per_step=0).batch.tokens_per_step == 3 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "world_size", "message"),
+    [
+        (1000, 24, r"--tokens-per-step 1000 is not divisible by .*=2\*16\*24=768; nearest: 768 or 1536$"),
+        (64, 4, r"=2\*16\*4=128; nearest: 128, or --micro-batch-size 1$"),
+    ],
+)
+def test_indivisible_sizes_name_the_nearest(tokens: int, world_size: int, message: str) -> None:
+    config = TrainConfig.model_validate(
+        {"micro_batch_size": 2, "tokens_per_step": tokens, "model": {"block_size": 16}}
+    )
+    with pytest.raises(UserError, match=message):
+        plan_batch(config, world_size)
+
+
+def test_the_earliest_bound_ends_the_run() -> None:
+    per_epoch = windows_per_epoch(10_000, 16)
+    assert plan(max_steps=0, max_tokens=65).max_steps == 2
+    assert plan(max_steps=0, epochs=1).max_steps == -(-per_epoch // 4)
+    assert plan(max_steps=7, max_tokens=64 * 5, epochs=100).max_steps == 5
+
+
+def test_epochs_are_told() -> None:
+    assert plan(max_steps=0, epochs=2).epochs == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay_steps"), [("cosine", 7), ("linear", 7), ("wsd", 2), ("constant", 0), ("inverse-sqrt", 0)]
+)
+def test_decay_steps_are_resolved(schedule: str, decay_steps: int) -> None:
+    assert plan(lr={"schedule": schedule, "warmup_steps": 3}).lr.decay_steps == decay_steps
+
+
+def test_warmup_longer_than_the_run_is_said_and_not_changed() -> None:
+    resolved = plan(lr={"warmup_steps": 50})
+    assert resolved.lr.warmup_steps == 50
+    assert resolved.notes == ("warmup of 50 steps lasts the whole run of 10",)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_bfloat16", "expected"),
+    [("auto", True, "bfloat16"), ("auto", False, "float32"), ("float16", True, "float16")],
+)
+def test_dtype(dtype: str, has_bfloat16: bool, expected: str) -> None:
+    assert plan(MachineFacts("cpu", "", has_bfloat16), dtype=dtype).dtype == expected
+
+
+def test_vocabulary_is_the_tokenizers_or_padded_but_never_smaller() -> None:
+    assert plan().vocab_size == 100
+    assert plan(model={"block_size": 16, "vocab_size": 128}).vocab_size == 128
+    with pytest.raises(UserError, match=r"--model.vocab-size 99 is smaller than the tokenizer's 100; nearest: 100"):
+        plan(model={"block_size": 16, "vocab_size": 99})
+
+
+def test_a_text_shorter_than_a_block_names_the_nearest_block() -> None:
+    with pytest.raises(UserError, match=r"16 tokens, too few for --model.block-size 16; nearest: 15"):
+        plan(corpus=CorpusFacts(vocab_size=100, train_tokens=16))
+
+
+def test_the_last_step_is_reported_evaluated_and_saved_whatever_the_intervals() -> None:
+    resolved = plan(log={"interval": 4}, eval={"interval": 0}, checkpoint={"interval": 3})
+    assert [s for s in range(1, 11) if resolved.evaluates_at(s)] == [10]
+    assert [s for s in range(1, 11) if resolved.saves_at(s)] == [3, 6, 9, 10]
+    assert [s for s in range(1, 11) if resolved.logs_at(s)] == [1, 3, 4, 6, 8, 9, 10]

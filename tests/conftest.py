@@ -1,0 +1,102 @@
+"""Fixtures that several folders share: a small text, a small configuration, and one finished run."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt.configs.data_config import DataConfig
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.lr_config import LRConfig
+from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+from gpt.configs.train_config import TrainConfig
+from gpt.pipeline import build, lay_out
+from gpt.training.observer import Observer
+
+WORDS = "the a of model token data loss step train batch layer head width seed rate decay norm bias gelu run".split()
+
+
+def make_text(n_words: int, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    return "".join(draw.choice(WORDS) + draw.choice([" ", " ", " ", ", ", ".\n"]) for _ in range(n_words))
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(make_text(6000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(text_file: Path, cache_dir: Path) -> Callable[..., TrainConfig]:
+    """A configuration that trains in a second; keyword arguments replace fields, sections by dicts."""
+
+    def configure(run_dir: Path, **changes: Any) -> TrainConfig:
+        base = TrainConfig(
+            run_dir=run_dir,
+            max_steps=8,
+            micro_batch_size=2,
+            tokens_per_step=128,
+            device="cpu",
+            dtype="float32",
+            model=GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16),
+            data=DataConfig(source=str(text_file), cache_dir=cache_dir, tokenizer="byte"),
+            lr=LRConfig(max_lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=20),
+            log=LogConfig(interval=1),
+            eval=EvalConfig(interval=4, batches=4),
+            sample=TextSampleConfig(prompts=("the",), max_new_tokens=8),
+        ).model_dump()
+        for name, value in changes.items():
+            base[name] = base[name] | value if isinstance(value, dict) else value
+        return TrainConfig.model_validate(base)
+
+    return configure
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of eight steps; nobody may write to it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    build(lay_out(tiny(run_dir, checkpoint={"interval": 4}))).train()
+    return run_dir
+
+
+@pytest.fixture
+def record() -> Iterator[Callable[[TrainConfig], tuple[list[float], dict[str, torch.Tensor]]]]:
+    """Trains a configuration; returns the loss of every step and the final weights."""
+
+    def train(config: TrainConfig, *observers: Observer) -> tuple[list[float], dict[str, torch.Tensor]]:
+        recorder = LossRecorder()
+        trainer = build(lay_out(config))
+        for observer in (*observers, recorder):
+            trainer.attach(observer)
+        trainer.train()
+        weights = {name: tensor.clone() for name, tensor in trainer._state.model.state_dict().items()}
+        return recorder.losses, weights
+
+    yield train
+
+
+class LossRecorder:
+    """The observer that tests attach to see every loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.events: list[object] = []
+
+    def on_event(self, event: Any) -> tuple[()]:
+        self.events.append(event)
+        self.losses += getattr(event, "losses", ())
+        return ()
+
+    def close(self, error: BaseException | None) -> None:
+        self.events.append(error)

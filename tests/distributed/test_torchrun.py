@@ -1,0 +1,96 @@
+"""Real processes under torchrun, on CPU with gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MAIN = Path(__file__).resolve().parents[2] / "gpt" / "main.py"
+FLAGS = [
+    *("train", "debug", "--device", "cpu", "--dtype", "float32", "--data.tokenizer", "byte", "--lr.max-lr", "1e-3"),
+    *("--micro-batch-size", "2", "--model.dropout", "0.1", "--sample.max-new-tokens", "4"),
+]
+
+
+def torchrun(*flags: str, processes: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(MAIN), *FLAGS, *flags],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def records(run_dir: Path, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="module")
+def runs(text_file: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
+    """Fifty steps on one and on two processes."""
+    done = {}
+    for processes in (1, 2):
+        run_dir = tmp_path_factory.mktemp("world") / str(processes)
+        process = torchrun(
+            *("--run-dir", str(run_dir), "--max-steps", "50", "--eval.interval", "25"),
+            *("--data.source", str(text_file), "--data.cache-dir", str(cache_dir)),
+            processes=processes,
+        )
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        done[processes] = run_dir, output
+    return done
+
+
+def test_two_processes_train_as_one_does(runs: dict[int, tuple[Path, str]]) -> None:
+    one, two = (records(runs[n][0], "train/loss") for n in (1, 2))
+    assert list(one) == list(range(1, 51))
+    assert one.keys() == two.keys()
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-5
+    assert one[50] < one[1] - 0.5
+
+
+def test_two_processes_evaluate_as_one_does(runs: dict[int, tuple[Path, str]]) -> None:
+    one, two = (records(runs[n][0], "val/loss") for n in (1, 2))
+    assert one.keys() == two.keys() == {25, 50}
+    assert two[50] == pytest.approx(one[50], abs=1e-5)
+
+
+def test_rank_0_alone_talks(runs: dict[int, tuple[Path, str]]) -> None:
+    output = runs[2][1]
+    assert output.count("finished at step 50") == 1
+    assert "2 processes" in output
+
+
+def test_a_users_mistake_is_told_once(tmp_path: Path) -> None:
+    output, _ = (process := torchrun("--run-dir", str(tmp_path), "--data.source", "/no/such/text")).communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("gpt: error: --data.source /no/such/text: no such file or folder") == 1
+
+
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
+    text_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    process = torchrun(
+        *("--run-dir", str(tmp_path), "--max-steps", "100000", "--checkpoint.interval", "0", "--eval.interval", "0"),
+        *("--data.source", str(text_file), "--data.cache-dir", str(cache_dir)),
+    )
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(int(children.read_text().split()[-1]), signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert len(saved) == 1, output
+    assert saved[0].startswith("step_"), output
+    assert "SIGTERM at step" in output

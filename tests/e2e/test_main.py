@@ -1,0 +1,204 @@
+"""The program as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt.configs.train_config import TrainConfig
+from gpt.main import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MAIN = REPOSITORY / "gpt" / "main.py"
+
+
+@pytest.fixture
+def flags(text_file: Path, cache_dir: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("train", "debug", "--run-dir", str(tmp_path / "run"), "--data.source", str(text_file)),
+        *("--data.cache-dir", str(cache_dir), "--max-steps", "4", "--sample.max-new-tokens", "4", "--device", "cpu"),
+    ]
+
+
+def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def test_three_ways_to_start_are_one_program(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("gpt")
+    ways = [(sys.executable, str(MAIN)), (sys.executable, "-m", "gpt.main"), (str(script),)]
+    outputs = {run(*way, "train", "debug", "--help", cwd=tmp_path).stdout for way in ways}
+    assert len(outputs) == 1
+    assert "--model.n-layer" in outputs.pop()
+
+
+def test_the_packages_own_folder_is_not_on_the_import_path(tmp_path: Path) -> None:
+    code = f"import runpy, sys; sys.argv = ['main.py', '--help']; sys.path[0] = {str(MAIN.parent)!r}\n"
+    code += f"try: runpy.run_path({str(MAIN)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "print(); print(sys.path)"
+    path = run(sys.executable, "-c", code, cwd=tmp_path).stdout.splitlines()[-1]
+    assert repr(str(REPOSITORY)) in path
+    assert repr(str(MAIN.parent)) not in path
+
+
+def test_help_names_verbs_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("train", "sample", "quickstart", "shakespeare-char", "gpt2-1558m"):
+        assert word in shown
+
+
+def test_a_run_from_start_to_sample(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 0
+    shown = capsys.readouterr().out
+    assert "finished at step 4" in shown
+    assert "by xz -9e" in shown
+    assert main(["sample", str(tmp_path / "run"), "--prompt", "the", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
+def test_the_same_command_again_says_finished_and_a_longer_one_continues(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert main(flags) == 0
+    assert "has finished at step 4; a larger --max-steps trains on" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert main([*flags, "--max-steps", "6"]) == 0
+    shown = capsys.readouterr().out
+    assert "continuing from" in shown
+    assert "finished at step 6" in shown
+
+
+def test_a_saved_configuration_repeats_the_run(flags: list[str], tmp_path: Path) -> None:
+    assert main(flags) == 0
+    config = tmp_path / "run" / "config.json"
+    assert main(["train", "--config", str(config), "--run-dir", str(tmp_path / "again")]) == 0
+    runs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "again")]
+    losses = [[json.loads(line).get("train/loss") for line in lines] for lines in runs]
+    assert losses[0] == losses[1]
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 steps" in shown
+    assert "learning rate" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_editing_the_defaults_changes_the_bare_command(tmp_path: Path) -> None:
+    """As users of such a pipeline do: edit a file under gpt/configs/, run `python gpt/main.py`."""
+    package = tmp_path / "gpt"
+    for path in (REPOSITORY / "gpt").rglob("*.py"):
+        target = package / path.relative_to(REPOSITORY / "gpt")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text())
+    train_config = package / "configs" / "train_config.py"
+    edited = train_config.read_text().replace("seed: int = Field(1337", "seed: int = Field(4242")
+    assert edited != train_config.read_text()
+    train_config.write_text(edited)
+    shown = run(sys.executable, "gpt/main.py", "train", "--help", cwd=tmp_path).stdout
+    assert "(default: 4242)" in shown
+
+
+def _write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "unknown flag": (lambda _: ["--lerning-rate", "1"], "unknown flag --lerning-rate"),
+    "wrong type": (lambda _: ["--max-steps", "many"], "--max-steps many: expected a whole number"),
+    "out of range": (lambda _: ["--grad-clip", "-1"], "--grad-clip -1: must be at least 0"),
+    "indivisible": (lambda _: ["--tokens-per-step", "500"], "nearest: 256 or 512"),
+    "missing file": (lambda p: ["--data.source", str(p / "none.txt")], "none.txt: no such file or folder"),
+    "empty file": (lambda p: ["--data.source", _write(p / "e.txt", b"")], "e.txt: the file is empty"),
+    "short text": (lambda p: ["--data.source", _write(p / "s.txt", b"short")], "too few for --model.block-size 64"),
+    "not utf-8": (lambda p: ["--data.source", _write(p / "l.txt", b"caf\xe9!")], "l.txt: not UTF-8 at byte offset 3"),
+    "unwritable run folder": (lambda p: ["--run-dir", _write(p / "file", b"") + "/run"], "cannot write there"),
+    "no checkpoint": (lambda p: ["--resume", str(p)], "holds no checkpoint"),
+    "no weights": (lambda p: ["--init-from", str(p / "none")], "no such folder"),
+    "no tokenizer": (lambda p: ["--data.tokenizer", "bpee"], "bpee: no such file; one of byte, char, bpe, gpt2"),
+    "no device": (lambda _: ["--device", "gpu"], "--device gpu: did you mean cpu?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_on_stderr_and_status_2(
+    case: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = BAD_INPUT[case]
+    assert main([*flags, *change(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("gpt: error: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--resume", "never"], "holds a run; --resume auto continues it"),
+        (["--model.n-layer", "3"], "another configuration: model.n_layer is 2 there and 3 here"),
+        (["--lr.max-lr", "0.5"], "another configuration: lr.max_lr"),
+    ],
+)
+def test_a_run_is_never_mixed_with_another(
+    extra: list[str], message: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert main([*flags, *extra]) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
+    number: signal.Signals, status: int, flags: list[str], tmp_path: Path
+) -> None:
+    endless = [*flags, "--max-steps", "100000", "--checkpoint.interval", "0", "--eval.interval", "0"]
+    process = subprocess.Popen(
+        [sys.executable, str(MAIN), *endless], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
+    assert f"{number.name} at step" in output
+    assert "the same command continues the run" in output
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    step = int(saved[0].removeprefix("step_"))
+    assert len(saved) == 1
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == step
+    assert main([*endless, "--max-steps", str(step + 1)]) == 0
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(flags: list[str], tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    process = subprocess.Popen([sys.executable, str(MAIN), *flags], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    os.close(reading)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
+    assert process.returncode == 0
+
+
+def test_the_defaults_are_quickstart() -> None:
+    assert TrainConfig().run_dir == Path("runs/quickstart")

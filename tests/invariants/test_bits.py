@@ -1,0 +1,101 @@
+"""What is promised to the bit: resuming, and being watched."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.configs.train_config import TrainConfig
+from gpt.pipeline import build, lay_out
+from tests.conftest import LossRecorder
+
+Configure = Callable[..., TrainConfig]
+Record = Callable[..., tuple[list[float], dict[str, torch.Tensor]]]
+
+
+def logged_losses(run_dir: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_of_2n_steps_is_a_run_of_n_resumed_for_n_more(
+    tiny: Configure, record: Record, tmp_path: Path, dtype: str
+) -> None:
+    settings = {"dtype": dtype, "model": {"dropout": 0.2}, "checkpoint": {"interval": 3}}
+    whole, weights = record(tiny(tmp_path / "whole", max_steps=12, **settings))
+    first, _ = record(tiny(tmp_path / "parts", max_steps=6, **settings))
+    second, resumed = record(tiny(tmp_path / "parts", max_steps=12, **settings))
+    assert first + second == whole
+    assert same(weights, resumed)
+    assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "parts")
+    finals = [(tmp_path / name / "checkpoints/step_00000012") for name in ("whole", "parts")]
+    for file in ("model.safetensors", "optimizer.safetensors", "progress.json"):
+        assert (finals[0] / file).read_bytes() == (finals[1] / file).read_bytes()
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(tiny: Configure, record: Record, tmp_path: Path) -> None:
+    class Dying(LossRecorder):
+        def on_event(self, event: object) -> tuple[()]:
+            if getattr(event, "losses", None) and event.step == 8:  # type: ignore[attr-defined]
+                raise KeyboardInterrupt
+            return ()
+
+    whole, weights = record(tiny(tmp_path / "whole", max_steps=10, checkpoint={"interval": 3}))
+    config = tiny(tmp_path / "died", max_steps=10, checkpoint={"interval": 3})
+    with pytest.raises(KeyboardInterrupt):
+        record(config, Dying())
+    losses, resumed = record(config)
+    assert losses == whole[6:]
+    assert same(weights, resumed)
+    assert logged_losses(tmp_path / "died") == logged_losses(tmp_path / "whole")
+
+
+def test_watching_changes_no_bit(tiny: Configure, record: Record, tmp_path: Path) -> None:
+    settings = {"model": {"dropout": 0.2}, "max_steps": 6}
+    busy = tiny(tmp_path / "busy", eval={"interval": 1, "batches": 0}, checkpoint={"interval": 1}, **settings)
+    watched, watched_weights = record(busy, LossRecorder(), LossRecorder())
+    bare = build(lay_out(tiny(tmp_path / "bare", log={"interval": 5}, eval={"interval": 0}, **settings)))
+    for observer in tuple(bare._observers):
+        bare.detach(observer)
+        observer.close(None)
+    recorder = LossRecorder()
+    bare.attach(recorder)
+    bare.train()
+    assert recorder.losses == watched
+    assert same(bare._state.model.state_dict(), watched_weights)
+
+
+def test_micro_batches_of_another_size_change_nothing_but_rounding(
+    tiny: Configure, record: Record, tmp_path: Path
+) -> None:
+    few, _ = record(tiny(tmp_path / "few", micro_batch_size=8))
+    many, _ = record(tiny(tmp_path / "many", micro_batch_size=1))
+    assert few == pytest.approx(many, abs=2e-6)
+    assert tiny(tmp_path, micro_batch_size=8).tokens_per_step == 8 * 16
+
+
+def test_the_seed_decides_the_run(tiny: Configure, record: Record, tmp_path: Path) -> None:
+    runs = [record(tiny(tmp_path / str(i), seed=seed, max_steps=3))[0] for i, seed in enumerate((1, 1, 2))]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_nothing_is_ever_pickled(tiny: Configure, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("pickle")
+
+    for name in ("load", "loads", "dump", "dumps", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, forbidden)
+    record(tiny(tmp_path, max_steps=2))
+    losses, _ = record(tiny(tmp_path, max_steps=4))
+    assert len(losses) == 2

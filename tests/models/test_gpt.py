@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from gpt.configs.gpt_config import GPTConfig
+from gpt.models.gpt import GPT, INIT_STD
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50)
+
+
+def test_a_token_sees_only_what_came_before_it() -> None:
+    model = GPT(CONFIG, seed=0).eval()
+    tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 50
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    torch.manual_seed(1)
+    first = GPT(CONFIG, seed=5).state_dict()
+    torch.manual_seed(2)
+    second, other = GPT(CONFIG, seed=5).state_dict(), GPT(CONFIG, seed=6).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["wte.weight"], other["wte.weight"])
+
+
+def test_init_is_gpt2s_with_scaled_residual_projections() -> None:
+    model = GPT(GPTConfig(n_layer=8, n_head=2, n_embd=128, block_size=64, vocab_size=500), seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        elif parameter.dim() == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter))
+        else:
+            expected = INIT_STD / math.sqrt(16) if name.endswith("c_proj.weight") else INIT_STD
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_a_fresh_model_knows_nothing() -> None:
+    model = GPT(CONFIG, seed=0)
+    tokens = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(0))
+    assert model(tokens, tokens.roll(1)).item() / 64 == pytest.approx(math.log(50), abs=0.1)
+
+
+def test_without_bias_there_is_none() -> None:
+    names = GPT(CONFIG.model_copy(update={"bias": False}), seed=0).state_dict()
+    assert not [name for name in names if name.endswith("bias")]
+
+
+def test_parameters_count_the_tied_head_once() -> None:
+    block = 12 * 32**2 + 13 * 32
+    assert GPT(CONFIG, seed=0).n_parameters == (50 + 16) * 32 + 2 * block + 2 * 32
+
+
+@pytest.mark.parametrize("dropped", ["drop", "attn.resid_dropout", "mlp.dropout"])
+def test_dropout_acts_in_training_only(dropped: str) -> None:
+    model = GPT(CONFIG.model_copy(update={"dropout": 0.5}), seed=0)
+    assert [m.p for name, m in model.named_modules() if name.endswith(dropped)][0] == 0.5
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_an_unresolved_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        GPT(GPTConfig(), seed=0)

@@ -1,0 +1,32 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from gpt.parallel.apply import compile_in_place, distribute
+from gpt.parallel.gradient_sync import gradient_sync
+from gpt.utils.distributed import DistContext
+
+
+def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 2)
+
+    def trial() -> None:
+        model.weight.grad = torch.ones(2, 2)
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    with caplog.at_level(logging.WARNING):
+        assert not compile_in_place(model, trial)
+    assert "torch.compile does not work here (no C++ compiler)" in caplog.text
+    assert model._compiled_call_impl is None
+    assert model.weight.grad is None
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_one_process_needs_no_wrapper() -> None:
+    model = nn.Linear(2, 2)
+    assert distribute(model, DistContext("cpu")) is model
+    with gradient_sync(model, is_last=False):
+        model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad is not None

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.errors import UserError
+from gpt.planning.hardware import cpu_has_bfloat16, find_device, machine_facts
+
+
+def test_auto_takes_the_best_device_there_is() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert find_device("auto") == expected
+    assert find_device("cpu") == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_device_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--device cuda: this machine has none; nearest: (cpu|mps)"):
+        find_device("cuda")
+
+
+def test_machine_facts() -> None:
+    facts = machine_facts("cpu", world_size=2)
+    assert (facts.device, facts.world_size, facts.has_bfloat16) == ("cpu", 2, cpu_has_bfloat16())
+    assert f"{torch.get_num_threads()} threads" in facts.device_name
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's /proc/cpuinfo")
+def test_bfloat16_arithmetic_is_what_torch_finds() -> None:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not capabilities:
+        pytest.skip("this torch does not tell")
+    assert cpu_has_bfloat16() == (capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))

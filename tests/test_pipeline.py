@@ -1,0 +1,106 @@
+"""How a run starts: afresh, from a checkpoint, or from another run's weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+from gpt.pipeline import build, lay_out, load_for_inference
+
+Configure = Callable[..., TrainConfig]
+
+
+def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure, finished_run: Path) -> None:
+    assert lay_out(tiny(finished_run, checkpoint={"interval": 4}), dry_run=True).finished_at == 8
+    assert lay_out(tiny(finished_run, max_steps=5), dry_run=True).finished_at == 8
+    longer = lay_out(tiny(finished_run, max_steps=9), dry_run=True)
+    assert longer.finished_at is None
+    assert longer.origin == finished_run / "checkpoints/step_00000008"
+
+
+def test_a_dry_run_writes_nothing(tiny: Configure, tmp_path: Path) -> None:
+    assert lay_out(tiny(tmp_path / "new"), dry_run=True).plan.max_steps == 8
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_from_takes_the_weights_alone(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+    trainer = build(lay_out(tiny(tmp_path, init_from=finished_run, max_steps=1)))
+    saved = load_file(finished_run / "checkpoints/step_00000008/model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trainer._state.model.state_dict().items())
+    assert trainer._state.progress.step == 0
+    assert trainer._state.optimizer_tensors() == {}
+    trainer.train()
+
+
+def test_init_from_another_architecture_is_told_before_the_corpus_is_read(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    config = tiny(tmp_path, init_from=finished_run, model={"n_head": 4}, data={"source": "/no/such/file"})
+    with pytest.raises(UserError, match=r"another architecture: --model.n-head is 2 there and 4 here"):
+        lay_out(config)
+
+
+def test_init_from_another_tokenizer_names_the_one_to_take(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    config = tiny(tmp_path, init_from=finished_run, data={"tokenizer": "char"})
+    with pytest.raises(UserError, match=r"another tokenizer; add --data.tokenizer .*tokenizer.json"):
+        build(lay_out(config))
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(tiny: Configure, tmp_path: Path) -> None:
+    build(lay_out(tiny(tmp_path, max_steps=1))).train()
+    weights = tmp_path / "checkpoints/step_00000001/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=f"{weights}: damaged"):
+        build(lay_out(tiny(tmp_path, max_steps=2)))
+
+
+def test_resume_from_a_named_checkpoint_begins_a_new_folder(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    checkpoint = finished_run / "checkpoints/step_00000004"
+    config = tiny(tmp_path / "fork", resume=str(checkpoint))
+    trainer = build(lay_out(config))
+    assert trainer._state.progress.step == 4
+    trainer.train()
+    ours, theirs = (
+        [json.loads(line)["train/loss"] for line in (path / "metrics.jsonl").read_text().splitlines() if "train/" in line]
+        for path in (tmp_path / "fork", finished_run)
+    )
+    assert ours == theirs[4:]
+    assert lay_out(config, dry_run=True).finished_at == 8
+
+
+def test_a_corpus_without_validation_set_trains_without_evaluating(tiny: Configure, tmp_path: Path) -> None:
+    layout = lay_out(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=2))
+    assert layout.plan.notes == ("no validation set: val/loss is not reported",)
+    build(layout).train()
+    assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_padded_vocabulary_trains_and_samples_within_the_tokenizers(tiny: Configure, tmp_path: Path) -> None:
+    build(lay_out(tiny(tmp_path, model={"vocab_size": 320}, max_steps=1))).train()
+    model, tokenizer = load_for_inference(tmp_path, "cpu")
+    assert (model.config.vocab_size, tokenizer.vocab_size) == (320, 257)
+    assert not model.training
+
+
+def test_a_prompt_that_cannot_be_tokenized_is_told_before_training(tiny: Configure, tmp_path: Path) -> None:
+    config = tiny(tmp_path, data={"tokenizer": "char"}, sample={"prompts": ("Ω",)})
+    with pytest.raises(UserError, match="the character 'Ω' is not among"):
+        build(lay_out(config))
+
+
+def test_environment_and_config_describe_the_run(tiny: Configure, finished_run: Path) -> None:
+    environment = json.loads((finished_run / "environment.json").read_text())
+    assert environment["libraries"]["torch"] == torch.__version__
+    saved = TrainConfig.model_validate_json((finished_run / "config.json").read_text())
+    assert saved == tiny(finished_run, checkpoint={"interval": 4})

@@ -1,0 +1,48 @@
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from gpt.training.evaluator import Evaluator
+from gpt.training.events import EvalEnd, MetricsReady, StepEnd
+from tests.training.test_logger import PLAN
+
+
+class Task:
+    name = "count"
+
+    def __init__(self) -> None:
+        self.modes: list[bool] = []
+
+    def run(self, model: nn.Module) -> dict[str, float]:
+        self.modes.append(model.training)
+        return {"count": float(len(self.modes))}
+
+
+def test_it_evaluates_on_the_plans_steps_in_evaluation_mode() -> None:
+    task, model = Task(), nn.Dropout()
+    evaluator = Evaluator(model, [task], replace(PLAN, eval_interval=5))
+    published = [event for step in range(1, 21) for event in evaluator.on_event(StepEnd(step, step))]
+    assert published == [EvalEnd(5 * n, "count", {"count": float(n)}) for n in range(1, 5)]
+    assert task.modes == [False] * 4
+    assert model.training
+
+
+def test_other_events_are_none_of_its_business() -> None:
+    evaluator = Evaluator(nn.Identity(), [Task()], PLAN)
+    assert list(evaluator.on_event(MetricsReady(20, {}, ()))) == []
+    evaluator.close(None)
+
+
+def test_the_mode_is_put_back_when_a_task_fails() -> None:
+    class Failing(Task):
+        def run(self, model: nn.Module) -> dict[str, float]:
+            raise RuntimeError
+
+    model = nn.Linear(1, 1)
+    try:
+        Evaluator(model, [Failing()], PLAN).on_event(StepEnd(20, 1))
+    except RuntimeError:
+        pass
+    assert model.training
+    assert torch.is_grad_enabled()

@@ -1,0 +1,97 @@
+import json
+import logging
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gpt.configs.run_plan import CorpusFacts, MachineFacts, resolve
+from gpt.configs.train_config import TrainConfig
+from gpt.training.events import CheckpointSaved, EvalEnd, Event, MetricsReady, StepEnd, TextSampled, TrainEnd, TrainStart
+from gpt.training.logger import Logger
+from gpt.training.sinks.console import ConsoleSink
+from gpt.training.sinks.jsonl import JsonlSink
+
+PLAN = resolve(
+    TrainConfig(max_steps=20),
+    MachineFacts("cpu", "a CPU", has_bfloat16=False),
+    CorpusFacts(vocab_size=300, train_tokens=10**6, val_tokens=10, val_bytes=30, xz_bits_per_byte=1.75),
+)
+METRICS = {"train/loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 2048.0, "lr": 1e-3, "tokens": 40960}
+EVENTS: list[Event] = [
+    TrainStart(0, PLAN, "runs/a/checkpoints/step_00000005"),
+    MetricsReady(10, METRICS, (2.6, 2.5)),
+    StepEnd(10, 40960),
+    EvalEnd(10, "val", {"val/loss": 2.0, "val/perplexity": 7.389, "val/bpb": 1.5}),
+    TextSampled(10, "def", " main():\n\x1b[31mred"),
+    CheckpointSaved(10, "runs/a/checkpoints/step_00000010"),
+    TrainEnd(20, "finished"),
+]
+
+
+def shown(*, terminal: bool) -> str:
+    out = StringIO()
+    sink = ConsoleSink(Console(file=out, force_terminal=terminal, width=100, color_system=None))
+    for event in EVENTS:
+        sink.write(event)
+    sink.close(None)
+    return out.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    lines = shown(terminal=False).splitlines()
+    assert lines[0] == "continuing from runs/a/checkpoints/step_00000005"
+    assert lines[1] == "step 10/20  loss 2.5000  lr 1.00e-03  2.05k tokens/s  ETA 0:00:20"
+    assert lines[2] == "step 10: val/loss 2.0000, val/perplexity 7.3890, val/bpb 1.5000"
+    assert lines[3] == "        bits per byte of the same files: 1.500 here, 1.750 by xz -9e"
+    assert lines[-2:] == ["step 10: saved runs/a/checkpoints/step_00000010", "finished at step 20"]
+
+
+def test_a_live_bar_on_a_terminal() -> None:
+    text = shown(terminal=True)
+    for part in ("10/20", "loss 2.5000", "lr 1.00e-03", "2.05k tokens/s", "ETA", "val/bpb 1.5000"):
+        assert part in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_model_writes_cannot_steer_the_terminal(terminal: bool) -> None:
+    text = shown(terminal=terminal)
+    assert "\x1b[31m" not in text
+    assert r"\x1b[31mred" in text
+
+
+def test_jsonl_files(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    for event in [*EVENTS, EvalEnd(20, "val", {"val/loss": float("nan")})]:
+        sink.write(event)
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics == [
+        {"step": 10} | METRICS,
+        {"step": 10, "val/loss": 2.0, "val/perplexity": 7.389, "val/bpb": 1.5},
+        {"step": 20, "val/loss": None},
+    ]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == [{"step": 10, "prompt": "def", "text": " main():\n\x1b[31mred"}]
+
+
+class Broken:
+    def write(self, event: Event) -> None:
+        raise ConnectionError("the service is down\nsee its site")
+
+    def close(self, error: BaseException | None) -> None:
+        raise AssertionError("a dropped sink is not closed")
+
+
+def test_a_sink_that_raises_is_dropped_and_named_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = Logger([Broken(), JsonlSink(tmp_path / "m", tmp_path / "s")])
+    with caplog.at_level(logging.WARNING):
+        for event in EVENTS:
+            assert list(logger.on_event(event)) == []
+        logger.close(None)
+    assert [record.message for record in caplog.records] == [
+        "Broken stopped recording at step 0: the service is down"
+    ]
+    assert (tmp_path / "m").read_text().count("\n") == 2

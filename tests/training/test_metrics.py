@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from gpt.training.metrics import Meter
+from gpt.training.train_step import StepStats
+from gpt.utils.distributed import DistContext
+
+
+def test_a_report_has_every_loss_and_the_rate_of_its_window() -> None:
+    now = [100.0]
+    meter = Meter(tokens_per_step=10, dist=DistContext("cpu"), clock=lambda: now[0])
+    now[0] = 500.0  # set-up is not training
+    meter.start_window()
+    for loss, norm in ((20.0, 1.0), (30.0, 2.0)):
+        meter.add(StepStats(torch.tensor(loss), torch.tensor(norm)))
+    now[0] = 504.0
+    metrics, losses = meter.report()
+    assert losses == (2.0, 3.0)
+    assert metrics == {"train/loss": 3.0, "grad_norm": 2.0, "tokens_per_second": pytest.approx(5.0)}
+    meter.start_window()
+    meter.add(StepStats(torch.tensor(10.0), torch.tensor(1.0)))
+    now[0] = 505.0
+    assert meter.report() == ({"train/loss": 1.0, "grad_norm": 1.0, "tokens_per_second": 10.0}, (1.0,))

@@ -1,0 +1,134 @@
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.configs.train_config import TrainConfig
+from gpt.pipeline import build, lay_out
+from gpt.training.events import (
+    CheckpointSaved,
+    Command,
+    EvalEnd,
+    Event,
+    MetricsReady,
+    Save,
+    StepEnd,
+    Stop,
+    TextSampled,
+    TrainEnd,
+    TrainStart,
+)
+from tests.conftest import LossRecorder
+
+Configure = Callable[..., TrainConfig]
+
+
+class Commanding(LossRecorder):
+    """Gives a command after a step."""
+
+    def __init__(self, step: int, *commands: Command):
+        super().__init__()
+        self.step, self.commands = step, commands
+
+    def on_event(self, event: Event) -> Iterable[Command]:  # type: ignore[override]
+        super().on_event(event)
+        return self.commands if isinstance(event, StepEnd) and event.step == self.step else ()
+
+
+def committed(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_events_come_in_the_documented_order(tiny: Configure, tmp_path: Path) -> None:
+    recorder = LossRecorder()
+    trainer = build(lay_out(tiny(tmp_path, max_steps=2, eval={"interval": 0})))
+    trainer.attach(recorder)
+    assert trainer.train() == "finished"
+    kinds = [type(event) for event in recorder.events]
+    one_step = [MetricsReady, StepEnd]
+    end = [EvalEnd, TextSampled, CheckpointSaved, TrainEnd, type(None)]
+    assert kinds == [TrainStart, *one_step, *one_step, *end]
+    assert [event.step for event in recorder.events[:-1]] == [0, 1, 1, 2, 2, 2, 2, 2, 2]  # type: ignore[attr-defined]
+    assert recorder.events[4].tokens_seen == 256  # type: ignore[attr-defined]
+
+
+def test_metrics_file_has_the_documented_keys(finished_run: Path) -> None:
+    records = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    train = [record for record in records if "train/loss" in record]
+    evaluations = [record for record in records if "val/loss" in record]
+    assert [record["step"] for record in train] == list(range(1, 9))
+    assert [record["step"] for record in evaluations] == [4, 8]
+    assert set(train[0]) == {"step", "tokens", "train/loss", "lr", "grad_norm", "tokens_per_second"}
+    assert set(evaluations[0]) == {"step", "val/loss", "val/perplexity", "val/bpb"}
+    assert [record["tokens"] for record in train] == [128 * step for step in range(1, 9)]
+    assert [record["lr"] for record in train][:2] == [0.005, 0.01]
+    assert train[-1]["train/loss"] < train[0]["train/loss"] - 0.3
+
+
+def test_a_run_folder_holds_what_is_documented(finished_run: Path) -> None:
+    names = sorted(path.name for path in finished_run.iterdir())
+    assert names == ["checkpoints", "config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "tokenizer.json"]
+    samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["prompt"]) for sample in samples] == [(4, "the"), (8, "the")]
+
+
+def test_stop_saves_and_ends(tiny: Configure, tmp_path: Path) -> None:
+    trainer = build(lay_out(tiny(tmp_path)))
+    trainer.attach(Commanding(3, Stop("enough")))
+    assert trainer.train() == "enough"
+    assert committed(tmp_path) == ["step_00000003"]
+
+
+def test_save_writes_a_checkpoint_and_goes_on(tiny: Configure, tmp_path: Path) -> None:
+    trainer = build(lay_out(tiny(tmp_path)))
+    trainer.attach(Commanding(3, Save()))
+    assert trainer.train() == "finished"
+    assert committed(tmp_path) == ["step_00000003", "step_00000008"]
+
+
+def test_an_error_reaches_every_observer_and_the_caller(tiny: Configure, tmp_path: Path) -> None:
+    class Failing(LossRecorder):
+        def on_event(self, event: Event) -> tuple[()]:
+            if isinstance(event, StepEnd):
+                raise RuntimeError("broken")
+            return ()
+
+    recorder, failing = LossRecorder(), Failing()
+    trainer = build(lay_out(tiny(tmp_path)))
+    trainer.attach(recorder)
+    trainer.attach(failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert isinstance(recorder.events[-1], RuntimeError)
+    assert isinstance(failing.events[-1], RuntimeError)
+    assert not [event for event in recorder.events if isinstance(event, TrainEnd)]
+
+
+def test_float16_counts_skipped_updates_beside_the_step(tiny: Configure, tmp_path: Path) -> None:
+    recorder = LossRecorder()
+    trainer = build(lay_out(tiny(tmp_path, dtype="float16", max_steps=2)))
+    trainer._state.scaler.load_state_dict(trainer._state.scaler.state_dict() | {"scale": 2.0**120})
+    trainer.attach(recorder)
+    trainer.train()
+    reports = [event for event in recorder.events if isinstance(event, MetricsReady)]
+    assert [(report.step, report.metrics["skipped_updates"]) for report in reports] == [(1, 1), (2, 2)]
+    progress = json.loads((tmp_path / "checkpoints/step_00000002/progress.json").read_text())
+    assert (progress["step"], progress["skipped_updates"]) == (2, 2)
+
+
+def test_bfloat16_trains(tiny: Configure, record: Callable[..., tuple[list[float], object]], tmp_path: Path) -> None:
+    float32, _ = record(tiny(tmp_path / "32"))
+    bfloat16, _ = record(tiny(tmp_path / "16", dtype="bfloat16"))
+    assert bfloat16 != float32
+    assert bfloat16 == pytest.approx(float32, abs=0.05)
+
+
+def test_compiled_training_is_the_same_run(
+    tiny: Configure, record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]], tmp_path: Path
+) -> None:
+    plain, _ = record(tiny(tmp_path / "plain", max_steps=3, eval={"interval": 0}))
+    compiled, weights = record(tiny(tmp_path / "compiled", max_steps=3, eval={"interval": 0}, compile=True))
+    assert compiled == pytest.approx(plain, abs=1e-4)
+    assert not [name for name in weights if "_orig_mod" in name]

@@ -1,0 +1,21 @@
+import pytest
+
+from gpt.errors import UserError
+from gpt.utils.distributed import DistContext
+
+
+def test_one_process_talks_to_itself() -> None:
+    dist = DistContext("cpu")
+    assert (dist.rank, dist.world_size, dist.is_main) == (0, 1, True)
+    assert dist.broadcast({"a": [1]}) == {"a": [1]}
+    assert dist.on_main(lambda: 5) == 5
+    assert dist.sum_on_host([1.5, 2.0]) == [1.5, 2.0]
+    assert dist.start_max(3).read() == 3
+
+
+def test_a_users_mistake_on_main_is_raised() -> None:
+    def fail() -> None:
+        raise UserError("no such file")
+
+    with pytest.raises(UserError, match="no such file"):
+        DistContext("cpu").on_main(fail)
