@@ -13,10 +13,15 @@ if __name__ == "__main__" and __package__ in (None, "") and sys.path:
 import importlib
 import logging
 import os
+import time
 from collections.abc import Sequence
 
 from gpt.configs.presets import PRESETS
 from gpt.errors import UserError
+from gpt.utils import launch
+
+OTHER_RANKS_WAIT = 5.0
+"""Seconds before a rank other than the first tells of an error that perhaps it alone has seen."""
 
 VERBS = {"train": "train a model, or continue a run", "sample": "let a trained model continue a text"}
 
@@ -47,23 +52,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
-    _log_to_stdout()
+    _log_to_terminal()
     try:
         status: int = importlib.import_module(f"gpt.commands.{verb}").run(arguments)
     except UserError as error:
-        print(f"gpt: error: {error}", file=sys.stderr)
-        return 2
+        _tell(error)
+        status = 2
     except KeyboardInterrupt:
         print("gpt: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        status = 130
+    except BrokenPipeError:
+        status = 0
+    _flush()
     return status
 
 
-def _log_to_stdout() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+def _log_to_terminal() -> None:
+    """Progress goes to stdout and warnings to stderr, from the first rank."""
+    information, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    information.addFilter(lambda record: record.levelno < logging.WARNING)
+    warnings.setLevel(logging.WARNING)
+    level = logging.INFO if launch.rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[information, warnings])
+    logging.raiseExceptions = False  # a closed stdout must not fill stderr with tracebacks
+
+
+def _flush() -> None:
+    """Write out what is buffered; a reader that has left is no error, and Python must not trip over it at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell(error: UserError) -> None:
+    """Most mistakes are seen by every rank and told by the first; the launcher ends the others while they wait."""
+    if launch.rank() > 0:
+        time.sleep(OTHER_RANKS_WAIT)
+    print(f"gpt: error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

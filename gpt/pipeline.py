@@ -137,7 +137,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         trainer.attach(TextSampler(model, corpus.tokenizer, prompts, config.sample, plan))
     if dist.is_main:
         sinks = [JsonlSink(layout.folder.metrics, layout.folder.samples)]
-        trainer.attach(Logger([*sinks, *([ConsoleSink(console)] if console else [])]))
+        trainer.attach(Logger([*sinks, *([ConsoleSink(console, config.run_dir)] if console else [])]))
     return trainer
 
 

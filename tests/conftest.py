@@ -16,7 +16,9 @@ from gpt.configs.train_config import TrainConfig
 from gpt.pipeline import build, lay_out
 from gpt.training.observer import Observer
 
-WORDS = "the a of model token data loss step train batch layer head width seed rate decay norm bias gelu run".split()
+WORDS = """
+    the a of model token data loss step train batch layer head width seed rate decay norm bias gelu run
+""".split()
 
 
 def make_text(n_words: int, seed: int = 0) -> str:

@@ -45,9 +45,7 @@ def test_init_from_another_architecture_is_told_before_the_corpus_is_read(
         lay_out(config)
 
 
-def test_init_from_another_tokenizer_names_the_one_to_take(
-    tiny: Configure, finished_run: Path, tmp_path: Path
-) -> None:
+def test_init_from_another_tokenizer_names_the_one_to_take(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     config = tiny(tmp_path, init_from=finished_run, data={"tokenizer": "char"})
     with pytest.raises(UserError, match=r"another tokenizer; add --data.tokenizer .*tokenizer.json"):
         build(lay_out(config))
@@ -72,7 +70,11 @@ def test_resume_from_a_named_checkpoint_begins_a_new_folder(
     assert trainer._state.progress.step == 4
     trainer.train()
     ours, theirs = (
-        [json.loads(line)["train/loss"] for line in (path / "metrics.jsonl").read_text().splitlines() if "train/" in line]
+        [
+            json.loads(line)["train/loss"]
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+            if "train/" in line
+        ]
         for path in (tmp_path / "fork", finished_run)
     )
     assert ours == theirs[4:]
@@ -80,7 +82,7 @@ def test_resume_from_a_named_checkpoint_begins_a_new_folder(
 
 
 def test_a_corpus_without_validation_set_trains_without_evaluating(tiny: Configure, tmp_path: Path) -> None:
-    layout = lay_out(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=2))
+    layout = lay_out(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=3))
     assert layout.plan.notes == ("no validation set: val/loss is not reported",)
     build(layout).train()
     assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()

@@ -1,7 +1,6 @@
 """The processes that train together: starting them, and the few things that they tell each other."""
 
 import json
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.errors import UserError
+from gpt.utils import launch
 
 T = TypeVar("T")
 
@@ -33,9 +33,7 @@ class DistContext:
 
     def __init__(self, device: str):
         """Join the processes that torchrun started, if it did; `device` is cpu, cuda or mps."""
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size, self.rank, local_rank = launch.world_size(), launch.rank(), launch.local_rank()
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
         if self.world_size > 1 and device == "mps":
             raise UserError("--device mps trains in one process only; use --device cpu under torchrun")

@@ -39,7 +39,9 @@ def test_another_configuration_is_refused_and_told(tiny: Configure, finished_run
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/step_00000004"])
-def test_a_named_checkpoint_starts_another_folder(tiny: Configure, finished_run: Path, tmp_path: Path, place: str) -> None:
+def test_a_named_checkpoint_starts_another_folder(
+    tiny: Configure, finished_run: Path, tmp_path: Path, place: str
+) -> None:
     start = finished_run / place
     expected = RunFolder(finished_run).checkpoint_at(4 if place else 8)
     assert RunFolder(tmp_path / "new").origin(tiny(tmp_path / "new", resume=str(start))) == expected
@@ -49,7 +51,7 @@ def test_a_named_checkpoint_of_another_configuration_is_refused(
     tiny: Configure, finished_run: Path, tmp_path: Path
 ) -> None:
     config = tiny(tmp_path / "new", resume=str(finished_run), model={"n_embd": 32})
-    with pytest.raises(UserError, match="model.n_embd is 16 there and 32 here"):
+    with pytest.raises(UserError, match=r"model\.n_embd is 16 there and 32 here"):
         RunFolder(tmp_path / "new").origin(config)
 
 

@@ -37,7 +37,10 @@ def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:
     saved, loaded = trained_state(scaled=True), make_state(9, scaled=True)
     write_checkpoint(tmp_path / "step", saved, "{}")
     read_checkpoint(tmp_path / "step", loaded)
-    for ours, theirs in ((saved.model_tensors(), loaded.model_tensors()), (saved.optimizer_tensors(), loaded.optimizer_tensors())):
+    for ours, theirs in (
+        (saved.model_tensors(), loaded.model_tensors()),
+        (saved.optimizer_tensors(), loaded.optimizer_tensors()),
+    ):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert loaded.progress_json() == saved.progress_json()
@@ -96,7 +99,9 @@ def test_a_missing_cut_or_newer_file_is_named(
 
 def test_another_architecture_is_one_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
-    with pytest.raises(UserError, match=r"another architecture: h.0.attn.c_attn.bias has shape \(24,\) there and \(48,\)"):
+    with pytest.raises(
+        UserError, match=r"another architecture: h.0.attn.c_attn.bias has shape \(24,\) there and \(48,\)"
+    ):
         read_checkpoint(tmp_path / "step", make_state(1, n_embd=16))
 
 

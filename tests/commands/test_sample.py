@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt.errors import UserError
 from gpt.commands.sample import run
+from gpt.errors import UserError
 
 
 def sample(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -144,8 +144,15 @@ def test_a_broken_configuration_file_names_file_and_key(tmp_path: Path, content:
 def test_every_field_has_a_help_text() -> None:
     def undocumented(model: type, prefix: str = "") -> list[str]:
         fields = model.model_fields.items()  # type: ignore[attr-defined]
-        nested = [name for n, f in fields if hasattr(f.annotation, "model_fields") for name in undocumented(f.annotation, f"{n}.")]
-        return nested + [prefix + n for n, f in fields if not f.description and not hasattr(f.annotation, "model_fields")]
+        nested = [
+            name
+            for n, f in fields
+            if hasattr(f.annotation, "model_fields")
+            for name in undocumented(f.annotation, f"{n}.")
+        ]
+        return nested + [
+            prefix + n for n, f in fields if not f.description and not hasattr(f.annotation, "model_fields")
+        ]
 
     assert undocumented(TrainConfig) == []
 

@@ -33,9 +33,7 @@ def test_tokens_per_step_zero_is_one_micro_batch_per_process() -> None:
     ],
 )
 def test_indivisible_sizes_name_the_nearest(tokens: int, world_size: int, message: str) -> None:
-    config = TrainConfig.model_validate(
-        {"micro_batch_size": 2, "tokens_per_step": tokens, "model": {"block_size": 16}}
-    )
+    config = TrainConfig.model_validate({"micro_batch_size": 2, "tokens_per_step": tokens, "model": {"block_size": 16}})
     with pytest.raises(UserError, match=message):
         plan_batch(config, world_size)
 

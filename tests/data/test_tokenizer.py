@@ -11,8 +11,15 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt.data import tokenizer as module
-from gpt.data.tokenizer import END_OF_TEXT, Tokenizer, build_tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer
-from gpt.data.tokenizer import train_bpe
+from gpt.data.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    build_tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    gpt2_tokenizer,
+    train_bpe,
+)
 from gpt.errors import UserError
 
 TEXT = "def main():\n    return 'héllo 🙂'  # 12345 it's\r\n\n\n\tx = y\n" * 20
@@ -138,7 +145,9 @@ def test_an_empty_prompt_starts_a_document() -> None:
     assert byte_tokenizer().encode_prompt("a") == [97]
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no such file; one of byte, char"), ("{}", "not a Hugging Face")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file; one of byte, char"), ("{}", "not a Hugging Face")]
+)
 def test_a_bad_tokenizer_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:

@@ -69,14 +69,14 @@ def test_rank_0_alone_talks(runs: dict[int, tuple[Path, str]]) -> None:
 
 
 def test_a_users_mistake_is_told_once(tmp_path: Path) -> None:
-    output, _ = (process := torchrun("--run-dir", str(tmp_path), "--data.source", "/no/such/text")).communicate(timeout=120)
+    output, _ = (process := torchrun("--run-dir", str(tmp_path), "--data.source", "/no/such/text")).communicate(
+        timeout=120
+    )
     assert process.returncode != 0
     assert output.count("gpt: error: --data.source /no/such/text: no such file or folder") == 1
 
 
-def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(
-    text_file: Path, cache_dir: Path, tmp_path: Path
-) -> None:
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(text_file: Path, cache_dir: Path, tmp_path: Path) -> None:
     process = torchrun(
         *("--run-dir", str(tmp_path), "--max-steps", "100000", "--checkpoint.interval", "0", "--eval.interval", "0"),
         *("--data.source", str(text_file), "--data.cache-dir", str(cache_dir)),

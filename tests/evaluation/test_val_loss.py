@@ -1,6 +1,5 @@
 import math
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest

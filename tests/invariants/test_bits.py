@@ -86,7 +86,9 @@ def test_the_seed_decides_the_run(tiny: Configure, record: Record, tmp_path: Pat
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_nothing_is_ever_pickled(tiny: Configure, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_ever_pickled(
+    tiny: Configure, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pickle
 
     def forbidden(*_: object, **__: object) -> None:

@@ -59,7 +59,7 @@ def test_parameters_count_the_tied_head_once() -> None:
 @pytest.mark.parametrize("dropped", ["drop", "attn.resid_dropout", "mlp.dropout"])
 def test_dropout_acts_in_training_only(dropped: str) -> None:
     model = GPT(CONFIG.model_copy(update={"dropout": 0.5}), seed=0)
-    assert [m.p for name, m in model.named_modules() if name.endswith(dropped)][0] == 0.5
+    assert next(m.p for name, m in model.named_modules() if name.endswith(dropped)) == 0.5
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()

@@ -13,7 +13,9 @@ TOLERANCE = 1e-5
 Pair = tuple[GPT, GPT2LMHeadModel]
 
 
-def named_pairs(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def named_pairs(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Name, our tensor, their tensor in our layout: transformers' Conv1D holds its weight transposed."""
     for name, tensor in ours.items():
         other = theirs[f"transformer.{name}"]
@@ -88,7 +90,11 @@ def test_greedy_generation(pair: Pair, tokens: torch.Tensor) -> None:
     ours, theirs = pair
     prompt = tokens[:1, :4]
     expected = theirs.eval().generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False, pad_token_id=0,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
         eos_token_id=None,
     )[0, 4:]
     drawn = generate(

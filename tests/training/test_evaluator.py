@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,9 +41,7 @@ def test_the_mode_is_put_back_when_a_task_fails() -> None:
             raise RuntimeError
 
     model = nn.Linear(1, 1)
-    try:
+    with pytest.raises(RuntimeError):
         Evaluator(model, [Failing()], PLAN).on_event(StepEnd(20, 1))
-    except RuntimeError:
-        pass
     assert model.training
     assert torch.is_grad_enabled()

@@ -4,13 +4,21 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from gpt.configs.run_plan import CorpusFacts, MachineFacts, resolve
 from gpt.configs.train_config import TrainConfig
-from gpt.training.events import CheckpointSaved, EvalEnd, Event, MetricsReady, StepEnd, TextSampled, TrainEnd, TrainStart
+from gpt.training.events import (
+    CheckpointSaved,
+    EvalEnd,
+    Event,
+    MetricsReady,
+    StepEnd,
+    TextSampled,
+    TrainEnd,
+    TrainStart,
+)
 from gpt.training.logger import Logger
-from gpt.training.sinks.console import ConsoleSink
+from gpt.training.sinks.console import ConsoleSink, RunConsole
 from gpt.training.sinks.jsonl import JsonlSink
 
 PLAN = resolve(
@@ -32,7 +40,7 @@ EVENTS: list[Event] = [
 
 def shown(*, terminal: bool) -> str:
     out = StringIO()
-    sink = ConsoleSink(Console(file=out, force_terminal=terminal, width=100, color_system=None))
+    sink = ConsoleSink(RunConsole(file=out, force_terminal=terminal, width=100, color_system=None), Path("runs/a"))
     for event in EVENTS:
         sink.write(event)
     sink.close(None)
@@ -41,11 +49,15 @@ def shown(*, terminal: bool) -> str:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = shown(terminal=False).splitlines()
-    assert lines[0] == "continuing from runs/a/checkpoints/step_00000005"
-    assert lines[1] == "step 10/20  loss 2.5000  lr 1.00e-03  2.05k tokens/s  ETA 0:00:20"
-    assert lines[2] == "step 10: val/loss 2.0000, val/perplexity 7.3890, val/bpb 1.5000"
-    assert lines[3] == "        bits per byte of the same files: 1.500 here, 1.750 by xz -9e"
-    assert lines[-2:] == ["step 10: saved runs/a/checkpoints/step_00000010", "finished at step 20"]
+    begin = lines.index("continuing from runs/a/checkpoints/step_00000005")
+    assert lines[0].startswith("machine")
+    assert lines[begin + 1] == "step 10/20  loss 2.5000  lr 1.00e-03  2.05k tokens/s  ETA 0:00:20"
+    assert lines[begin + 2] == "step 10: val/loss 2.0000, val/perplexity 7.3890, val/bpb 1.5000"
+    assert lines[begin + 3] == "        bits per byte of the same files: 1.500 here, 1.750 by xz -9e"
+    assert lines[-2:] == [
+        "step 10: saved runs/a/checkpoints/step_00000010",
+        "finished at step 20; try gpt sample runs/a --prompt TEXT",
+    ]
 
 
 def test_a_live_bar_on_a_terminal() -> None:
@@ -91,7 +103,5 @@ def test_a_sink_that_raises_is_dropped_and_named_and_the_others_go_on(
         for event in EVENTS:
             assert list(logger.on_event(event)) == []
         logger.close(None)
-    assert [record.message for record in caplog.records] == [
-        "Broken stopped recording at step 0: the service is down"
-    ]
+    assert [record.message for record in caplog.records] == ["Broken stopped recording at step 0: the service is down"]
     assert (tmp_path / "m").read_text().count("\n") == 2

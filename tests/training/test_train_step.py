@@ -77,7 +77,10 @@ def test_dropout_is_addressed_by_step_and_micro_batch_alone() -> None:
     assert losses[0] == losses[1]
     model = GPT(CONFIG.model_copy(update={"dropout": 0.3}), seed=0)
     batch = cut(4)[0]
-    draws = [float(make(model)._accumulate(at, MicroBatch(i, batch.inputs, batch.targets), is_last=True)) for at, i in ((0, 0), (1, 0), (0, 1), (0, 0))]
+    draws = [
+        float(make(model)._accumulate(at, MicroBatch(i, batch.inputs, batch.targets), is_last=True))
+        for at, i in ((0, 0), (1, 0), (0, 1), (0, 0))
+    ]
     assert len(set(draws)) == 3
     assert draws[0] == draws[3]
 

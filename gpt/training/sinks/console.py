@@ -1,10 +1,12 @@
 """The run on the terminal: a live bar there, plain lines anywhere else."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from gpt.configs.run_plan import RunPlan
@@ -18,14 +20,28 @@ from gpt.training.events import (
     TrainEnd,
     TrainStart,
 )
-from gpt.utils.helper import si
+from gpt.utils.helper import plural, si
+
+
+class RunConsole(Console):
+    """A console whose reader may leave: rich would end the process, here it is an error like any other."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the error go on to whoever wrote."""
+        raise
 
 
 class ConsoleSink:
-    """Shows step, loss, rate, tokens per second and time to go; evaluations, texts and checkpoints above the bar."""
+    """Shows step, loss, rate, tokens per second and time to go; evaluations, texts and checkpoints above the bar.
 
-    def __init__(self, console: Console):
+    Args:
+        console: where to.
+        run_dir: named in what is said at the end.
+    """
+
+    def __init__(self, console: Console, run_dir: Path):
         self._console = console
+        self._run_dir = run_dir
         self._plan: RunPlan | None = None
         self._progress = Progress(
             TextColumn("step"),
@@ -59,7 +75,7 @@ class ConsoleSink:
                 self._say(f"step {step}: saved {path}")
             case TrainEnd(step=step, reason=reason):
                 self._progress.stop()
-                self._say(f"{reason} at step {step}")
+                self._say(f"{reason} at step {step}; {self._next_command(step)}")
 
     def close(self, error: BaseException | None) -> None:
         """Leave the terminal as it was."""
@@ -67,6 +83,7 @@ class ConsoleSink:
 
     def _start(self, event: TrainStart) -> None:
         self._plan = event.plan
+        self._console.print(plan_table(event.plan))
         if event.resumed_from:
             self._say(f"continuing from {event.resumed_from}")
         self._progress.update(self._task, total=event.plan.max_steps, completed=event.step)
@@ -92,8 +109,36 @@ class ConsoleSink:
             xz = self._plan.corpus.xz_bits_per_byte
             self._say(f"        bits per byte of the same files: {bpb:.3f} here, {xz:.3f} by xz -9e")
 
+    def _next_command(self, step: int) -> str:
+        if self._plan is not None and step < self._plan.max_steps:
+            return "the same command continues the run"
+        return f"try gpt sample {self._run_dir} --prompt TEXT"
+
     def _say(self, line: str) -> None:
         self._console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def plan_table(plan: RunPlan) -> Table:
+    """What will happen, for people."""
+    machine, batch, corpus = plan.machine, plan.batch, plan.corpus
+    processes = plural(machine.world_size, "process").replace("processs", "processes")
+    rows = {
+        "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}",
+        "data": f"{si(corpus.train_tokens)} training tokens, vocabulary {corpus.vocab_size:,}",
+        "validation": f"{si(corpus.val_tokens)} tokens, {si(corpus.val_bytes)}B of text, "
+        f"{plural(corpus.val_documents, 'document')}",
+        "step": f"{batch.tokens_per_step:,} tokens: {batch.grad_accum_steps} x {batch.micro_batch_size} sequences "
+        f"of {batch.block_size} per process",
+        "run": f"{plan.max_steps:,} steps, {si(plan.max_steps * batch.tokens_per_step)} tokens, "
+        f"{plan.epochs:.2f} epochs",
+        "learning rate": f"{plan.lr.schedule}, up to {plan.lr.max_lr:g} after {plan.lr.warmup_steps} steps",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for note in plan.notes:
+        table.add_row("note", note)
+    return table
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,8 @@
-from gpt.commands.train import plan_table
-from rich.console import Console
 from io import StringIO
+
+from rich.console import Console
+
+from gpt.training.sinks.console import plan_table
 from tests.training.test_logger import PLAN
 
 
