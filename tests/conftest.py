@@ -21,6 +21,10 @@ WORDS = """
 """.split()
 
 
+# The models of these tests are so small that a second thread costs more than it computes.
+torch.set_num_threads(1)
+
+
 def make_text(n_words: int, seed: int = 0) -> str:
     draw = random.Random(seed)
     return "".join(draw.choice(WORDS) + draw.choice([" ", " ", " ", ", ", ".\n"]) for _ in range(n_words))

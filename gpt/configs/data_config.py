@@ -21,5 +21,5 @@ class DataConfig(Config):
     """Where prepared tokens are kept for later runs."""
     tokenizer: str = "bpe"
     """byte, char, bpe (trained on the corpus), gpt2, or the path of a tokenizer.json."""
-    vocab_size: int = Field(2048, ge=257, le=1_000_000)
+    vocab_size: int = Field(8192, ge=257, le=1_000_000)
     """Vocabulary that bpe is trained to: 256 bytes, merges, one end-of-text token."""

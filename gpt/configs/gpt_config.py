@@ -16,7 +16,7 @@ class GPTConfig(Config):
     """Attention heads; divides n_embd."""
     n_embd: int = Field(256, ge=1)
     """Width of the residual stream."""
-    block_size: int = Field(256, ge=1)
+    block_size: int = Field(128, ge=1)
     """Longest context in tokens; one training sequence is this long."""
     vocab_size: int = Field(0, ge=0)
     """Rows of the embedding; 0 takes the tokenizer's size, a larger one pads it."""

@@ -10,11 +10,11 @@ from gpt.configs.base import Config
 class LRConfig(Config):
     """Warmup to `max_lr`, then a decay; `gpt/utils/custom_scheduler.py` has the formulas."""
 
-    schedule: Literal["cosine", "linear", "wsd", "inverse-sqrt", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "inverse-sqrt", "constant"] = "linear"
     """Shape after warmup; wsd holds max_lr and decays at the end of the run."""
     max_lr: float = Field(2e-3, gt=0)
     """Highest learning rate."""
-    min_lr: float = Field(2e-4, ge=0)
+    min_lr: float = Field(0.0, ge=0)
     """Lowest learning rate of a decay."""
     warmup_steps: int = Field(40, ge=0)
     """Steps of linear warmup; the first step's rate is max_lr / warmup_steps."""

@@ -15,7 +15,7 @@ class LogConfig(Config):
 class EvalConfig(Config):
     """Evaluation on the validation set; the last step is evaluated whatever the interval."""
 
-    interval: int = Field(250, ge=0)
+    interval: int = Field(200, ge=0)
     """Steps between evaluations; 0: only the last step."""
     batches: int = Field(0, ge=0)
     """Micro-batches per evaluation; 0: the whole validation set."""

@@ -38,7 +38,7 @@ def shakespeare_char() -> TrainConfig:
         tokens_per_step=12 * 64,
         model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False),
         data=DataConfig(source="tinyshakespeare.txt", tokenizer="char"),
-        lr=LRConfig(max_lr=1e-3, min_lr=1e-4, warmup_steps=100),
+        lr=LRConfig(schedule="cosine", max_lr=1e-3, min_lr=1e-4, warmup_steps=100),
         optimizer=OptimizerConfig(beta2=0.99),
         log=LogConfig(interval=50),
         eval=EvalConfig(interval=500),
@@ -62,7 +62,7 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> T
             vocab_size=50_304,  # 50,257 rounded up to a multiple of 128, which matrix units prefer
         ),
         data=DataConfig(tokenizer="gpt2"),
-        lr=LRConfig(max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=715),
+        lr=LRConfig(schedule="cosine", max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=715),
         eval=EvalConfig(interval=250, batches=64),
         checkpoint=CheckpointConfig(interval=500),
     )

@@ -38,7 +38,7 @@ class TrainConfig(Config):
     """Folder of the run: configuration, metrics, samples and checkpoints."""
     seed: int = Field(1337, ge=0, lt=2**63)
     """Decides the initial weights, the data order and every other draw."""
-    max_steps: int = Field(600, ge=0)
+    max_steps: int = Field(400, ge=0)
     """Steps to train; 0: no bound. The earliest of max_steps, max_tokens and epochs ends the run."""
     max_tokens: int = Field(0, ge=0)
     """Tokens to train on; 0: no bound."""
@@ -46,7 +46,7 @@ class TrainConfig(Config):
     """Passes over the training set; 0: no bound."""
     micro_batch_size: int = Field(16, ge=1)
     """Sequences per process in one forward pass."""
-    tokens_per_step: int = Field(4096, ge=0)
+    tokens_per_step: int = Field(2048, ge=0)
     """Tokens over all processes in one update; 0: one micro-batch per process."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto: cuda, else mps, else cpu."""

@@ -93,6 +93,8 @@ def require_writable(folder: Path, flag: str) -> None:
 
 def fsync(path: Path) -> None:
     """Force a file or a folder to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder; NTFS journals the rename itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -40,6 +40,20 @@ def test_a_run_of_2n_steps_is_a_run_of_n_resumed_for_n_more(
         assert (finals[0] / file).read_bytes() == (finals[1] / file).read_bytes()
 
 
+def test_resuming_is_exact_with_several_threads_too(tiny: Configure, record: Record, tmp_path: Path) -> None:
+    sizes = {"n_embd": 64, "n_head": 2, "block_size": 64}
+    settings = {"model": sizes, "micro_batch_size": 8, "tokens_per_step": 512, "eval": {"interval": 0}}
+    torch.set_num_threads(2)
+    try:
+        whole, weights = record(tiny(tmp_path / "whole", max_steps=6, **settings))
+        first, _ = record(tiny(tmp_path / "parts", max_steps=3, **settings))
+        second, resumed = record(tiny(tmp_path / "parts", max_steps=6, **settings))
+    finally:
+        torch.set_num_threads(1)
+    assert first + second == whole
+    assert same(weights, resumed)
+
+
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(tiny: Configure, record: Record, tmp_path: Path) -> None:
     class Dying(LossRecorder):
         def on_event(self, event: object) -> tuple[()]:
