@@ -11,19 +11,21 @@ if __name__ == "__main__" and __package__ in (None, "") and sys.path:
         sys.path[0] = str(here.parent)
 
 import importlib
+import io
 import logging
 import os
 import time
 from collections.abc import Sequence
 
+from gpt import __version__
+from gpt.configs.cli import VERBS
 from gpt.configs.presets import PRESETS
 from gpt.errors import UserError
 from gpt.utils import launch
+from gpt.utils.helper import printable
 
 OTHER_RANKS_WAIT = 5.0
 """Seconds before a rank other than the first tells of an error that perhaps it alone has seen."""
-
-VERBS = {"train": "train a model, or continue a run", "sample": "let a trained model continue a text"}
 
 HELP = f"""usage: gpt [VERB] [ARGS]
 
@@ -41,34 +43,45 @@ examples:
   gpt train --data.source my_texts --run-dir runs/mine
   gpt sample runs/quickstart --prompt "def main("
 
-gpt train --help and gpt sample --help list every flag.
-"""
+gpt train --help and gpt sample --help list every flag."""
+
+
+TOLD = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status: 0, 2 for what the user can mend, 130 and 143 for signals."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
+    if arguments and arguments[0] in TOLD:
+        print(TOLD[arguments[0]])
         return 0
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
-    _log_to_terminal()
+    _open_terminal()
     try:
         status: int = importlib.import_module(f"gpt.commands.{verb}").run(arguments)
     except UserError as error:
         _tell(error)
         status = 2
+    except BrokenPipeError:
+        status = 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _tell(UserError(f"{error.filename}: {error.strerror}"))
+        status = 2
     except KeyboardInterrupt:
         print("gpt: interrupted", file=sys.stderr)
         status = 130
-    except BrokenPipeError:
-        status = 0
     _flush()
     return status
 
 
-def _log_to_terminal() -> None:
-    """Progress goes to stdout and warnings to stderr, from the first rank."""
+def _open_terminal() -> None:
+    """Make stdout usable whatever it is; progress goes to it and warnings to stderr, from the first rank."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
     information, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     information.addFilter(lambda record: record.levelno < logging.WARNING)
     warnings.setLevel(logging.WARNING)
@@ -81,7 +94,7 @@ def _flush() -> None:
     """Write out what is buffered; a reader that has left is no error, and Python must not trip over it at its end."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -89,7 +102,8 @@ def _tell(error: UserError) -> None:
     """Most mistakes are seen by every rank and told by the first; the launcher ends the others while they wait."""
     if launch.rank() > 0:
         time.sleep(OTHER_RANKS_WAIT)
-    print(f"gpt: error: {error}", file=sys.stderr)
+    line = printable(str(error)).replace("\n", "\\n")
+    print(f"gpt: error: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

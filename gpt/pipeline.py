@@ -5,19 +5,20 @@ config -> plan -> corpus -> tokens -> batches -> model -> optimizer -> Trainer -
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
 from gpt.checkpoint.manager import CheckpointManager
-from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
+from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, require_same_architecture, run_of
 from gpt.checkpoint.store import PROGRESS, read_checkpoint, read_json, read_weights
 from gpt.configs.cli import load_config
-from gpt.configs.run_plan import RunPlan, plan_batch, resolve
+from gpt.configs.run_plan import TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import Corpus, open_corpus, prepare
 from gpt.data.data_loader import DataLoader
@@ -26,21 +27,22 @@ from gpt.errors import UserError
 from gpt.evaluation.val_loss import ValLoss
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
-from gpt.parallel.apply import compile_in_place, distribute
+from gpt.parallel.apply import make_ready
+from gpt.planning.environment import environment
 from gpt.planning.hardware import find_device, machine_facts
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
+from gpt.training.observer import Sink
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.stop_signal import StopSignal
 from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
-from gpt.utils.atomic_io import keep_jsonl, require_writable, write_json, write_text
+from gpt.utils.atomic_io import keep_jsonl, require_writable, sweep, write_json, write_text
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
-from gpt.utils.environment import environment
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -62,7 +64,7 @@ class Layout:
         """The step at which the run is finished already; None where there is something to train."""
         if self.origin is None:
             return None
-        step = int(read_json(self.origin / PROGRESS)["step"])
+        step = _step_of(self.origin)
         return step if step >= self.plan.max_steps else None
 
 
@@ -79,10 +81,15 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     dist = DistContext(device)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
-    origin = dist.on_main(lambda: _claim(folder, config, dry_run=dry_run))
-    corpus = open_corpus(Path(dist.on_main(lambda: str(prepare(config.data)))))
-    plan = resolve(config, machine_facts(device, dist.world_size), corpus.facts)
-    return Layout(config, dist, folder, Path(origin) if origin else None, corpus, plan)
+    claimed = dist.on_main(lambda: _claim(folder, config, dry_run=dry_run))
+    origin = Path(claimed) if claimed else None
+    machine = MachineFacts(**dist.broadcast(asdict(machine_facts(device, dist.world_size))))
+    corpus = open_corpus(Path(dist.first_on_each_machine(lambda: str(prepare(config.data)))))
+    plan = resolve(config, machine, corpus.facts)
+    if origin is not None:
+        former = resolve(load_config(origin / "config.json"), machine, corpus.facts)
+        plan = replace(plan, notes=(*plan.notes, *_rate_note(former, plan, _step_of(origin))))
+    return Layout(config, dist, folder, origin, corpus, plan)
 
 
 def build(layout: Layout, console: Console | None = None) -> Trainer:
@@ -101,13 +108,12 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     autocast = partial(torch.autocast, dist.device.type, getattr(torch, plan.dtype), enabled=plan.dtype != "float32")
     prompts = {prompt: corpus.tokenizer.encode_prompt(prompt) for prompt in config.sample.prompts}
 
-    model = GPT(config.model.model_copy(update={"vocab_size": plan.vocab_size}), seed=plan.seed).to(dist.device)
+    model = GPT(plan.model, seed=plan.seed).to(dist.device)
     optimizer = build_optimizer(model, config.optimizer, plan.lr.max_lr)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=plan.dtype == "float16")
-    state = AppState(model, optimizer, scaler, torch.zeros((), dtype=torch.int64, device=dist.device))
+    skipped_updates = torch.zeros((), dtype=torch.int64, device=dist.device)
+    state = AppState(model, optimizer, scaler, skipped_updates, plan.identity)
     _load(layout, state)
-    if config.compile:
-        compile_in_place(model, partial(_trial, model, plan, autocast))
     dist.on_main(lambda: _write_run_files(layout, state.progress.step))
 
     trainer = Trainer(
@@ -115,18 +121,17 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         state,
         loader=DataLoader(corpus.train, plan.batch, seed=plan.seed, rank=dist.rank, device=dist.device),
         train_step=TrainStep(
-            distribute(model, dist),
+            make_ready(model, dist, compiled=config.compile, trial=partial(_trial, plan, autocast, dist.device)),
             optimizer,
             scaler,
-            state.skipped_updates,
+            skipped_updates,
             autocast=autocast,
-            tokens_per_step=plan.batch.tokens_per_step,
-            world_size=dist.world_size,
+            loss_scale=dist.world_size / plan.batch.tokens_per_step,  # the wrapped model averages over processes
             grad_clip=config.grad_clip,
             seed=plan.seed,
         ),
         schedule=build_schedule(plan.lr, plan.max_steps),
-        meter=Meter(plan.batch.tokens_per_step, dist),
+        meter=Meter(plan.batch.tokens_per_step, skipped_updates, dist),
         checkpoints=CheckpointManager(layout.folder, config.checkpoint.keep, config.model_dump_json(indent=2), dist),
         resumed_from=str(layout.origin) if layout.origin else None,
     )
@@ -135,9 +140,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         trainer.attach(Evaluator(model, [_val_loss(layout, autocast)], plan))
     if prompts:
         trainer.attach(TextSampler(model, corpus.tokenizer, prompts, config.sample, plan))
-    if dist.is_main:
-        sinks = [JsonlSink(layout.folder.metrics, layout.folder.samples)]
-        trainer.attach(Logger([*sinks, *([ConsoleSink(console, config.run_dir)] if console else [])]))
+    trainer.attach(Logger(_sinks(layout, console)))
     return trainer
 
 
@@ -157,23 +160,29 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
 
 
 def _claim(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> str | None:
+    """Check that a run of `config` may use its folder, and clear what a killed one left there."""
     origin = folder.origin(config)
-    if config.init_from is not None:
-        _require_same_architecture(config, locate_checkpoint(config.init_from, "--init-from"))
+    if config.init_from is not None and origin is None:
+        require_same_architecture(config, locate_checkpoint(config.init_from, "--init-from"))
     if not dry_run:
         require_writable(folder.path, "--run-dir")
+        sweep(folder.checkpoints)
     return str(origin) if origin else None
 
 
-def _require_same_architecture(config: TrainConfig, checkpoint: Path) -> None:
-    saved = load_config(checkpoint / "config.json").model
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
-        there, here = getattr(saved, name), getattr(config.model, name)
-        if there != here:
-            flag = f"--model.{name.replace('_', '-')}"
-            raise UserError(
-                f"--init-from {checkpoint} is of another architecture: {flag} is {there} there and {here} here"
-            )
+def _step_of(checkpoint: Path) -> int:
+    return int(read_json(checkpoint / PROGRESS).get("step", 0))
+
+
+def _rate_note(former: RunPlan, plan: RunPlan, step: int) -> list[str]:
+    """Say so where another horizon gives the steps already taken other rates than they had."""
+    then, now = (build_schedule(p.lr, p.max_steps) for p in (former, plan))
+    if all(then(past) == now(past) for past in (step // 2, step - 1)):
+        return []
+    return [
+        f"the first {step} steps had the learning rates of a run of {former.max_steps}, not of {plan.max_steps}; "
+        f"--lr.decay-steps {former.lr.decay_steps} keeps the former decay"
+    ]
 
 
 def _load(layout: Layout, state: AppState) -> None:
@@ -182,20 +191,28 @@ def _load(layout: Layout, state: AppState) -> None:
         read_checkpoint(layout.origin, state)
     elif layout.config.init_from is not None:
         checkpoint = locate_checkpoint(layout.config.init_from, "--init-from")
-        theirs = run_of(checkpoint).tokenizer
-        if theirs.exists() and Tokenizer.from_file(theirs).sha256 != layout.corpus.tokenizer.sha256:
+        weights = read_weights(checkpoint)
+        if read_json(checkpoint / PROGRESS)["identity"][TOKENIZER] != state.identity[TOKENIZER]:
+            theirs = run_of(checkpoint).tokenizer
             raise UserError(
                 f"--init-from {checkpoint} was trained with another tokenizer; add --data.tokenizer {theirs}"
             )
-        load_model_tensors(state.model, read_weights(checkpoint))
+        load_model_tensors(state.model, weights)
 
 
-def _trial(model: GPT, plan: RunPlan, autocast: Autocast) -> None:
-    shape = (plan.batch.micro_batch_size, plan.batch.block_size)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
+def _trial(plan: RunPlan, autocast: Autocast, device: torch.device, model: nn.Module) -> torch.Tensor:
+    tokens = torch.zeros((plan.batch.micro_batch_size, plan.batch.block_size), dtype=torch.int64, device=device)
     with autocast():
-        loss = model(tokens, tokens)
-    loss.backward()
+        loss: torch.Tensor = model(tokens, tokens)
+    return loss
+
+
+def _sinks(layout: Layout, console: Console | None) -> list[Sink]:
+    """What records the run: on rank 0 alone."""
+    if not layout.dist.is_main:
+        return []
+    files = JsonlSink(layout.folder.metrics, layout.folder.samples)
+    return [files, ConsoleSink(console, layout.plan, layout.folder.path)] if console else [files]
 
 
 def _val_loss(layout: Layout, autocast: Autocast) -> ValLoss:
@@ -215,10 +232,10 @@ def _write_run_files(layout: Layout, step: int) -> None:
     """What a run's folder holds beside its checkpoints; records past the step that it begins at are dropped."""
     folder = layout.folder
     try:
-        write_text(folder.config, layout.config.model_dump_json(indent=2) + "\n")
+        write_text(folder.config, folder.to_record(layout.config).model_dump_json(indent=2) + "\n")
         write_json(folder.environment, environment())
         write_text(folder.tokenizer, layout.corpus.tokenizer.definition)
         for records in (folder.metrics, folder.samples):
-            keep_jsonl(records, lambda record: record["step"] <= step)
+            keep_jsonl(records, lambda record: isinstance(at := record.get("step"), int) and at <= step)
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error

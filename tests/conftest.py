@@ -1,7 +1,9 @@
 """Fixtures that several folders share: a small text, a small configuration, and one finished run."""
 
 import random
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ torch.set_num_threads(1)
 def make_text(n_words: int, seed: int = 0) -> str:
     draw = random.Random(seed)
     return "".join(draw.choice(WORDS) + draw.choice([" ", " ", " ", ", ", ".\n"]) for _ in range(n_words))
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: what a full disk does, without one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

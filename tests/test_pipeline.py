@@ -23,6 +23,38 @@ def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure
     assert longer.origin == finished_run / "checkpoints/step_00000008"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "the corpus's SHA-256 is"),
+        ({"dtype": "bfloat16"}, "another configuration: dtype"),
+        ({"tokens_per_step": 0, "micro_batch_size": 2}, "another configuration: tokens_per_step"),
+    ],
+)
+def test_a_run_is_not_continued_on_other_data_or_in_another_batch(
+    tiny: Configure, tmp_path: Path, change: dict[str, object] | None, message: str
+) -> None:
+    source = tmp_path / "t.txt"
+    source.write_text("some text " * 300)
+    settings = {"data": {"source": str(source)}, "max_steps": 1}
+    build(lay_out(tiny(tmp_path / "run", **settings))).train()
+    before = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    if change is None:
+        source.write_text("same text " * 300)
+    with pytest.raises(UserError, match=message):
+        build(lay_out(tiny(tmp_path / "run", **settings | {"max_steps": 2} | (change or {}))))
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
+
+
+def test_a_longer_horizon_that_changes_past_rates_is_said(tiny: Configure, tmp_path: Path) -> None:
+    decaying = {"lr": {"decay_steps": 0}}
+    build(lay_out(tiny(tmp_path, max_steps=4, **decaying))).train()
+    longer = lay_out(tiny(tmp_path, max_steps=8, **decaying), dry_run=True)
+    assert longer.plan.notes == (
+        "the first 4 steps had the learning rates of a run of 4, not of 8; --lr.decay-steps 2 keeps the former decay",
+    )
+
+
 def test_a_dry_run_writes_nothing(tiny: Configure, tmp_path: Path) -> None:
     assert lay_out(tiny(tmp_path / "new"), dry_run=True).plan.max_steps == 8
     assert not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """The one list of what a run's state is: whatever is not here is a function of the configuration and the step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class AppState:
         optimizer: its state is saved under the names of the parameters.
         scaler: of float16; disabled otherwise.
         skipped_updates: device counter of steps whose update was skipped for a non-finite gradient.
+        identity: what must be the same when the run is continued; a value's name says what a user can change.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class AppState:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         skipped_updates: torch.Tensor,
+        identity: Mapping[str, str | int],
     ):
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
         self.skipped_updates = skipped_updates
+        self.identity = dict(identity)
         self.progress = Progress()
 
     def model_tensors(self) -> Tensors:
@@ -67,10 +71,21 @@ class AppState:
             "tokens": self.progress.tokens,
             "skipped_updates": int(self.skipped_updates),
             "scaler": self.scaler.state_dict(),
+            "identity": self.identity,
         }
 
     def load(self, model: Tensors, optimizer: Tensors, progress: dict[str, Any]) -> None:
-        """Restore what the three methods above gave."""
+        """Restore what the three methods above gave.
+
+        Raises:
+            UserError: it is the state of another architecture, or of a run with another identity.
+        """
+        for name, there in progress["identity"].items():
+            if self.identity[name] != there:
+                raise UserError(
+                    f"the checkpoint cannot be continued: {name} is {there} there and {self.identity[name]} here; "
+                    "restore what was changed, or name another --run-dir"
+                )
         load_model_tensors(self.model, model)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         by_parameter: dict[str, Tensors] = {}

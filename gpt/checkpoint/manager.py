@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import write_checkpoint
+from gpt.errors import UserError
 from gpt.utils.atomic_io import remove_folder
 from gpt.utils.distributed import DistContext
+from gpt.utils.helper import first_line
 
 
 class CheckpointManager:
@@ -36,8 +40,12 @@ class CheckpointManager:
         return path
 
     def _save_and_prune(self, path: Path, state: AppState) -> None:
-        if not path.exists():
-            write_checkpoint(path, state, self._config_json)
-        if self._keep:
-            for old in self._folder.committed()[: -self._keep]:
+        try:
+            if not path.exists():
+                write_checkpoint(path, state, self._config_json)
+            for old in self._folder.committed()[: -self._keep] if self._keep else ():
                 remove_folder(old)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path}: the checkpoint cannot be saved: {first_line(error)}; those already there are untouched"
+            ) from error

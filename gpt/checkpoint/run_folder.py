@@ -4,8 +4,10 @@ config.json  environment.json  tokenizer.json  metrics.jsonl  samples.jsonl  che
 """
 
 import re
+from collections.abc import Set
 from pathlib import Path
 
+from gpt.checkpoint.store import MANIFEST
 from gpt.configs.cli import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
@@ -31,7 +33,11 @@ class RunFolder:
         """Checkpoints, oldest first."""
         if not self.checkpoints.is_dir():
             return []
-        found = (path for path in self.checkpoints.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
+        found = (
+            path
+            for path in self.checkpoints.iterdir()
+            if re.fullmatch(r"step_\d{8,}", path.name) and (path / MANIFEST).exists()
+        )
         return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
     def origin(self, config: TrainConfig) -> Path | None:
@@ -40,21 +46,36 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run that `config` may not continue, or `--resume` names no checkpoint.
         """
-        named = None if config.resume in ("auto", "never") else locate_checkpoint(Path(config.resume), "--resume")
+        own = self.committed()
         if not self.config.exists():
-            if named is not None:
-                _require_same(config, load_config(named / "config.json"), str(named))
-            return named
+            if own or self.metrics.exists():
+                raise UserError(f"--run-dir {self.path} holds a run without its config.json; name another --run-dir")
+            return self._fork(config)
         if config.resume == "never":
             raise UserError(f"--run-dir {self.path} holds a run; --resume auto continues it, or name another --run-dir")
         saved = load_config(self.config)
-        _require_same(config, saved, f"--run-dir {self.path}")
-        if named is not None and saved.resume != config.resume:
+        if _names_a_checkpoint(config) and saved.resume != config.resume:
             raise UserError(
                 f"--run-dir {self.path} holds a run that did not start from {config.resume}; name another --run-dir"
             )
-        own = self.committed()
-        return own[-1] if own else named
+        # Where a run took its first weights no longer matters once it has a checkpoint of its own.
+        _require_same(config, saved, f"--run-dir {self.path}", ignored={"init_from"} if own else set())
+        return own[-1] if own else self._fork(saved)
+
+    def to_record(self, config: TrainConfig) -> TrainConfig:
+        """The configuration that config.json should hold: `--resume auto` does not wipe out where the run began."""
+        if self.config.exists() and config.resume == "auto":
+            return config.model_copy(update={"resume": load_config(self.config).resume})
+        return config
+
+    def _fork(self, config: TrainConfig) -> Path | None:
+        """The checkpoint of another run that this one starts from."""
+        if not _names_a_checkpoint(config):
+            return None
+        checkpoint = locate_checkpoint(Path(config.resume), "--resume")
+        saved = load_config(checkpoint / "config.json")
+        _require_same(config, saved, f"--resume {checkpoint}", ignored={"init_from"})
+        return checkpoint
 
 
 def locate_checkpoint(path: Path, flag: str) -> Path:
@@ -63,7 +84,7 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists():
         return path
     committed = RunFolder(path).committed()
     if not committed:
@@ -77,8 +98,28 @@ def run_of(checkpoint: Path) -> RunFolder:
     return RunFolder(checkpoint.resolve().parent.parent)
 
 
-def _require_same(config: TrainConfig, saved: TrainConfig, place: str) -> None:
-    differences = saved.differences(config)
+def require_same_architecture(config: TrainConfig, checkpoint: Path) -> None:
+    """Compare the sizes of `--init-from`'s model with the configuration's.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    saved = load_config(checkpoint / "config.json").model
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+        there, here = getattr(saved, name), getattr(config.model, name)
+        if there != here:
+            flag = f"--model.{name.replace('_', '-')}"
+            raise UserError(
+                f"--init-from {checkpoint} is of another architecture: {flag} is {there} there and {here} here"
+            )
+
+
+def _names_a_checkpoint(config: TrainConfig) -> bool:
+    return config.resume not in ("auto", "never")
+
+
+def _require_same(config: TrainConfig, saved: TrainConfig, place: str, ignored: Set[str]) -> None:
+    differences = {name: pair for name, pair in saved.differences(config).items() if name not in ignored}
     if differences:
         name, (there, here) = next(iter(differences.items()))
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""

@@ -29,24 +29,17 @@ def write_checkpoint(path: Path, state: AppState, config_json: str) -> None:
     """Commit the state as `path`, which must not exist.
 
     Raises:
-        UserError: the disk refused; what was committed before is as it was.
+        OSError, SafetensorError: the disk refused; nothing is left of the attempt.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(path) as folder:
-            save_file(_on_host(state.model_tensors()), folder / MODEL)
-            save_file(_on_host(state.optimizer_tensors()), folder / OPTIMIZER)
-            (folder / PROGRESS).write_text(json.dumps(state.progress_json()), encoding="utf-8")
-            (folder / CONFIG).write_text(config_json, encoding="utf-8")
-            files = {
-                file.name: {"size": file.stat().st_size, "sha256": sha256_of_file(file)} for file in folder.iterdir()
-            }
-            manifest = {"format_version": FORMAT_VERSION, "files": files}
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: the checkpoint cannot be written: {error.strerror or error}; earlier ones are untouched"
-        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(path) as folder:
+        save_file(_on_host(state.model_tensors()), folder / MODEL)
+        save_file(_on_host(state.optimizer_tensors()), folder / OPTIMIZER)
+        (folder / PROGRESS).write_text(json.dumps(state.progress_json()), encoding="utf-8")
+        (folder / CONFIG).write_text(config_json, encoding="utf-8")
+        files = {file.name: {"size": file.stat().st_size, "sha256": sha256_of_file(file)} for file in folder.iterdir()}
+        manifest = {"format_version": FORMAT_VERSION, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def read_checkpoint(path: Path, state: AppState) -> None:
@@ -72,19 +65,20 @@ def verify(path: Path) -> None:
         UserError: names the first file that differs.
     """
     manifest = read_json(path / MANIFEST)
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: checkpoint format {manifest['format_version']}; this version reads format {FORMAT_VERSION}"
-        )
-    for name, expected in manifest["files"].items():
+    if manifest.get("format_version") != FORMAT_VERSION:
+        version = manifest.get("format_version", "unknown")
+        raise UserError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
+    for name in (MODEL, OPTIMIZER, PROGRESS, CONFIG):
+        expected = files.get(name) if isinstance(files := manifest.get("files"), dict) else None
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file}: missing from the checkpoint; resume from another one")
+            raise UserError(f"{file}: missing from the checkpoint; delete {path} to go on from an earlier one")
         found = {"size": file.stat().st_size, "sha256": sha256_of_file(file)}
         if found != expected:
+            wanted = expected.get("sha256") if isinstance(expected, dict) else None
             raise UserError(
-                f"{file}: damaged: SHA-256 {found['sha256'][:16]} instead of {expected['sha256'][:16]}; "
-                "resume from another checkpoint"
+                f"{file}: damaged: SHA-256 {found['sha256']} instead of {wanted}; delete {path} to go on from an "
+                "earlier checkpoint"
             )
 
 
@@ -98,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")

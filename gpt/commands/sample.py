@@ -1,5 +1,6 @@
 """`gpt sample RUN_DIR --prompt TEXT`: let a trained model continue a text."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pydantic import Field
 
 from gpt.configs.cli import POSITIONAL, parse
 from gpt.configs.observer_config import SampleConfig
+from gpt.utils.helper import printable
 
 
 class SampleCommand(SampleConfig):
@@ -41,9 +43,9 @@ def run(argv: Sequence[str]) -> int:
         seed=command.seed,
         end_of_text=tokenizer.end_of_text,
     )
-    sys.stdout.write(command.prompt)
-    for piece in tokenizer.decode_stream(new):
-        sys.stdout.write(piece)
+    shown = printable if sys.stdout.isatty() else str
+    for piece in itertools.chain([command.prompt], tokenizer.decode_stream(new)):
+        sys.stdout.write(shown(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0

@@ -1,9 +1,11 @@
 """`gpt train [PRESET] [--flags]`: train, continue, or only plan a run."""
 
-import signal
 from collections.abc import Sequence
 
 from gpt.configs.cli import parse_train
+
+STATUS = {"SIGINT": 130, "SIGTERM": 143}
+"""Exit status after a signal, as shells report one; any other early stop is 1."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -21,6 +23,8 @@ def run(argv: Sequence[str]) -> int:
         if console:
             console.print(
                 f"{config.run_dir} has finished at step {layout.finished_at}; a larger --max-steps trains on",
+                markup=False,
+                highlight=False,
                 soft_wrap=True,
             )
     elif dry_run:
@@ -30,4 +34,4 @@ def run(argv: Sequence[str]) -> int:
     else:
         reason = build(layout, console).train()
     layout.dist.close()
-    return 0 if reason == FINISHED else 128 + signal.Signals[reason]
+    return STATUS.get(reason, 0 if reason == FINISHED else 1)

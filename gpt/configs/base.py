@@ -1,6 +1,19 @@
 """What every configuration model shares."""
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def _named(value: object) -> object:
+    if value == "":
+        raise ValueError("names no path")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_named)]
+"""A path that a user gives; an empty one would be the current folder."""
 
 
 class Config(BaseModel):

@@ -35,6 +35,8 @@ C = TypeVar("C", bound=Config)
 POSITIONAL = "positional"
 """`Annotated[..., POSITIONAL]` makes a field an argument without a flag."""
 
+VERBS = {"train": "train a model, or continue a run", "sample": "let a trained model continue a text"}
+
 HORIZON = ("max_steps", "max_tokens", "epochs")
 
 
@@ -52,7 +54,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     flags = list(argv)
     preset = flags.pop(0) if flags and not flags[0].startswith("-") else None
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}; {_nearest(preset, PRESETS)}")
+        raise UserError(f"unknown verb or preset {preset!r}; {_nearest(preset, [*VERBS, *PRESETS])}")
     base = _saved_or_preset(_value_of("--config", flags), preset)
     named = {name for name in HORIZON if _is_named(f"--{name}", flags)}
     if named:  # a horizon on the command line replaces the preset's, whichever of the three that one uses
@@ -67,8 +69,8 @@ def load_config(path: Path) -> TrainConfig:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}; name another config.json") from error
     try:
         return TrainConfig.model_validate(saved)
     except ValidationError as error:
@@ -82,6 +84,9 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
         UserError: an unknown flag, a missing value, or a value that `model` refuses.
         SystemExit: after `--help`.
     """
+    for word in argv:
+        if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
+            raise UserError(f"{word!r} is not valid text")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -98,7 +103,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
             raise
         _refuse(said.getvalue(), model, prog)
     if unknown:
-        _refuse_unknown(unknown[0], model, prog)
+        _refuse_unknown(unknown[0], argv, model, prog)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -117,7 +122,7 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
         StructFieldSpec(
             name=name,
             type=_positional(field.annotation) if POSITIONAL in field.metadata else cast(Any, field.annotation),
-            default=getattr(info.default, name) if hasattr(info.default, name) else tyro.MISSING,
+            default=getattr(info.default, name, tyro.MISSING),
             helptext=field.description,
         )
         for name, field in info.type.model_fields.items()
@@ -128,14 +133,15 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
 @_registry.primitive_rule
 def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """A single value stays the text that was typed; switches and lists keep tyro's own reading."""
-    kinds = [kind for kind in _alternatives(info.type) if kind is not NoneType]
+    alternatives = _alternatives(info.type)
+    kinds = [kind for kind in alternatives if kind is not NoneType]
     if len(kinds) != 1 or kinds[0] is bool or not (kinds[0] in (int, float, str, Path) or _choices(kinds[0])):
         return None
     choices = _choices(kinds[0])
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(choices) + "}" if choices else getattr(kinds[0], "__name__", "value").upper(),
-        instance_from_str=lambda words: words[0],
+        instance_from_str=lambda words: None if words[0] == "none" and NoneType in alternatives else words[0],
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
@@ -145,8 +151,10 @@ def _positional(annotation: Any) -> Any:
     return Annotated[annotation, tyro.conf.Positional]
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types of a union, without what they are annotated with."""
+    types = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in types]
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
@@ -185,12 +193,19 @@ def _refuse(box: str, model: type[Config], prog: str) -> NoReturn:
     raise UserError(f"usage: {prog} {required} [--flags]; see {prog} --help")
 
 
-def _refuse_unknown(word: str, model: type[Config], prog: str) -> NoReturn:
+def _refuse_unknown(word: str, argv: Sequence[str], model: type[Config], prog: str) -> NoReturn:
+    flags = _flags(model)
+    before = argv[argv.index(word) - 1] if word in argv[1:] else ""
+    joined = next((given.removesuffix(f"={word}") for given in argv if given.endswith(f"={word}")), "")
+    for switch in (before.replace("_", "-"), joined.replace("_", "-")):
+        off = re.sub(r"([a-z-]+)$", r"no-\1", switch.removeprefix("--"))
+        if switch and f"--{off}" in flags:
+            raise UserError(f"{switch} takes no value: it is {switch} or --{off}")
     if not word.startswith("-"):
         hint = f"; a preset comes first: gpt train {word}" if word in PRESETS else ""
         raise UserError(f"unexpected argument {word!r}{hint}; see {prog} --help")
     flag = word.split("=")[0].replace("_", "-")
-    raise UserError(f"unknown flag {flag}; {_nearest(flag, _flags(model))}")
+    raise UserError(f"unknown flag {flag}; {_nearest(flag, flags)}")
 
 
 def _flags(model: type[BaseModel], prefix: str = "--") -> list[str]:
@@ -224,14 +239,16 @@ def _explain(error: ValidationError, model: type[Config], *, as_flag: bool = Tru
     place = "--" + ".".join(path).replace("_", "-") if as_flag else ".".join(path)
     value, context = first["input"], first.get("ctx", {})
     if first["type"] == "value_error":  # a model's own check: its message names its fields and values
-        section = f"{'.'.join(path)}: " if path else ""
+        section = "" if not path else f"{'.'.join(path)}: " if isinstance(value, dict) else f"{place} {value!r}: "
         return f"{section}{context['error']}"
     if first["type"] == "extra_forbidden":
         known = [flag[2:].replace("-", "_") for flag in _flags(model)]
         return f"unknown key {place}; {_nearest(place, known)}"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"{place} {value}: {_nearest(str(value), choices)} (one of {', '.join(choices)})"
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{place} {value}: {hint}one of {', '.join(choices)}"
     expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:]).format(**context)
     return f"{place} {value}: {expected}"
 
@@ -247,4 +264,5 @@ _EXPECTED = {
     "greater_than": "must be greater than {gt}",
     "less_than_equal": "must be at most {le}; nearest: {le}",
     "less_than": "must be less than {lt}",
+    "string_too_short": "must not be empty",
 }

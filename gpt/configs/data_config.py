@@ -5,21 +5,21 @@ from pathlib import Path
 import platformdirs
 from pydantic import Field
 
-from gpt.configs.base import Config
+from gpt.configs.base import Config, FilePath
 
 
 class DataConfig(Config):
     """The corpus, its split and its tokenizer."""
 
-    source: str = "stdlib"
+    source: str = Field("stdlib", min_length=1)
     """Text file, folder of text or source files, or stdlib: the Python standard library's own sources."""
-    val_source: str | None = None
+    val_source: str | None = Field(None, min_length=1)
     """Text file or folder to validate on; without it, a part of the source is held out."""
     val_fraction: float = Field(0.1, ge=0, le=0.5)
     """Part of the source held out: whole documents of a folder, the tail of a single file."""
-    cache_dir: Path = Path(platformdirs.user_cache_dir("gpt-training-pipeline", appauthor=False))
+    cache_dir: FilePath = Path(platformdirs.user_cache_dir("gpt-training-pipeline", appauthor=False))
     """Where prepared tokens are kept for later runs."""
-    tokenizer: str = "bpe"
+    tokenizer: str = Field("bpe", min_length=1)
     """byte, char, bpe (trained on the corpus), gpt2, or the path of a tokenizer.json."""
     vocab_size: int = Field(8192, ge=257, le=1_000_000)
     """Vocabulary that bpe is trained to: 256 bytes, merges, one end-of-text token."""

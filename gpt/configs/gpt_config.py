@@ -10,7 +10,7 @@ from gpt.configs.base import Config
 class GPTConfig(Config):
     """Sizes of a GPT-2: names as in the GPT-2 report and its released code."""
 
-    n_layer: int = Field(4, ge=1)
+    n_layer: int = Field(3, ge=1)
     """Transformer blocks."""
     n_head: int = Field(4, ge=1)
     """Attention heads; divides n_embd."""
@@ -24,6 +24,14 @@ class GPTConfig(Config):
     """Probability of dropping an activation (embeddings, attention weights, residual branches)."""
     bias: bool = True
     """Biases in linear layers and layer norms, as GPT-2 has them."""
+
+    @property
+    def n_parameters(self) -> int:
+        """Trained numbers of a GPT of these sizes; the tied head counts once."""
+        matrices = 12 * self.n_embd**2
+        vectors = (2 + (9 + 2 if self.bias else 0)) * self.n_embd  # two norms' weights; biases of four linears and them
+        embeddings = (self.vocab_size + self.block_size) * self.n_embd
+        return embeddings + self.n_layer * (matrices + vectors) + (2 if self.bias else 1) * self.n_embd
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -3,9 +3,13 @@
 import math
 from dataclasses import dataclass, field
 
+from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
+
+TOKENIZER = "the tokenizer's SHA-256"
+"""Its name in a run's identity."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class CorpusFacts:
 
     vocab_size: int
     train_tokens: int
+    source_sha256: str = ""
+    """Digest of the documents' names and texts."""
+    tokenizer_sha256: str = ""
     val_tokens: int = 0
     val_bytes: int = 0
     """Bytes of the validation text, end-of-text tokens not counted."""
@@ -57,7 +64,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Every number that a run needs, resolved; nothing downstream asks the configuration again."""
+    """Every number that is derived from configuration, machine and corpus together."""
 
     machine: MachineFacts
     corpus: CorpusFacts
@@ -65,8 +72,8 @@ class RunPlan:
     seed: int
     dtype: str
     """float32, bfloat16 or float16."""
-    vocab_size: int
-    """Rows of the embedding: the tokenizer's size, or more."""
+    model: GPTConfig
+    """With `vocab_size` filled in: the tokenizer's size, or more."""
     max_steps: int
     windows_per_epoch: int
     """Training sequences in one pass over the corpus."""
@@ -78,6 +85,19 @@ class RunPlan:
     eval_batches: int
     notes: tuple[str, ...] = field(default=())
     """What the user should know of how the values were chosen."""
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What the configuration does not say and a continued run must share, or its losses would mean something else.
+
+        The values are resolved from the corpus and the machine, under names that a user can act on.
+        """
+        return {
+            "the corpus's SHA-256": self.corpus.source_sha256,
+            TOKENIZER: self.corpus.tokenizer_sha256,
+            "--dtype": self.dtype,
+            "--tokens-per-step": self.batch.tokens_per_step,
+        }
 
     @property
     def epochs(self) -> float:
@@ -124,8 +144,9 @@ def plan_batch(config: TrainConfig, world_size: int) -> BatchPlan:
     if tokens % unit:
         below = tokens - tokens % unit
         nearest = " or ".join(str(n) for n in (below, below + unit) if n)
-        fitting = [n for n in range(config.micro_batch_size, 0, -1) if tokens % (n * block_size * world_size) == 0]
-        remedy = f", or --micro-batch-size {fitting[0]}" if fitting else ""
+        most = min(config.micro_batch_size, tokens // (block_size * world_size))
+        fitting = next((n for n in range(most, 0, -1) if tokens % (n * block_size * world_size) == 0), None)
+        remedy = f", or --micro-batch-size {fitting}" if fitting else ""
         raise UserError(
             f"--tokens-per-step {tokens} is not divisible by micro_batch_size*block_size*processes="
             f"{config.micro_batch_size}*{block_size}*{world_size}={unit}; nearest: {nearest}{remedy}"
@@ -140,10 +161,12 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         UserError: values that do not fit together, with the nearest that do.
     """
     batch = plan_batch(config, machine.world_size)
+    if corpus.train_tokens < 2:
+        raise UserError(f"--data.source {config.data.source}: too short: {corpus.train_tokens} tokens to train on")
     if corpus.train_tokens <= batch.block_size:
         raise UserError(
             f"the training text of {config.data.source} has {corpus.train_tokens} tokens, "
-            f"too few for --model.block-size {batch.block_size}; nearest: {max(1, corpus.train_tokens - 1)}"
+            f"too few for --model.block-size {batch.block_size}; nearest: {corpus.train_tokens - 1}"
         )
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(
@@ -163,7 +186,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         batch=batch,
         seed=config.seed,
         dtype=_dtype(config, machine),
-        vocab_size=config.model.vocab_size or corpus.vocab_size,
+        model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}),
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
         lr=config.lr.model_copy(update={"decay_steps": _decay_steps(config.lr, max_steps)}),
@@ -181,7 +204,7 @@ def _horizon(config: TrainConfig, batch: BatchPlan, per_epoch: int) -> int:
     if config.max_steps:
         bounds.append(config.max_steps)
     if config.max_tokens:
-        bounds.append(math.ceil(config.max_tokens / batch.tokens_per_step))
+        bounds.append(-(-config.max_tokens // batch.tokens_per_step))
     if config.epochs:
         bounds.append(math.ceil(config.epochs * per_epoch / batch.sequences_per_step))
     return min(bounds)

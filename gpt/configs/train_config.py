@@ -5,13 +5,16 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gpt.configs.base import Config
+from gpt.configs.base import Config, FilePath
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
+
+LARGEST = 10**15
+"""Above every sensible count; sums and products of such counts still fit 64 bits."""
 
 FREE_ON_RESUME = frozenset(
     {
@@ -34,19 +37,19 @@ FREE_ON_RESUME = frozenset(
 class TrainConfig(Config):
     """A training run."""
 
-    run_dir: Path = Path("runs/quickstart")
+    run_dir: FilePath = Path("runs/quickstart")
     """Folder of the run: configuration, metrics, samples and checkpoints."""
     seed: int = Field(1337, ge=0, lt=2**63)
     """Decides the initial weights, the data order and every other draw."""
-    max_steps: int = Field(400, ge=0)
+    max_steps: int = Field(400, ge=0, le=LARGEST)
     """Steps to train; 0: no bound. The earliest of max_steps, max_tokens and epochs ends the run."""
-    max_tokens: int = Field(0, ge=0)
+    max_tokens: int = Field(0, ge=0, le=LARGEST)
     """Tokens to train on; 0: no bound."""
-    epochs: float = Field(0, ge=0)
+    epochs: float = Field(0, ge=0, le=1_000_000)
     """Passes over the training set; 0: no bound."""
-    micro_batch_size: int = Field(16, ge=1)
+    micro_batch_size: int = Field(16, ge=1, le=LARGEST)
     """Sequences per process in one forward pass."""
-    tokens_per_step: int = Field(2048, ge=0)
+    tokens_per_step: int = Field(2048, ge=0, le=LARGEST)
     """Tokens over all processes in one update; 0: one micro-batch per process."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto: cuda, else mps, else cpu."""
@@ -56,9 +59,9 @@ class TrainConfig(Config):
     """Compile the model with torch.compile; a machine that cannot falls back, and says so."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0: no clipping."""
-    resume: str = "auto"
+    resume: str = Field("auto", min_length=1)
     """auto: continue the run in run_dir if there is one; never; or a checkpoint to continue from."""
-    init_from: Path | None = None
+    init_from: FilePath | None = None
     """Run or checkpoint whose weights to start from, with a fresh optimizer."""
     model: GPTConfig = GPTConfig()
     data: DataConfig = DataConfig()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import lzma
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.run_plan import CorpusFacts
@@ -18,20 +20,18 @@ from gpt.data.readers import Document, fingerprint, read_source
 from gpt.data.shards import ShardInfo, TokenStream, shard_to_json, token_dtype, write_shards
 from gpt.data.tokenizer import Ids, Tokenizer, build_tokenizer
 from gpt.errors import UserError
-from gpt.utils.atomic_io import new_folder, require_writable, write_json
-from gpt.utils.helper import plural
+from gpt.utils.atomic_io import new_folder, remove_folder, require_writable, write_json
+from gpt.utils.helper import first_line, plural
 from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
-FEW_DOCUMENTS = 20
-"""Below this many, whole documents make too coarse a split: the tail of each is held out instead."""
 LARGEST_SHARE = 0.05
 """No document makes up more than this part of a validation set, where the corpus allows it."""
 XZ_LIMIT = 16 * 2**20
-"""Bytes of validation text above which xz, at about 1 MB/s, would keep the user waiting."""
+"""Bytes of validation text above which xz would keep the user waiting for longer than the number is worth."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,13 @@ def prepare(config: DataConfig) -> Path:
     with FileLock(config.cache_dir / f"{key}.lock"):
         if not (folder / MANIFEST).exists():
             train, val = (documents, held_out) if held_out else split(documents, config.val_fraction)
-            with new_folder(folder) as unfinished:
-                _prepare_into(unfinished, config, train, val)
+            try:
+                if folder.exists():  # somebody deleted its manifest
+                    remove_folder(folder)
+                with new_folder(folder) as unfinished:
+                    _prepare_into(unfinished, config, train, val)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"--data.cache-dir {folder}: cannot be written: {first_line(error)}") from error
     return folder
 
 
@@ -71,17 +76,25 @@ def open_corpus(folder: Path) -> Corpus:
     Raises:
         UserError: a file of it is missing or was changed.
     """
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    shards = {name: [ShardInfo(**entry) for entry in entries] for name, entries in manifest["splits"].items()}
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        shards = {name: [ShardInfo(**entry) for entry in manifest["splits"][name]] for name in ("train", "val")}
+        xz_bits_per_byte, source_sha256 = manifest["xz_bits_per_byte"], manifest["source_sha256"]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no prepared corpus here; do all machines read the same source?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST}: damaged; delete the folder to prepare it again") from error
     streams = {name: TokenStream(folder, entries) for name, entries in shards.items()}
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     facts = CorpusFacts(
         vocab_size=tokenizer.vocab_size,
         train_tokens=len(streams["train"]),
+        source_sha256=source_sha256,
+        tokenizer_sha256=tokenizer.sha256,
         val_tokens=len(streams["val"]),
         val_bytes=sum(shard.text_bytes for shard in shards["val"]),
         val_documents=sum(shard.documents for shard in shards["val"]),
-        xz_bits_per_byte=manifest["xz_bits_per_byte"],
+        xz_bits_per_byte=xz_bits_per_byte,
     )
     return Corpus(tokenizer, streams["train"], streams["val"], facts)
 
@@ -90,27 +103,26 @@ def split(documents: Sequence[Document], val_fraction: float) -> tuple[list[Docu
     """Training and validation documents, the same on every machine.
 
     Whole documents, in the order of their names' hashes, until their bytes reach the fraction; one that would be too
-    large a share of it waits until no other is left. Of few documents the tail of each is taken, as nanoGPT does.
+    large a share of it waits until no other is left. Of a single document the tail is taken, as nanoGPT does.
     """
     if not val_fraction:
         return list(documents), []
-    if len(documents) < FEW_DOCUMENTS:
-        cuts = [int(len(document.text) * (1 - val_fraction)) for document in documents]
-        heads = [Document(d.name, d.text[:cut]) for d, cut in zip(documents, cuts, strict=True)]
-        tails = [Document(d.name, d.text[cut:]) for d, cut in zip(documents, cuts, strict=True)]
-        return [d for d in heads if d.text], [d for d in tails if d.text]
+    if len(documents) == 1:
+        name, text = documents[0].name, documents[0].text
+        cut = int(len(text) * (1 - val_fraction))
+        return [Document(name, text[:cut])], [Document(name, text[cut:])]
     sizes = {document.name: document.n_bytes for document in documents}
     wanted = val_fraction * sum(sizes.values())
     order = sorted(
         documents,
         key=lambda d: (
             sizes[d.name] if sizes[d.name] > LARGEST_SHARE * wanted else 0,
-            hashlib.sha256(d.name.encode()).digest(),
+            hashlib.sha256(os.fsencode(d.name)).digest(),
         ),
     )
     chosen: set[str] = set()
     taken = 0
-    for document in order:
+    for document in order[:-1]:  # one is left to train on
         if taken >= wanted:
             break
         chosen.add(document.name)
@@ -136,9 +148,15 @@ def _prepare_into(folder: Path, config: DataConfig, train: list[Document], val: 
     texts = {"train": [d.text for d in train], "val": [d.text for d in val]}
     size = sum(d.n_bytes for d in [*train, *val])
     log.info("preparing %s: %s, %.1f MB", config.source, plural(len(train) + len(val), "document"), size / 1e6)
-    tokenizer = build_tokenizer(
-        config.tokenizer, config.vocab_size, corpus=[*texts["train"], *texts["val"]], training=texts["train"]
-    )
+    learning = config.tokenizer in ("char", "bpe")
+    with progress_bar("learning the tokenizer", total=size if learning else 0) as advance:
+        tokenizer = build_tokenizer(
+            config.tokenizer,
+            config.vocab_size,
+            corpus=_told([*texts["train"], *texts["val"]], advance),
+            training=_told(texts["train"], advance),
+            has_documents=max(len(train), len(val)) > 1,
+        )
     (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
     dtype = token_dtype(tokenizer.vocab_size)
     with progress_bar("tokenizing", total=size) as advance:
@@ -155,6 +173,12 @@ def _prepare_into(folder: Path, config: DataConfig, train: list[Document], val: 
             "splits": {name: [shard_to_json(shard) for shard in shards[name]] for name in shards},
         },
     )
+
+
+def _told(texts: list[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        advance(len(text))
 
 
 def _encoded(tokenizer: Tokenizer, texts: list[str], advance: Callable[[int], None]) -> Iterator[tuple[Ids, int]]:

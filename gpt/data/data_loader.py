@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ class DataLoader:
         self._seed = seed
         self._first = rank * batch.grad_accum_steps
         self._device = device
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader")
+        # Pinning uses the thread's current GPU; without being told it, every rank's thread would open the first one.
+        told = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "data-loader", *told)
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
 
     def batches_of(self, step: int) -> list[MicroBatch]:
@@ -47,7 +50,10 @@ class DataLoader:
             for index, chunk in enumerate(windows.split(self._batch.micro_batch_size))
         ]
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import stat
 import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from gpt.errors import UserError
@@ -34,7 +36,7 @@ class Document:
     name: str
     text: str
 
-    @property
+    @cached_property
     def n_bytes(self) -> int:
         """Length as UTF-8."""
         return len(self.text.encode())
@@ -43,23 +45,22 @@ class Document:
 def read_source(source: str, flag: str = "--data.source") -> list[Document]:
     """The documents of a source that hold any text, in the order of their names.
 
-    In a folder, hidden files and binary ones (a NUL in the first 8,192 bytes, git's rule) are left out.
+    In a folder, hidden files and binary ones (a NUL in the first 8,192 bytes, as git tells them) are left out.
 
     Raises:
         UserError: there is no such source, it holds no text, or a file is not UTF-8.
     """
     path = Path(source)
+    is_folder = source != STDLIB and _is_folder(path, flag)
     if source == STDLIB:
         documents = list(_stdlib_documents())
-    elif path.is_dir():
+    elif is_folder:
         documents = list(_folder_documents(path))
-    elif path.exists():
-        documents = [Document(path.name, _decode(path, _read(path)))]
     else:
-        raise UserError(f"{flag} {source}: no such file or folder; name a text file, a folder or stdlib")
+        documents = [Document(path.name, _decode(path, _read(path)))]
     documents = [document for document in documents if document.text]
     if not documents:
-        kind = "folder holds no text" if path.is_dir() else "file is empty"
+        kind = "folder holds no text" if is_folder else "file is empty"
         raise UserError(f"{flag} {source}: the {kind}; name one with text in it")
     return documents
 
@@ -68,10 +69,22 @@ def fingerprint(documents: list[Document]) -> str:
     """SHA-256 over names and texts."""
     digest = hashlib.sha256()
     for document in documents:
-        for part in (document.name.encode(), document.text.encode()):
+        for part in (os.fsencode(document.name), document.text.encode()):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     return digest.hexdigest()
+
+
+def _is_folder(path: Path, flag: str) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{flag} {path}: no such file or folder; name a text file, a folder or stdlib") from None
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from error
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise UserError(f"{flag} {path}: neither a file nor a folder")
+    return stat.S_ISDIR(mode)
 
 
 def _stdlib_documents() -> Iterator[Document]:
@@ -93,10 +106,15 @@ def _folder_documents(root: Path) -> Iterator[Document]:
 def _files_below(root: Path) -> Iterator[Path]:
     """Files in the order of their paths, whatever the file system's own order is."""
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         found += [Path(folder) / name for name in names if not name.startswith(".")]
-    return iter(sorted(found, key=lambda path: path.relative_to(root).parts))
+    regular = (path for path in found if path.is_file())  # no pipes, sockets or links to nowhere
+    return iter(sorted(regular, key=lambda path: path.relative_to(root).parts))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _read(path: Path) -> bytes:

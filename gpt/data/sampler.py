@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt.configs.run_plan import windows_per_epoch
-from gpt.utils.helper import draw
+from gpt.utils.helper import Purpose, draw
 
 ROUNDS = 8
 
@@ -65,7 +65,7 @@ def window_starts(seed: int, first: int, count: int, n_tokens: int, block_size: 
         epoch, index = divmod(first + done, per_epoch)
         turn = min(count - done, per_epoch - index)
         indices = np.arange(index, index + turn, dtype=np.uint64)
-        windows = permute(indices, per_epoch, draw(seed, epoch)).astype(np.int64)
-        starts[done : done + turn] = windows * block_size + draw(seed, epoch, 1) % (spare + 1)
+        windows = permute(indices, per_epoch, draw(seed, Purpose.ORDER, epoch)).astype(np.int64)
+        starts[done : done + turn] = windows * block_size + draw(seed, Purpose.OFFSET, epoch) % (spare + 1)
         done += turn
     return starts

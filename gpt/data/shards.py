@@ -22,13 +22,12 @@ from safetensors.numpy import save_file
 
 from gpt.data.tokenizer import Ids
 from gpt.errors import UserError
-from gpt.utils.atomic_io import fsync
 from gpt.utils.helper import sha256_of_file
 
 SHARD_TOKENS = 2**26
 """Tokens after which a new shard begins: 128 MiB as uint16."""
 
-_DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"U16": np.uint16, "U32": np.uint32, "U64": np.uint64}
+_DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"U16": np.uint16, "U32": np.uint32}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,6 @@ def _write_shard(path: Path, documents: Sequence[tuple[Ids, int]], dtype: npt.DT
         "document_bytes": text_bytes,
     }
     save_file(arrays, path, metadata={"format": "gpt-training-pipeline tokens", "version": "1"})
-    fsync(path)
     return ShardInfo(
         file=path.name,
         sha256=sha256_of_file(path),
@@ -107,11 +105,11 @@ class TokenStream:
         """Map the shards.
 
         Raises:
-            UserError: a file is missing or has not the size that the manifest gives.
+            UserError: a file is missing, damaged, or has not the size that the manifest gives.
         """
         for shard in shards:
             _check_size(folder / shard.file, shard.size)
-        self._tokens = [_map_tensors(folder / shard.file)["tokens"] for shard in shards]
+        self._tokens = [_map_tokens(folder / shard.file) for shard in shards]
         self._starts = [0, *accumulate(len(tokens) for tokens in self._tokens)]
 
     def __len__(self) -> int:
@@ -144,19 +142,13 @@ def _check_size(path: Path, size: int) -> None:
         raise UserError(f"{path}: the prepared shard {state}; delete the folder {path.parent} to prepare it again")
 
 
-def _map_tensors(path: Path) -> dict[str, npt.NDArray[np.integer[Any]]]:
-    """Tensors of a safetensors file (8 bytes of header length, a JSON header, then the data), mapped."""
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
-    header.pop("__metadata__", None)
-    return {
-        name: np.memmap(
-            path,
-            dtype=_DTYPES[entry["dtype"]],
-            mode="r",
-            offset=8 + header_size + entry["data_offsets"][0],
-            shape=tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }
+def _map_tokens(path: Path) -> npt.NDArray[np.integer[Any]]:
+    """The tokens of a shard, mapped where its header says (8 bytes of header length, a JSON header, the data)."""
+    try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(header_size))["tokens"]
+        offset, shape = 8 + header_size + entry["data_offsets"][0], tuple(entry["shape"])
+        return np.memmap(path, dtype=_DTYPES[entry["dtype"]], mode="r", offset=offset, shape=shape)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{path}: damaged; delete the folder {path.parent} to prepare it again") from error

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from gpt.errors import UserError
+from gpt.utils.helper import first_line
 
 END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -21,6 +22,12 @@ END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 # GPT-2's split of text into words: openai/gpt-2, encoder.py. tiktoken and `tokenizers` know it under this form.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+BPE_VARIANTS = (
+    *("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("unk_token", "fuse_unk", "byte_fallback"),
+)
+"""Settings of a BPE model under which it is not the plain algorithm."""
 
 Ids = npt.NDArray[np.uint32]
 
@@ -44,8 +51,12 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(str(error)) from error
         self._library.encode_special_tokens = True
+        self._library.no_truncation()
+        self._library.no_padding()
         self._encode = _encoder(json.loads(definition), self._library)
         vocabulary = self._library.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError("its vocabulary is empty")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.end_of_text: int | None = next((vocabulary[name] for name in END_NAMES if name in vocabulary), None)
 
@@ -69,11 +80,25 @@ class Tokenizer:
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
     def encode(self, text: str) -> Ids:
-        """Ids of ordinary text; no special token is added, and none is read out of the text."""
-        return self._encode(text)
+        """Ids of ordinary text; no special token is added, and none is read out of the text.
+
+        Raises:
+            UserError: the text is not Unicode, or has a character that a character tokenizer does not know.
+        """
+        try:
+            return self._encode(text)
+        except UserError:
+            raise
+        except UnicodeEncodeError as error:
+            raise UserError(f"not valid Unicode text: a lone surrogate at character {error.start}") from error
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"the tokenizer cannot encode the text: {first_line(error)}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, at least one: an empty prompt becomes end-of-text, which begins every document."""
+        """Ids of a prompt, at least one.
+
+        An empty prompt becomes end-of-text, which begins every document, or id 0 where there is no such token.
+        """
         first = 0 if self.end_of_text is None else self.end_of_text
         return self.encode(text).tolist() or [first]
 
@@ -90,7 +115,9 @@ class Tokenizer:
                 yield piece
 
 
-def build_tokenizer(kind: str, vocab_size: int, corpus: Sequence[str], training: Sequence[str]) -> Tokenizer:
+def build_tokenizer(
+    kind: str, vocab_size: int, corpus: Iterable[str], training: Iterable[str], *, has_documents: bool
+) -> Tokenizer:
     """The tokenizer that `--data.tokenizer` names.
 
     Args:
@@ -98,11 +125,12 @@ def build_tokenizer(kind: str, vocab_size: int, corpus: Sequence[str], training:
         vocab_size: what bpe is trained to.
         corpus: every text, of which char takes its characters.
         training: the texts that may be learnt from, on which bpe is trained.
+        has_documents: there are several to separate, for which char gets an end-of-text token.
     """
     if kind == "byte":
         return byte_tokenizer()
     if kind == "char":
-        return char_tokenizer(corpus)
+        return char_tokenizer(corpus, has_documents=has_documents)
     if kind == "bpe":
         return train_bpe(training, vocab_size)
     if kind == "gpt2":
@@ -118,13 +146,13 @@ def byte_tokenizer() -> Tokenizer:
     return _byte_level(models.BPE(vocab={_BYTE_TO_CHAR[byte]: byte for byte in range(256)}, merges=[]))
 
 
-def char_tokenizer(corpus: Sequence[str]) -> Tokenizer:
-    """The corpus's characters in code point order; an end-of-text token only where there are documents to separate."""
+def char_tokenizer(corpus: Iterable[str], *, has_documents: bool = False) -> Tokenizer:
+    """The corpus's characters in code point order, as nanoGPT has them, then end-of-text where it is asked for."""
     characters = sorted(set().union(*corpus))
     vocabulary = {character: index for index, character in enumerate(characters)}
     library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     library.decoder = decoders.Fuse()
-    if len(corpus) > 2:  # more than the head and the tail of one text
+    if has_documents:
         library.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     return Tokenizer(library.to_str())
 
@@ -171,20 +199,17 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> Encoder:
-    """Tiktoken for GPT-2-like BPE (about 7x faster, same ids), a table for characters, else the library itself."""
-    model = definition["model"]
+    """For GPT-2-like BPE tiktoken, which is several times faster, for characters a table, else the library itself."""
+    model, pre_tokenizer = definition["model"], definition.get("pre_tokenizer")
     plain_bpe = (
-        model["type"] == "BPE"
-        and definition["normalizer"] is None
-        and not model.get("dropout")
-        and not model.get("ignore_merges")
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-        and all(token["special"] for token in definition["added_tokens"])
+        model.get("type") == "BPE"
+        and definition.get("normalizer") is None
+        and not any(model.get(name) for name in BPE_VARIANTS)
+        and all(token["special"] for token in definition.get("added_tokens", ()))
     )
-    if plain_bpe and _is_gpt2_split(definition["pre_tokenizer"]) and set(_BYTE_TO_CHAR.values()) <= set(model["vocab"]):
+    if plain_bpe and _is_gpt2_split(pre_tokenizer) and _is_ranked_by_id(model["vocab"], model["merges"]):
         return _TiktokenEncoder(model["vocab"])
-    if plain_bpe and definition["pre_tokenizer"] is None and not model["merges"]:
+    if plain_bpe and pre_tokenizer is None and not model["merges"] and all(len(token) == 1 for token in model["vocab"]):
         return _CharEncoder(model["vocab"])
     return lambda text: np.array(library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
@@ -195,6 +220,14 @@ def _is_gpt2_split(pre_tokenizer: dict[str, Any] | None) -> bool:
         pre_tokenizer.get("add_prefix_space"),
         pre_tokenizer.get("use_regex", True),
     ) == ("ByteLevel", False, True)
+
+
+def _is_ranked_by_id(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | str]) -> bool:
+    """Whether ids grow in the order of the merges, which is the order that tiktoken takes them in."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    made = ["".join(pair) for pair in pairs]
+    ids = [vocabulary.get(token, -1) for token in made]
+    return vocabulary.keys() == set(_CHAR_TO_BYTE).union(made) and all(a < b for a, b in itertools.pairwise(ids))
 
 
 class _TiktokenEncoder:

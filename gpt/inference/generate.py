@@ -22,6 +22,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield new tokens one by one, at most `config.max_new_tokens`; end-of-text ends earlier and is not yielded.
 
+    So does a model whose logits are not finite: there is nothing to draw from.
+
     Args:
         model: maps (B, T) tokens to (B, T, V) logits; it is in evaluation mode while tokens are drawn.
         prompt: at least one token; of a longer one the last `block_size` are seen.
@@ -39,6 +41,8 @@ def generate(
     try:
         for _ in range(config.max_new_tokens):
             logits = model(tokens[:, -block_size:])[:, -1, :vocab_size].float()  # (1, V)
+            if not logits.isfinite().all():
+                return
             token = next_token(
                 logits,
                 temperature=config.temperature,

@@ -2,6 +2,9 @@
 
 import torch
 
+SMALLEST_TEMPERATURE = 1e-30
+"""What float32 can still divide by."""
+
 
 def next_token(
     logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator
@@ -20,7 +23,9 @@ def next_token(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    # Relative to the largest, so that no temperature, however small, makes an infinity of it.
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, SMALLEST_TEMPERATURE)
+    logits = keep_top_p(keep_top_k(logits, top_k), top_p)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(-1)
 
 
@@ -37,8 +42,9 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
         return logits
     ordered, indices = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(before >= p, -torch.inf))
+    dropped = probabilities.cumsum(dim=-1) - probabilities >= p
+    dropped[..., 0] = False  # also where p is too small for float32
+    return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(dropped, -torch.inf))
 
 
 def _keep(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

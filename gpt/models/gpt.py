@@ -14,6 +14,7 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.models.loss import cross_entropy_sum
 
 INIT_STD = 0.02
+"""For every matrix and both embeddings, as Hugging Face and nanoGPT initialise GPT-2."""
 
 
 class Attention(nn.Module):
@@ -110,11 +111,6 @@ class GPT(nn.Module):
             x = block(x)
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
         return logits if targets is None else cross_entropy_sum(logits, targets)
-
-    @property
-    def n_parameters(self) -> int:
-        """Trained numbers; the tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def _init_weights(self, generator: torch.Generator) -> None:
         # GPT-2 report, section 2.3: residual projections are scaled by 1/sqrt(N), N = 2 * n_layer residual additions.

@@ -1,6 +1,7 @@
 """The observer that decides when to evaluate."""
 
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 
 from torch import nn
 
@@ -28,7 +29,7 @@ class Evaluator:
         was_training = self._model.training
         self._model.eval()
         try:
-            return [EvalEnd(event.step, task.name, task.run(self._model)) for task in self._tasks]
+            return [EvalEnd(event.step, task.name, MappingProxyType(task.run(self._model))) for task in self._tasks]
         finally:
             self._model.train(was_training)
 

@@ -28,12 +28,17 @@ class Logger:
             except Exception as error:
                 self._sinks.remove(sink)
                 log.warning("%s stopped recording at step %d: %s", type(sink).__name__, event.step, first_line(error))
+                _close(sink, error)
         return ()
 
     def close(self, error: BaseException | None) -> None:
         """Close the sinks."""
         for sink in self._sinks:
-            try:
-                sink.close(error)
-            except Exception as failure:
-                log.warning("%s could not be closed: %s", type(sink).__name__, first_line(failure))
+            _close(sink, error)
+
+
+def _close(sink: Sink, error: BaseException | None) -> None:
+    try:
+        sink.close(error)
+    except Exception as failure:
+        log.warning("%s could not be closed: %s", type(sink).__name__, first_line(failure))

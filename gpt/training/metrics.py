@@ -14,12 +14,20 @@ class Meter:
 
     Args:
         tokens_per_step: tokens over all processes.
+        skipped_updates: device counter; reported once there are any.
         dist: the processes over which losses are summed.
         clock: seconds; monotonic.
     """
 
-    def __init__(self, tokens_per_step: int, dist: DistContext, clock: Callable[[], float] = time.perf_counter):
-        self._tokens_per_step, self._dist, self._clock = tokens_per_step, dist, clock
+    def __init__(
+        self,
+        tokens_per_step: int,
+        skipped_updates: torch.Tensor,
+        dist: DistContext,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._tokens_per_step, self._skipped_updates = tokens_per_step, skipped_updates
+        self._dist, self._clock = dist, clock
         self._stats: list[StepStats] = []
         self._started = clock()
 
@@ -33,14 +41,16 @@ class Meter:
 
     def report(self) -> tuple[dict[str, float], tuple[float, ...]]:
         """Metrics of the last step and the rate since the window began; the losses of every step since then."""
-        loss_sums = self._dist.sum(torch.stack([stats.loss_sum for stats in self._stats]))
-        losses = tuple((loss_sums / self._tokens_per_step).tolist())
-        grad_norm = float(self._stats[-1].grad_norm)
+        losses = self._dist.sum(torch.stack([stats.loss_sum for stats in self._stats])) / self._tokens_per_step
+        others = torch.stack([self._stats[-1].grad_norm, self._skipped_updates.float()])
+        *values, grad_norm, skipped_updates = torch.cat([losses, others]).tolist()  # the one sync
         seconds = self._clock() - self._started
         metrics = {
-            "train/loss": losses[-1],
+            "train/loss": values[-1],
             "grad_norm": grad_norm,
-            "tokens_per_second": len(losses) * self._tokens_per_step / seconds,
+            "tokens_per_second": len(values) * self._tokens_per_step / seconds,
         }
+        if skipped_updates:
+            metrics["skipped_updates"] = int(skipped_updates)
         self._stats.clear()
-        return metrics, losses
+        return metrics, tuple(values)

@@ -1,10 +1,13 @@
 """The observer that turns Ctrl-C and SIGTERM into an orderly end."""
 
 import signal
+import threading
 from collections.abc import Iterable
+from signal import SIGINT, SIGTERM
 from types import FrameType
+from typing import Any
 
-from gpt.training.events import Command, Event, StepEnd, Stop
+from gpt.training.events import Command, Event, StepEnd, Stop, TrainStart
 from gpt.utils.distributed import DistContext
 
 
@@ -19,10 +22,13 @@ class StopSignal:
         self._dist = dist
         self._received = 0
         self._pending = dist.start_max(0)
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous: dict[int, Any] = {}
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Stop once any rank has received a signal."""
+        """Listen while the run trains; stop once any rank has received a signal."""
+        if isinstance(event, TrainStart) and threading.current_thread() is threading.main_thread():
+            # Python gives signals to the main thread alone; a run in another thread belongs to its application.
+            self._previous = {number: signal.signal(number, self._receive) for number in (SIGINT, SIGTERM)}
         if not isinstance(event, StepEnd):
             return ()
         agreed = self._received if self._dist.world_size == 1 else self._pending.read()
@@ -35,6 +41,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received and number == signal.SIGINT:
+        if self._received and number == SIGINT:
             raise KeyboardInterrupt
         self._received = number

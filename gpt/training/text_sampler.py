@@ -10,7 +10,7 @@ from gpt.configs.run_plan import RunPlan
 from gpt.data.tokenizer import Tokenizer
 from gpt.inference.generate import generate
 from gpt.training.events import Command, Event, StepEnd, TextSampled
-from gpt.utils.helper import draw
+from gpt.utils.helper import Purpose, draw
 
 
 class TextSampler:
@@ -40,7 +40,9 @@ class TextSampler:
         if not (isinstance(event, StepEnd) and self._plan.evaluates_at(event.step)):
             return ()
         return [
-            TextSampled(event.step, prompt, self._continue(tokens, draw(self._plan.seed, event.step, index)))
+            TextSampled(
+                event.step, prompt, self._continue(tokens, draw(self._plan.seed, Purpose.TEXT, event.step, index))
+            )
             for index, (prompt, tokens) in enumerate(self._prompts.items())
         ]
 

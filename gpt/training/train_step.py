@@ -10,7 +10,7 @@ from torch import nn
 
 from gpt.data.data_loader import MicroBatch
 from gpt.parallel.gradient_sync import gradient_sync
-from gpt.utils.helper import draw
+from gpt.utils.helper import Purpose, draw
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class TrainStep:
         scaler: of float16; disabled otherwise.
         skipped_updates: device counter, increased when a non-finite float16 gradient makes the scaler skip the update.
         autocast: context of the forward pass.
-        tokens_per_step: tokens over all processes and micro-batches.
-        world_size: processes over which the wrapped model averages its gradients.
+        loss_scale: factor of each summed loss that makes the gradient that of the mean over the step's tokens.
         grad_clip: largest norm of the gradient; 0 does not clip.
         seed: of the run.
     """
@@ -49,15 +48,14 @@ class TrainStep:
         skipped_updates: torch.Tensor,
         *,
         autocast: Callable[[], AbstractContextManager[object]],
-        tokens_per_step: int,
-        world_size: int,
+        loss_scale: float,
         grad_clip: float,
         seed: int,
     ):
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._skipped_updates = skipped_updates
         self._autocast = autocast
-        self._loss_scale = world_size / tokens_per_step  # DDP averages over processes; the loss is a global mean
+        self._loss_scale = loss_scale
         self._max_norm = grad_clip or math.inf
         self._seed = seed
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -76,7 +74,7 @@ class TrainStep:
 
     def _accumulate(self, step: int, batch: MicroBatch, *, is_last: bool) -> torch.Tensor:
         # Every draw of this micro-batch is addressed, so neither the process count nor a restart can change it.
-        torch.manual_seed(draw(self._seed, step, batch.index))
+        torch.manual_seed(draw(self._seed, Purpose.FORWARD, step, batch.index))
         with gradient_sync(self._model, is_last=is_last):
             with self._autocast():
                 loss: torch.Tensor = self._model(batch.inputs, batch.targets)

@@ -1,5 +1,7 @@
 """The training loop."""
 
+from types import MappingProxyType
+
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
@@ -74,8 +76,8 @@ class Trainer(Subject):
             error = failure
             raise
         finally:
-            self._loader.close()
-            self.close(error)
+            with self._loader:
+                self.close(error)
 
     @property
     def _step(self) -> int:
@@ -96,6 +98,9 @@ class Trainer(Subject):
         commands += self.notify(StepEnd(self._step, self._state.progress.tokens))
         if self._plan.saves_at(self._step):
             commands.append(Save())
+        if commands and not reports:  # saving closes the window, and a run that stops leaves no step unreported
+            commands += self.notify(self._metrics(rate))
+            reports = True
         self._execute(commands)
         if reports:
             self._meter.start_window()
@@ -103,9 +108,7 @@ class Trainer(Subject):
     def _metrics(self, rate: float) -> MetricsReady:
         metrics, losses = self._meter.report()
         metrics |= {"lr": rate, "tokens": self._state.progress.tokens}
-        if self._state.scaler.is_enabled():
-            metrics["skipped_updates"] = int(self._state.skipped_updates)
-        return MetricsReady(self._step, metrics, losses)
+        return MetricsReady(self._step, MappingProxyType(metrics), losses)
 
     def _execute(self, commands: list[Command]) -> None:
         """Save at most once, then stop; a run that stops is saved first."""

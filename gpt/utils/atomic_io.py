@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpt.errors import UserError
+
+UNFINISHED, DOOMED = ".tmp", ".gone"
+"""Endings of folders that are being written or removed; their names begin with a dot."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -31,7 +35,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Every file is on the disk before the rename, so a folder of this name is always complete.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -48,11 +52,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it is never seen half there: rename first, then delete."""
-    doomed = path.with_name(f".{path.name}.gone")
+    doomed = path.with_name(f".{path.name}{DOOMED}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     fsync(path.parent)
     shutil.rmtree(doomed)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what `new_folder` and `remove_folder` left in `parent` when they were killed."""
+    if parent.is_dir():
+        for path in parent.iterdir():
+            if path.name.startswith(".") and path.name.endswith((UNFINISHED, DOOMED)):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -66,12 +78,14 @@ def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    ):  # not splitlines: JSON holds U+2028 as it is
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if wanted(record):
+        if isinstance(record, dict) and wanted(record):
             kept.append(line + "\n")
     write_text(path, "".join(kept))
 
@@ -82,11 +96,9 @@ def require_writable(folder: Path, flag: str) -> None:
     Raises:
         UserError: it cannot be made or written to.
     """
-    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; name another folder") from error
 

@@ -28,7 +28,8 @@ class PendingFlag(Protocol):
 class DistContext:
     """Rank facts and collectives; with one process every collective is the identity.
 
-    Payloads travel as JSON or tensors, never as pickle.
+    Host values travel as JSON or numbers over gloo, never as pickle and never through the GPU, which they would have to
+    wait for; device tensors are reduced where they are.
     """
 
     def __init__(self, device: str):
@@ -45,8 +46,8 @@ class DistContext:
                 )
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=START_TIMEOUT, device_id=self.device if device == "cuda" else None)
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=START_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
@@ -57,13 +58,13 @@ class DistContext:
         """Rank 0's JSON-like value, on every rank."""
         if self.world_size == 1:
             return value
-        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        size = torch.tensor([len(payload)], device=self.device)
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(payload)])
         dist.broadcast(size, src=0)
         if not self.is_main:
-            payload = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+            payload = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(payload, src=0)
-        return json.loads(bytes(payload.cpu().numpy()))
+        return json.loads(bytes(payload.numpy()))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0 while the others wait; every rank gets its JSON-like result, or its UserError."""
@@ -79,6 +80,15 @@ class DistContext:
             raise UserError(failure)
         return result
 
+    def first_on_each_machine(self, work: Callable[[], Any]) -> Any:
+        """Do `work` on one process of each machine while the others wait; every rank gets rank 0's JSON-like result.
+
+        A UserError is raised where it happens; the launcher ends the others.
+        """
+        result = work() if launch.local_rank() == 0 else None
+        self.sum_on_host([0.0])  # until every machine is done
+        return self.broadcast(result)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over the processes, in place."""
         if self.world_size > 1:
@@ -89,13 +99,13 @@ class DistContext:
         """Element-wise sum of host numbers over the processes, in float64."""
         if self.world_size == 1:
             return values
-        return [float(total) for total in self.sum(torch.tensor(values, dtype=torch.float64, device=self.device))]
+        return [float(total) for total in self.sum(torch.tensor(values, dtype=torch.float64))]
 
     def start_max(self, value: int) -> PendingFlag:
         """Begin to find the largest value over the processes, without waiting for it."""
         if self.world_size == 1:
             return _KnownFlag(value)
-        flag = torch.tensor([value], device=self.device)
+        flag = torch.tensor([value])
         return _ReducedFlag(flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
 
     def close(self) -> None:

@@ -2,17 +2,27 @@
 
 import hashlib
 from collections.abc import Iterable
+from enum import IntEnum
 from pathlib import Path
 
 _MASK = 2**64 - 1
 
 
+class Purpose(IntEnum):
+    """What a number is drawn for: the second part of every address, so that no two uses share numbers."""
+
+    ORDER = 1
+    OFFSET = 2
+    FORWARD = 3
+    TEXT = 4
+
+
 def draw(*address: int) -> int:
     """A 64-bit number that depends on every part of `address`, and on nothing else.
 
-    Randomness here is addressed, not consumed: `draw(seed, step, micro_batch)` is the same on every machine, so no
-    generator's state has to be saved. The mixer is SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable
-    pseudorandom number generators").
+    Randomness here is addressed, not consumed: `draw(seed, Purpose.FORWARD, step, micro_batch)` is the same on every
+    machine, so no generator's state has to be saved. The mixer is SplitMix64's (Steele, Lea, Flood 2014, "Fast
+    splittable pseudorandom number generators").
     """
     state = 0
     for part in address:
@@ -37,9 +47,14 @@ def si(number: float) -> str:
     return f"{number:.3g}"
 
 
-def plural(count: int, noun: str) -> str:
-    """'1 file', '2 files'."""
-    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
+def plural(count: int, noun: str, suffix: str = "s") -> str:
+    """'1 file', '2 files'; '2 processes' with suffix 'es'."""
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}{suffix}"
+
+
+def printable(text: str) -> str:
+    """What a model writes must not steer the terminal: control characters but newline and tab are shown, not sent."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

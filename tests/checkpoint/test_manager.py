@@ -5,8 +5,11 @@ import pytest
 from gpt.checkpoint.app_state import Progress
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.run_folder import RunFolder
+from gpt.checkpoint.store import verify
+from gpt.errors import UserError
 from gpt.utils.distributed import DistContext
 from tests.checkpoint.test_store import trained_state
+from tests.conftest import small_files
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
@@ -18,6 +21,17 @@ def test_the_newest_are_kept(tmp_path: Path, keep: int, left: list[int]) -> None
         assert manager.save(state) == folder.checkpoint_at(step)
     assert folder.committed() == [folder.checkpoint_at(step) for step in left]
     assert len(list(folder.checkpoints.iterdir())) == len(left)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> None:
+    folder, state = RunFolder(tmp_path), trained_state()
+    manager = CheckpointManager(folder, 1, "{}", DistContext("cpu"))
+    first = manager.save(state)
+    state.progress = Progress(3, 3)
+    with small_files(2000), pytest.raises(UserError, match=r"step_00000003: the checkpoint cannot be saved: .*large"):
+        manager.save(state)
+    assert list(folder.checkpoints.iterdir()) == [first]
+    verify(first)
 
 
 def test_a_committed_step_is_never_rewritten(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def test_an_uncommitted_folder_is_no_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for name in (".step_00000003.tmp", ".step_00000002.gone", "step_1", "step_00000001"):
         (folder.checkpoints / name).mkdir(parents=True)
+        (folder.checkpoints / name / "manifest.json").touch()
+    (folder.checkpoints / "step_00000009").mkdir()
     assert folder.committed() == [folder.checkpoint_at(1)]
 
 
@@ -59,6 +61,29 @@ def test_a_folder_of_another_start_is_refused(tiny: Configure, finished_run: Pat
     checkpoint = RunFolder(finished_run).checkpoint_at(4)
     with pytest.raises(UserError, match="holds a run that did not start from"):
         RunFolder(finished_run).origin(tiny(finished_run, resume=str(checkpoint)))
+
+
+def test_a_fork_that_died_before_its_first_checkpoint_starts_where_it_began(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    start = RunFolder(finished_run).checkpoint_at(4)
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(tiny(tmp_path, resume=str(start)).model_dump_json())
+    config = tiny(tmp_path)
+    assert folder.origin(config) == start
+    assert folder.to_record(config).resume == str(start)
+
+
+def test_weights_that_a_run_began_with_are_not_asked_for_again(tiny: Configure, finished_run: Path) -> None:
+    config = tiny(finished_run, init_from="/gone", checkpoint={"interval": 4})
+    assert RunFolder(finished_run).origin(config) == RunFolder(finished_run).checkpoint_at(8)
+
+
+def test_a_run_without_its_configuration_is_not_mixed_with_another(tiny: Configure, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.touch()
+    with pytest.raises(UserError, match=r"holds a run without its config\.json"):
+        folder.origin(tiny(tmp_path))
 
 
 def test_what_holds_no_checkpoint_is_named(tmp_path: Path) -> None:

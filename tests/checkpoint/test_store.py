@@ -19,7 +19,7 @@ def make_state(seed: int, n_embd: int = 8, *, scaled: bool = False) -> AppState:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=n_embd, block_size=4, vocab_size=11), seed=seed)
     optimizer = build_optimizer(model, OptimizerConfig(), max_lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**seed)
-    return AppState(model, optimizer, scaler, torch.tensor(seed))
+    return AppState(model, optimizer, scaler, torch.tensor(seed), {"the corpus's SHA-256": "a"})
 
 
 def trained_state(seed: int = 3, *, scaled: bool = False) -> AppState:
@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path: Path, name: str) -> None
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path}: damaged: SHA-256 [0-9a-f]+ instead of [0-9a-f]+"):
+    with pytest.raises(UserError, match=f"{path}: damaged: SHA-256 [0-9a-f]+ instead of [0-9a-f]+; delete"):
         verify(tmp_path / "step")
 
 
@@ -105,11 +105,17 @@ def test_another_architecture_is_one_line(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "step", make_state(1, n_embd=16))
 
 
-def test_a_disk_that_refuses_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_manifest_that_names_no_files_vouches_for_none(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "step", trained_state(), "{}")
+    for content in ({}, {"format_version": 1}, {"format_version": 1, "files": []}, {"format_version": 1, "files": {}}):
+        (tmp_path / "step" / MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"checkpoint format unknown|damaged: .* instead of None"):
+            verify(tmp_path / "step")
 
-    monkeypatch.setattr("gpt.checkpoint.store.save_file", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device; earlier ones are untouched"):
-        write_checkpoint(tmp_path / "step", trained_state(), "{}")
-    assert list(tmp_path.iterdir()) == []
+
+def test_a_state_of_another_identity_is_not_loaded(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "step", trained_state(), "{}")
+    other = make_state(1)
+    other.identity = {"the corpus's SHA-256": "b"}
+    with pytest.raises(UserError, match="cannot be continued: the corpus's SHA-256 is a there and b here"):
+        read_checkpoint(tmp_path / "step", other)

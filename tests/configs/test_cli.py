@@ -53,6 +53,13 @@ def test_several_horizon_flags_are_all_kept() -> None:
     assert (config.max_steps, config.epochs) == (5, 2)
 
 
+def test_none_unsets_what_may_be_absent(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(config_of("debug --init-from a --data.val-source b").model_dump_json())
+    config = config_of(f"--config {path} --init-from none --data.val-source none")
+    assert (config.init_from, config.data.val_source) == (None, None)
+
+
 def test_dry_run_is_no_part_of_the_configuration() -> None:
     assert parse_train(["debug", "--dry-run"]) == (PRESETS["debug"](), True)
     assert not parse_train(["debug"])[1]
@@ -92,7 +99,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--model.n-layer -3", "--model.n-layer -3: must be at least 1; nearest: 1"),
         ("--data.val-fraction 0.9", "--data.val-fraction 0.9: must be at most 0.5; nearest: 0.5"),
         ("--model.dropout 1", "--model.dropout 1: must be less than 1"),
-        ("--lr.schedule cosin", "--lr.schedule cosin: did you mean cosine? (one of cosine, linear, wsd"),
+        ("--lr.schedule cosin", "--lr.schedule cosin: did you mean cosine? one of cosine, linear, wsd"),
         ("--dtype fp32", "--dtype fp32: did you mean float32?"),
         ("--model.n-head 3", "model: n_embd=256 is not divisible by n_head=3; nearest: 255 or 258"),
         ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr="),
@@ -101,9 +108,17 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--resume a --init-from b", "init_from=b and resume=a both name a start"),
         ("--model.n-layer", "--model.n-layer needs a value"),
         ("--config", "--config needs a value"),
-        ("shakespear", "unknown preset 'shakespear'; did you mean shakespeare-char?"),
+        ("smaple", "unknown verb or preset 'smaple'; did you mean sample?"),
+        ("--compile=yes", "--compile takes no value: it is --compile or --no-compile"),
+        ("--model.bias=1", "--model.bias takes no value: it is --model.bias or --model.no-bias"),
+        ("shakespear", "unknown verb or preset 'shakespear'; did you mean shakespeare-char?"),
         ("--max-steps 5 debug", "unexpected argument 'debug'; a preset comes first: gpt train debug"),
-        ("--model.bias True", "unexpected argument 'True'"),
+        ("--model.bias True", "--model.bias takes no value: it is --model.bias or --model.no-bias"),
+        ("--device npu", "--device npu: did you mean cpu? one of auto, cpu, cuda, mps"),
+        ("--dtype x", "--dtype x: one of auto, float32, bfloat16, float16"),
+        ("--run-dir=", "--run-dir '': names no path"),
+        ("--data.source=", "--data.source : must not be empty"),
+        ("--seed \0", "'\\x00' is not valid text"),
         ("--config /no/such.json", "/no/such.json: No such file or directory"),
         ("debug --config c.json", "--config c.json and the preset debug both give every value"),
     ],

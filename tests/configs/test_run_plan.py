@@ -71,8 +71,8 @@ def test_dtype(dtype: str, has_bfloat16: bool, expected: str) -> None:
 
 
 def test_vocabulary_is_the_tokenizers_or_padded_but_never_smaller() -> None:
-    assert plan().vocab_size == 100
-    assert plan(model={"block_size": 16, "vocab_size": 128}).vocab_size == 128
+    assert plan().model.vocab_size == 100
+    assert plan(model={"block_size": 16, "vocab_size": 128}).model.vocab_size == 128
     with pytest.raises(UserError, match=r"--model.vocab-size 99 is smaller than the tokenizer's 100; nearest: 100"):
         plan(model={"block_size": 16, "vocab_size": 99})
 

@@ -8,6 +8,7 @@ from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import LARGEST_SHARE, open_corpus, prepare, split
 from gpt.data.readers import Document, read_source
 from gpt.errors import UserError
+from tests.conftest import small_files
 
 
 def folder_of(path: Path, sizes: list[int]) -> Path:
@@ -35,6 +36,15 @@ def test_one_file_loses_its_tail_as_nanogpt_splits() -> None:
     text = "".join(chr(97 + index % 26) for index in range(1001))
     train, val = split([Document("t", text)], 0.1)
     assert (train[0].text, val[0].text) == (text[: int(1001 * 0.9)], text[int(1001 * 0.9) :])
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_few_documents_are_split_whole_and_one_is_left_to_train_on(count: int) -> None:
+    documents = [Document(str(index), "x" * 100 * (index + 1)) for index in range(count)]
+    train, val = split(documents, 0.1)
+    assert train
+    assert val
+    assert sorted(train + val, key=lambda d: int(d.name)) == documents
 
 
 def test_large_documents_wait_until_no_other_is_left() -> None:
@@ -116,6 +126,30 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="not a Hugging Face"):
         prepare(config)
+    assert [path for path in (tmp_path / "c").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"splits": {"train": [{}]}}'])
+def test_a_damaged_manifest_says_what_to_delete(tmp_path: Path, content: str) -> None:
+    (tmp_path / "corpus.json").write_text(content)
+    with pytest.raises(UserError, match=r"corpus.json: damaged; delete the folder"):
+        open_corpus(tmp_path)
+
+
+def test_a_cache_without_its_manifest_is_made_again(tmp_path: Path) -> None:
+    source = tmp_path / "t.txt"
+    source.write_text("some text " * 50)
+    config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
+    folder = prepare(config)
+    (folder / "corpus.json").unlink()
+    assert len(open_corpus(prepare(config)).train) == 451
+
+
+def test_a_full_disk_names_the_cache_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "t.txt"
+    source.write_text("some text " * 5000)
+    with small_files(20_000), pytest.raises(UserError, match=r"--data.cache-dir .*: cannot be written: .*too large"):
+        prepare(DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte"))
     assert [path for path in (tmp_path / "c").iterdir() if path.is_dir()] == []
 
 

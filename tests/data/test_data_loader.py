@@ -17,11 +17,8 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
 
 def batches(stream: TokenStream, steps: list[int], world_size: int = 1, rank: int = 0) -> list[list[MicroBatch]]:
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=world_size, grad_accum_steps=4 // world_size)
-    loader = DataLoader(stream, plan, seed=1, rank=rank, device=torch.device("cpu"))
-    try:
+    with DataLoader(stream, plan, seed=1, rank=rank, device=torch.device("cpu")) as loader:
         return [loader.batches_of(step) for step in steps]
-    finally:
-        loader.close()
 
 
 def test_targets_are_the_next_tokens(stream: TokenStream) -> None:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,27 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xe9t\xe9")
     with pytest.raises(UserError, match=r"bad.txt: not UTF-8 at byte offset 0"):
         read_source(str(tmp_path))
+
+
+def test_pipes_and_broken_links_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert names(read_source(str(tmp_path))) == ["good.txt"]
+    with pytest.raises(UserError, match=r"pipe.txt: neither a file nor a folder"):
+        read_source(str(tmp_path / "pipe.txt"))
+
+
+def test_names_that_are_not_unicode_are_read(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("good")
+    documents = read_source(str(tmp_path))
+    assert len(fingerprint(documents)) == 64
+    assert [document.text for document in documents] == ["good"]
+
+
+def test_a_name_that_is_too_long_is_told() -> None:
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        read_source("x" * 300)
 
 
 def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{path}: the prepared shard has .* bytes instead of {shards[0].size}"):
         TokenStream(tmp_path, shards)
+    path.write_bytes(b"\xff" * shards[0].size)
+    with pytest.raises(UserError, match=f"{path}: damaged"):
+        TokenStream(tmp_path, shards)
     path.unlink()
     with pytest.raises(UserError, match=f"{path}: the prepared shard is missing"):
         TokenStream(tmp_path, shards)

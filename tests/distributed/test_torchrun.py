@@ -39,7 +39,7 @@ def runs(text_file: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFact
         run_dir = tmp_path_factory.mktemp("world") / str(processes)
         process = torchrun(
             *("--run-dir", str(run_dir), "--max-steps", "50", "--eval.interval", "25"),
-            *("--data.source", str(text_file), "--data.cache-dir", str(cache_dir)),
+            *("--data.source", str(text_file), "--data.cache-dir", str(cache_dir), "--lr.decay-steps", "45"),
             processes=processes,
         )
         output, _ = process.communicate(timeout=120)
@@ -60,6 +60,20 @@ def test_two_processes_evaluate_as_one_does(runs: dict[int, tuple[Path, str]]) -
     one, two = (records(runs[n][0], "val/loss") for n in (1, 2))
     assert one.keys() == two.keys() == {25, 50}
     assert two[50] == pytest.approx(one[50], abs=1e-5)
+
+
+def test_resuming_is_exact_on_two_processes_and_close_on_one(
+    runs: dict[int, tuple[Path, str]], text_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    data = ("--data.source", str(text_file), "--data.cache-dir", str(cache_dir), "--lr.decay-steps", "45")
+    whole = records(runs[2][0], "train/loss")
+    for steps, processes in ((10, 2), (20, 2), (30, 1)):
+        process = torchrun("--run-dir", str(tmp_path), "--max-steps", str(steps), *data, processes=processes)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    parts = records(tmp_path, "train/loss")
+    assert [parts[step] for step in range(1, 21)] == [whole[step] for step in range(1, 21)]
+    assert max(abs(parts[step] - whole[step]) for step in range(21, 31)) < 1e-5
 
 
 def test_rank_0_alone_talks(runs: dict[int, tuple[Path, str]]) -> None:

@@ -47,6 +47,11 @@ def test_the_packages_own_folder_is_not_on_the_import_path(tmp_path: Path) -> No
     assert repr(str(MAIN.parent)) not in path
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("gpt-training-pipeline 0.")
+
+
 def test_help_names_verbs_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -125,6 +130,9 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "missing file": (lambda p: ["--data.source", str(p / "none.txt")], "none.txt: no such file or folder"),
     "empty file": (lambda p: ["--data.source", _write(p / "e.txt", b"")], "e.txt: the file is empty"),
     "short text": (lambda p: ["--data.source", _write(p / "s.txt", b"short")], "too few for --model.block-size 64"),
+    "shortest text": (lambda p: ["--data.source", _write(p / "s.txt", b"s"), "--data.tokenizer", "char"], "too short"),
+    "long name": (lambda _: ["--run-dir", "x" * 300], "File name too long"),
+    "control characters": (lambda _: ["--seed", "a\nb\x1b[1m"], r"--seed a\nb\x1b[1m: expected a whole number"),
     "not utf-8": (lambda p: ["--data.source", _write(p / "l.txt", b"caf\xe9!")], "l.txt: not UTF-8 at byte offset 3"),
     "unwritable run folder": (lambda p: ["--run-dir", _write(p / "file", b"") + "/run"], "cannot write there"),
     "no checkpoint": (lambda p: ["--resume", str(p)], "holds no checkpoint"),

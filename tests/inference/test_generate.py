@@ -36,6 +36,12 @@ def test_end_of_text_ends_the_text() -> None:
     assert tokens(config={"temperature": 5.0}, end_of_text=end) == drawn[: drawn.index(end)]
 
 
+def test_a_model_that_has_diverged_writes_nothing() -> None:
+    diverged = GPT(MODEL.config, seed=0)
+    diverged.ln_f.weight.data.fill_(float("nan"))
+    assert tokens(diverged) == []
+
+
 def test_the_models_mode_is_put_back() -> None:
     MODEL.train()
     tokens()

@@ -18,6 +18,15 @@ def test_top_p_is_transformers(p: float) -> None:
     assert torch.equal(keep_top_p(LOGITS, p), TopPLogitsWarper(p)(IDS, LOGITS))
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-310])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    assert draw(temperature).item() == LOGITS[0].argmax().item()
+
+
+def test_the_smallest_top_p_keeps_the_most_likely() -> None:
+    assert draw(1.0, top_p=1e-300).item() == LOGITS[0].argmax().item()
+
+
 def test_zero_and_one_filter_nothing() -> None:
     assert torch.equal(keep_top_k(LOGITS, 0), LOGITS)
     assert torch.equal(keep_top_p(LOGITS, 1.0), LOGITS)

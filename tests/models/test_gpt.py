@@ -51,9 +51,10 @@ def test_without_bias_there_is_none() -> None:
     assert not [name for name in names if name.endswith("bias")]
 
 
-def test_parameters_count_the_tied_head_once() -> None:
-    block = 12 * 32**2 + 13 * 32
-    assert GPT(CONFIG, seed=0).n_parameters == (50 + 16) * 32 + 2 * block + 2 * 32
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_configuration_knows_the_number_of_parameters(bias: bool) -> None:
+    config = CONFIG.model_copy(update={"bias": bias})
+    assert config.n_parameters == sum(parameter.numel() for parameter in GPT(config, seed=0).parameters())
 
 
 @pytest.mark.parametrize("dropped", ["drop", "attn.resid_dropout", "mlp.dropout"])

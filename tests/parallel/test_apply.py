@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt.parallel.apply import compile_in_place, distribute
+from gpt.parallel.apply import make_ready
 from gpt.parallel.gradient_sync import gradient_sync
 from gpt.utils.distributed import DistContext
 
@@ -12,12 +12,13 @@ from gpt.utils.distributed import DistContext
 def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 2)
 
-    def trial() -> None:
+    def trial(module: nn.Module) -> torch.Tensor:
+        assert model._compiled_call_impl is not None
         model.weight.grad = torch.ones(2, 2)
         raise RuntimeError("no C++ compiler\nand much more")
 
     with caplog.at_level(logging.WARNING):
-        assert not compile_in_place(model, trial)
+        assert make_ready(model, DistContext("cpu"), compiled=True, trial=trial) is model
     assert "torch.compile does not work here (no C++ compiler)" in caplog.text
     assert model._compiled_call_impl is None
     assert model.weight.grad is None
@@ -25,8 +26,11 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCapt
 
 
 def test_one_process_needs_no_wrapper() -> None:
+    def trial(module: nn.Module) -> torch.Tensor:
+        raise AssertionError("nothing is compiled")
+
     model = nn.Linear(2, 2)
-    assert distribute(model, DistContext("cpu")) is model
+    assert make_ready(model, DistContext("cpu"), compiled=False, trial=trial) is model
     with gradient_sync(model, is_last=False):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad is not None

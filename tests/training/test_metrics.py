@@ -8,7 +8,7 @@ from gpt.utils.distributed import DistContext
 
 def test_a_report_has_every_loss_and_the_rate_of_its_window() -> None:
     now = [100.0]
-    meter = Meter(tokens_per_step=10, dist=DistContext("cpu"), clock=lambda: now[0])
+    meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"), clock=lambda: now[0])
     now[0] = 500.0  # set-up is not training
     meter.start_window()
     for loss, norm in ((20.0, 1.0), (30.0, 2.0)):

@@ -3,15 +3,18 @@ import signal
 
 import pytest
 
-from gpt.training.events import StepEnd, Stop
+from gpt.training.events import StepEnd, Stop, TrainStart
 from gpt.training.stop_signal import StopSignal
 from gpt.utils.distributed import DistContext, PendingFlag
+from tests.training.test_logger import PLAN
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_and_the_handlers_are_given_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     observer = StopSignal(DistContext("cpu"))
+    assert signal.getsignal(number) is before
+    observer.on_event(TrainStart(0, PLAN, None))
     try:
         assert list(observer.on_event(StepEnd(1, 1))) == []
         os.kill(os.getpid(), number)
@@ -23,6 +26,7 @@ def test_a_signal_stops_after_the_step_and_the_handlers_are_given_back(number: s
 
 def test_a_second_interrupt_ends_at_once() -> None:
     observer = StopSignal(DistContext("cpu"))
+    observer.on_event(TrainStart(0, PLAN, None))
     try:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

@@ -28,7 +28,7 @@ def make(model: GPT, grad_clip: float = 1.0, **changes: Any) -> TrainStep:
         "skipped_updates": torch.zeros((), dtype=torch.int64),
         "autocast": nullcontext,
     } | changes
-    return TrainStep(model, optimizer, tokens_per_step=64, world_size=1, grad_clip=grad_clip, seed=1, **settings)
+    return TrainStep(model, optimizer, loss_scale=1 / 64, grad_clip=grad_clip, seed=1, **settings)
 
 
 def test_a_step_is_the_plain_torch_loop() -> None:

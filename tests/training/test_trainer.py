@@ -88,6 +88,16 @@ def test_stop_saves_and_ends(tiny: Configure, tmp_path: Path) -> None:
     assert committed(tmp_path) == ["step_00000003"]
 
 
+def test_a_stop_leaves_no_step_unreported(tiny: Configure, tmp_path: Path) -> None:
+    recorder = LossRecorder()
+    trainer = build(lay_out(tiny(tmp_path, log={"interval": 100})))
+    trainer.attach(Commanding(3, Stop("enough")))
+    trainer.attach(recorder)
+    trainer.train()
+    assert len(recorder.losses) == 3
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
 def test_save_writes_a_checkpoint_and_goes_on(tiny: Configure, tmp_path: Path) -> None:
     trainer = build(lay_out(tiny(tmp_path)))
     trainer.attach(Commanding(3, Save()))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from gpt.errors import UserError
-from gpt.utils.atomic_io import append_jsonl, keep_jsonl, new_folder, remove_folder, require_writable, write_json
+from gpt.utils.atomic_io import append_jsonl, keep_jsonl, new_folder, remove_folder, require_writable, sweep, write_json
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -35,6 +35,13 @@ def test_remove_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    for name in (".a.tmp", ".b.gone", "c", ".d"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".d", "c"]
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
@@ -48,9 +55,10 @@ def test_keep_jsonl_drops_the_unwanted_and_a_torn_last_line(tmp_path: Path) -> N
     for step in range(5):
         append_jsonl(path, {"step": step})
     with path.open("a") as file:
-        file.write('{"step": 1, "los')
+        file.write('{"step": 1, "text": "a\u2028b\x85c"}\n5\n{"step": 1, "los')
     keep_jsonl(path, lambda record: record["step"] <= 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+    kept = path.read_text(encoding="utf-8").split("\n")
+    assert kept == ['{"step": 0}', '{"step": 1}', '{"step": 2}', '{"step": 1, "text": "a\u2028b\x85c"}', ""]
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gpt.training.events import (
     TrainEnd,
     TrainStart,
 )
-from gpt.utils.helper import plural, si
+from gpt.utils.helper import plural, printable, si
 
 
 class RunConsole(Console):
@@ -36,13 +36,12 @@ class ConsoleSink:
 
     Args:
         console: where to.
+        plan: of the run.
         run_dir: named in what is said at the end.
     """
 
-    def __init__(self, console: Console, run_dir: Path):
-        self._console = console
-        self._run_dir = run_dir
-        self._plan: RunPlan | None = None
+    def __init__(self, console: Console, plan: RunPlan, run_dir: Path):
+        self._console, self._plan, self._run_dir = console, plan, run_dir
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -69,7 +68,7 @@ class ConsoleSink:
                 self._compare_with_xz(metrics.get("val/bpb"))
             case TextSampled(prompt=prompt, text=text):
                 self._say("--- sample " + "-" * 40)
-                self._console.print(Text(_printable(prompt + text)))
+                self._console.print(Text(printable(prompt + text)))
                 self._say("-" * 51)
             case CheckpointSaved(step=step, path=path):
                 self._say(f"step {step}: saved {path}")
@@ -82,11 +81,10 @@ class ConsoleSink:
         self._progress.stop()
 
     def _start(self, event: TrainStart) -> None:
-        self._plan = event.plan
-        self._console.print(plan_table(event.plan))
+        self._console.print(plan_table(self._plan))
         if event.resumed_from:
             self._say(f"continuing from {event.resumed_from}")
-        self._progress.update(self._task, total=event.plan.max_steps, completed=event.step)
+        self._progress.update(self._task, total=self._plan.max_steps, completed=event.step)
         self._progress.start_task(self._task)
         self._progress.start()
 
@@ -97,7 +95,6 @@ class ConsoleSink:
         if self._console.is_terminal:
             self._progress.update(self._task, numbers=numbers)
         else:
-            assert self._plan is not None
             remaining = (self._plan.max_steps - step) * self._plan.batch.tokens_per_step
             self._say(
                 f"step {step}/{self._plan.max_steps}  {numbers}  "
@@ -105,12 +102,12 @@ class ConsoleSink:
             )
 
     def _compare_with_xz(self, bpb: float | None) -> None:
-        if self._plan is not None and bpb is not None and self._plan.corpus.xz_bits_per_byte is not None:
-            xz = self._plan.corpus.xz_bits_per_byte
+        xz = self._plan.corpus.xz_bits_per_byte
+        if bpb is not None and xz is not None:
             self._say(f"        bits per byte of the same files: {bpb:.3f} here, {xz:.3f} by xz -9e")
 
     def _next_command(self, step: int) -> str:
-        if self._plan is not None and step < self._plan.max_steps:
+        if step < self._plan.max_steps:
             return "the same command continues the run"
         return f"try gpt sample {self._run_dir} --prompt TEXT"
 
@@ -121,9 +118,11 @@ class ConsoleSink:
 def plan_table(plan: RunPlan) -> Table:
     """What will happen, for people."""
     machine, batch, corpus = plan.machine, plan.batch, plan.corpus
-    processes = plural(machine.world_size, "process").replace("processs", "processes")
+    processes = plural(machine.world_size, "process", "es")
     rows = {
         "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}",
+        "model": f"{si(plan.model.n_parameters)} parameters: {plan.model.n_layer} layers, {plan.model.n_head} heads, "
+        f"{plan.model.n_embd} wide",
         "data": f"{si(corpus.train_tokens)} training tokens, vocabulary {corpus.vocab_size:,}",
         "validation": f"{si(corpus.val_tokens)} tokens, {si(corpus.val_bytes)}B of text, "
         f"{plural(corpus.val_documents, 'document')}",
@@ -145,8 +144,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def _printable(text: str) -> str:
-    """What a model writes must not steer the terminal: control characters but newline and tab are shown, not sent."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

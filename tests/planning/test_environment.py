@@ -4,8 +4,8 @@ import subprocess
 
 import torch
 
-from gpt.utils import environment as module
-from gpt.utils.environment import environment, git_commit
+from gpt.planning import environment as module
+from gpt.planning.environment import environment, git_commit
 
 
 def test_environment_is_json_and_names_versions() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import gpt
+from gpt.planning.hardware import cpu_name
 
 PACKAGE = Path(gpt.__file__).parent
 LIBRARIES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
@@ -23,6 +24,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "platform": platform.platform(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
