@@ -41,6 +41,7 @@ from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.atomic_io import keep_jsonl, require_writable, sweep, write_json, write_text
+from gpt.utils.cpu_runtime import keep_freed_memory
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
 
@@ -77,6 +78,7 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     Raises:
         UserError: whatever the user can mend.
     """
+    keep_freed_memory()
     device = find_device(config.device)
     dist = DistContext(device)
     plan_batch(config, dist.world_size)

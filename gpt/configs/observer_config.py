@@ -37,5 +37,5 @@ class SampleConfig(Config):
 class TextSampleConfig(SampleConfig):
     """Texts that are drawn at each evaluation and written to samples.jsonl."""
 
-    prompts: tuple[str, ...] = ("",)
+    prompts: tuple[str, ...] = ("def ",)
     """Prompts to continue; none: draw no text. An empty prompt starts a document."""
