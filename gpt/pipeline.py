@@ -19,7 +19,7 @@ from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, require_same
 from gpt.checkpoint.store import PROGRESS, read_checkpoint, read_json, read_weights
 from gpt.configs.cli import load_config
 from gpt.configs.run_plan import TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
-from gpt.configs.train_config import TrainConfig
+from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.data.corpus import Corpus, open_corpus, prepare
 from gpt.data.data_loader import DataLoader
 from gpt.data.tokenizer import Tokenizer
@@ -89,7 +89,9 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     corpus = open_corpus(Path(dist.first_on_each_machine(lambda: str(prepare(config.data)))))
     plan = resolve(config, machine, corpus.facts)
     if origin is not None:
-        former = resolve(load_config(origin / "config.json"), machine, corpus.facts)
+        saved = load_config(origin / "config.json")
+        horizon = {name: getattr(saved, name) for name in HORIZON}
+        former = resolve(config.model_copy(update=horizon), machine, corpus.facts)
         plan = replace(plan, notes=(*plan.notes, *_rate_note(former, plan, _step_of(origin))))
     return Layout(config, dist, folder, origin, corpus, plan)
 

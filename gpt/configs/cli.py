@@ -27,7 +27,7 @@ from tyro.constructors import (
 
 from gpt.configs.base import Config
 from gpt.configs.presets import PRESETS
-from gpt.configs.train_config import TrainConfig
+from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
 C = TypeVar("C", bound=Config)
@@ -36,8 +36,6 @@ POSITIONAL = "positional"
 """`Annotated[..., POSITIONAL]` makes a field an argument without a flag."""
 
 VERBS = {"train": "train a model, or continue a run", "sample": "let a trained model continue a text"}
-
-HORIZON = ("max_steps", "max_tokens", "epochs")
 
 
 class TrainCommand(TrainConfig):

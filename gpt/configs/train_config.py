@@ -16,21 +16,13 @@ from gpt.configs.optimizer_config import OptimizerConfig
 LARGEST = 10**15
 """Above every sensible count; sums and products of such counts still fit 64 bits."""
 
-FREE_ON_RESUME = frozenset(
-    {
-        "run_dir",
-        "max_steps",
-        "max_tokens",
-        "epochs",
-        "device",
-        "compile",
-        "resume",
-        "log",
-        "eval",
-        "checkpoint",
-    }
-    | {"sample", "data.cache_dir"}
-)
+HORIZON = ("max_steps", "max_tokens", "epochs")
+"""Fields that say how long a run is."""
+
+FREE_ON_RESUME = frozenset(HORIZON) | {
+    *("run_dir", "device", "compile", "micro_batch_size", "resume", "log", "eval", "checkpoint", "sample"),
+    "data.cache_dir",
+}
 """What may differ when a run is continued: where and for how long it runs and what is watched of it."""
 
 

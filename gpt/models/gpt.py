@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
-from gpt.models.loss import cross_entropy_sum
+from gpt.models.loss import head_loss
 
 INIT_STD = 0.02
 """For every matrix and both embeddings, as Hugging Face and nanoGPT initialise GPT-2."""
@@ -109,8 +109,10 @@ class GPT(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
-        return logits if targets is None else cross_entropy_sum(logits, targets)
+        x = self.ln_f(x)
+        if targets is not None:
+            return head_loss(x, self.wte.weight, targets)
+        return F.linear(x, self.wte.weight)  # (B, T, V)
 
     def _init_weights(self, generator: torch.Generator) -> None:
         # GPT-2 report, section 2.3: residual projections are scaled by 1/sqrt(N), N = 2 * n_layer residual additions.

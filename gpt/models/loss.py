@@ -6,15 +6,27 @@ import torch.nn.functional as F
 IGNORED = -100
 """A target that is not counted: padding of the last validation window."""
 
+CHUNK_LOGITS = 2**22
+"""Logits that are made at once: 16 MiB as float32, a block that allocators keep and do not map anew each time."""
+LEAST_ROWS = 256
+"""Rows below which the matrix product of a chunk would be inefficient."""
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+
+def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum over targets of the negative log-likelihood in nats, computed in float32.
 
     A sum, not a mean: whoever knows how many tokens the whole step has, over all micro-batches and processes,
-    divides by that number once.
+    divides by that number once. The logits are made chunk by chunk, never all of them in one block.
 
     Args:
-        logits: (B, T, V), any floating type.
+        hidden: (B, T, C), any floating type.
+        head: (V, C), the output embedding.
         targets: (B, T) int64; IGNORED ones add nothing.
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    rows = max(LEAST_ROWS, CHUNK_LOGITS // head.shape[0])
+    chunks = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+    losses = [
+        F.cross_entropy(F.linear(x, head).float(), target, ignore_index=IGNORED, reduction="sum")
+        for x, target in chunks
+    ]
+    return torch.stack(losses).sum()

@@ -11,7 +11,9 @@ def test_differences_name_what_makes_another_run() -> None:
     assert ours.differences(other) == {"seed": (1337, 1), "model.n_layer": (ours.model.n_layer, 9)}
 
 
-@pytest.mark.parametrize("change", [{"max_steps": 9}, {"log": {"interval": 1}}, {"run_dir": "x"}, {"device": "cpu"}])
+@pytest.mark.parametrize(
+    "change", [{"max_steps": 9}, {"log": {"interval": 1}}, {"run_dir": "x"}, {"device": "cpu"}, {"micro_batch_size": 1}]
+)
 def test_where_and_how_long_a_run_runs_may_change(change: dict[str, object]) -> None:
     assert TrainConfig().differences(TrainConfig.model_validate(change)) == {}
 

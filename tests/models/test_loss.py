@@ -1,20 +1,38 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.models.loss import IGNORED, cross_entropy_sum
+from gpt.models import loss as module
+from gpt.models.loss import IGNORED, head_loss
+
+B, T, C, V = 3, 5, 4, 7
 
 
-def test_it_is_the_sum_over_counted_targets() -> None:
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    logits, targets = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    hidden, head = (torch.randn(size, requires_grad=True) for size in ((B, T, C), (V, C)))
+    targets = torch.randint(V, (B, T))
     targets[1, 2:] = IGNORED
-    counted = targets != IGNORED
-    expected = F.cross_entropy(logits[counted], targets[counted]) * counted.sum()
-    torch.testing.assert_close(cross_entropy_sum(logits, targets), expected)
+    return hidden, head, targets
+
+
+@pytest.mark.parametrize("rows", [1, 4, 15, 100])
+def test_it_is_torchs_cross_entropy_however_it_is_cut(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_ROWS", rows)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 0)
+    hidden, head, targets = inputs()
+    ours = head_loss(hidden, head, targets)
+    theirs = F.cross_entropy((hidden @ head.t()).flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (hidden, head)), torch.autograd.grad(theirs, (hidden, head)), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
 
 
 def test_it_is_computed_in_float32_whatever_the_logits_are() -> None:
-    logits, targets = torch.randn(1, 4, 9).bfloat16(), torch.randint(9, (1, 4))
-    loss = cross_entropy_sum(logits, targets)
+    hidden, head, targets = inputs()
+    loss = head_loss(hidden.bfloat16(), head.bfloat16(), targets)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, cross_entropy_sum(logits.float(), targets))
+    logits = (hidden.bfloat16() @ head.bfloat16().t()).float()
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
