@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt.errors import UserError
 from gpt.utils.helper import first_line
@@ -24,10 +24,22 @@ END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 BPE_VARIANTS = (
-    *("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("dropout", "continuing_subword_prefix", "end_of_word_suffix"),
     *("unk_token", "fuse_unk", "byte_fallback"),
 )
-"""Settings of a BPE model under which it is not the plain algorithm."""
+"""Settings of a BPE model under which it is not the plain algorithm. `ignore_merges` is none of them: a word that is a
+token as a whole becomes that token, which merging gives too."""
+
+PROBE = "".join(
+    [
+        *map(chr, range(0x2FF)),
+        *(chr(point) for point in range(0x300, 0x20000, 151) if not 0xD800 <= point < 0xE000),
+        "don't I'LL we've 1234567 3.14 a1b2 \r\n\r\n \n\t\tx = y  \n   z\u3000\u00a0 end ",
+        "caf\u00e9 cafe\u0301 \u05e9\u05dc\u05d5\u05dd \u4f60\u597d\uff0c \u0939\u093f ",
+        "\U0001f469\u200d\U0001f4bb!!! ...?",
+    ]
+)
+"""Text of every kind, on which two ways of encoding are compared before the faster one is trusted."""
 
 Ids = npt.NDArray[np.uint32]
 
@@ -199,44 +211,88 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> Encoder:
-    """For GPT-2-like BPE tiktoken, which is several times faster, for characters a table, else the library itself."""
+    """For byte-level BPE tiktoken, which is several times faster, for characters a table, else the library itself."""
     model, pre_tokenizer = definition["model"], definition.get("pre_tokenizer")
+
+    def by_library(text: str) -> Ids:
+        return np.array(library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
     plain_bpe = (
         model.get("type") == "BPE"
-        and definition.get("normalizer") is None
         and not any(model.get(name) for name in BPE_VARIANTS)
         and all(token["special"] for token in definition.get("added_tokens", ()))
     )
-    if plain_bpe and _is_gpt2_split(pre_tokenizer) and _is_ranked_by_id(model["vocab"], model["merges"]):
-        return _TiktokenEncoder(model["vocab"])
-    if plain_bpe and pre_tokenizer is None and not model["merges"] and all(len(token) == 1 for token in model["vocab"]):
+    if not plain_bpe:
+        return by_library
+    pattern = _tiktoken_pattern(pre_tokenizer)
+    if pattern is not None and _is_ranked_by_id(model["vocab"], model["merges"]):
+        return _checked(lambda: _TiktokenEncoder(model["vocab"], pattern, library.normalizer, by_library), by_library)
+    is_characters = not model["merges"] and all(len(token) == 1 for token in model["vocab"])
+    if pre_tokenizer is None and library.normalizer is None and is_characters:
         return _CharEncoder(model["vocab"])
-    return lambda text: np.array(library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+    return by_library
 
 
-def _is_gpt2_split(pre_tokenizer: dict[str, Any] | None) -> bool:
-    return pre_tokenizer is not None and (
-        pre_tokenizer["type"],
-        pre_tokenizer.get("add_prefix_space"),
-        pre_tokenizer.get("use_regex", True),
-    ) == ("ByteLevel", False, True)
+def _checked(build: Callable[[], Encoder], reference: Encoder) -> Encoder:
+    """What `build` gives, if it encodes PROBE as `reference` does, else `reference`.
+
+    A file's regular expression was written for another engine than tiktoken's, and need not cover every character.
+    """
+    try:
+        encoder = build()
+    except ValueError:  # an expression that tiktoken does not understand
+        return reference
+    return encoder if np.array_equal(encoder(PROBE), reference(PROBE)) else reference
+
+
+def _tiktoken_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The regular expression that cuts text into words before byte-level BPE; None for any other way of cutting.
+
+    GPT-2's tokenizer.json leaves the expression to the ByteLevel step, later ones (Llama 3, Qwen, ...) give their own
+    in a Split step before it.
+    """
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return GPT2_PATTERN
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern
+    return None
 
 
 def _is_ranked_by_id(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | str]) -> bool:
-    """Whether ids grow in the order of the merges, which is the order that tiktoken takes them in."""
+    """Whether ids grow in the order of the merges, which is the order that tiktoken takes them in.
+
+    A token may be made by several merges, as in tokenizers that were converted from tiktoken's own files.
+    """
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     made = ["".join(pair) for pair in pairs]
     ids = [vocabulary.get(token, -1) for token in made]
-    return vocabulary.keys() == set(_CHAR_TO_BYTE).union(made) and all(a < b for a, b in itertools.pairwise(ids))
+    return vocabulary.keys() == set(_CHAR_TO_BYTE).union(made) and all(a <= b for a, b in itertools.pairwise(ids))
 
 
 class _TiktokenEncoder:
-    def __init__(self, vocabulary: dict[str, int]):
+    def __init__(
+        self, vocabulary: dict[str, int], pattern: str, normalizer: normalizers.Normalizer | None, by_library: Encoder
+    ):
         ranks = {bytes(_CHAR_TO_BYTE[char] for char in token): rank for token, rank in vocabulary.items()}
-        self._encoding = tiktoken.Encoding("corpus", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._normalizer = normalizer
+        self._by_library = by_library
 
     def __call__(self, text: str) -> Ids:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        normal = text if self._normalizer is None else self._normalizer.normalize_str(text)
+        try:
+            return self._encoding.encode_to_numpy(normal, disallowed_special=())
+        except UnicodeEncodeError:
+            raise
+        except ValueError:  # its regular expression gives up on thousands of spaces in a row
+            return self._by_library(text)
 
 
 class _CharEncoder:

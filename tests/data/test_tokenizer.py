@@ -99,14 +99,8 @@ def test_gpt2_has_tiktokens_ids_and_the_published_ones() -> None:
 
 def test_gpt2_from_tiktokens_ranks_is_gpt2_from_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     from_files = gpt2_tokenizer()
-    ranks = module._TiktokenEncoder
-    vocabulary = tokenizers.Tokenizer.from_str(from_files.definition).get_vocab(with_added_tokens=False)
-    downloaded = tiktoken.Encoding(
-        "gpt2",
-        pat_str=module.GPT2_PATTERN,
-        mergeable_ranks=ranks(vocabulary)._encoding._mergeable_ranks,
-        special_tokens={END_OF_TEXT: 50256},
-    )
+    assert isinstance(from_files._encode, module._TiktokenEncoder)
+    downloaded = from_files._encode._encoding
     monkeypatch.setattr(module, "_installed_gpt2_files", lambda: None)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: downloaded)
     assert gpt2_tokenizer().definition == from_files.definition
@@ -150,6 +144,46 @@ def test_ids_that_do_not_follow_the_merges_are_not_given_to_tiktoken(tmp_path: P
     library = tokenizers.Tokenizer.from_str(json.dumps(definition))
     assert shuffled.encode(TEXT).tolist() == library.encode(TEXT).ids
     assert len(shuffled.encode(TEXT)) == len(KINDS["bpe"]().encode(TEXT))
+
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def with_split(pattern: str, normalizer: str | None = None) -> str:
+    """A byte-level BPE whose words are cut by its own expression, as Llama 3's and Qwen's tokenizer.json have it."""
+    definition = json.loads(KINDS["bpe"]().definition)
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    definition["normalizer"] = normalizer and {"type": normalizer}
+    definition["model"]["ignore_merges"] = True
+    return json.dumps(definition)
+
+
+@pytest.mark.parametrize("normalizer", [None, "NFC"])
+def test_words_cut_by_the_files_own_expression_take_the_fast_path(normalizer: str | None) -> None:
+    definition = with_split(LLAMA3_PATTERN, normalizer)
+    tokenizer, library = Tokenizer(definition), tokenizers.Tokenizer.from_str(definition)
+    library.encode_special_tokens = True
+    assert isinstance(tokenizer._encode, module._TiktokenEncoder)
+    assert tokenizer.encode(fuzz_text()).tolist() == library.encode(fuzz_text()).ids
+
+
+@pytest.mark.parametrize("pattern", [r"\w+", r"(?<=a)\p{L}+|.", r"[a&&[^b]]|\s+|\S+"])
+def test_an_expression_that_tiktoken_reads_otherwise_is_left_to_the_library(pattern: str) -> None:
+    definition = with_split(pattern)
+    library = tokenizers.Tokenizer.from_str(definition)
+    assert Tokenizer(definition).encode(TEXT).tolist() == library.encode(TEXT).ids
+
+
+@pytest.mark.parametrize("run", [" ", "\n", " \n", "a", "\u00e9"])
+def test_a_million_repeated_characters_have_the_librarys_ids(run: str) -> None:
+    tokenizer = gpt2_tokenizer()
+    text = "x" + run * (1_000_000 // len(run)) + "y"
+    assert tokenizer.encode(text).tolist() == tokenizers.Tokenizer.from_str(tokenizer.definition).encode(text).ids
 
 
 def test_truncation_and_padding_of_the_file_are_not_obeyed() -> None:
