@@ -23,7 +23,10 @@ FREE_ON_RESUME = frozenset(HORIZON) | {
     *("run_dir", "device", "compile", "micro_batch_size", "resume", "log", "eval", "checkpoint", "sample"),
     "data.cache_dir",
 }
-"""What may differ when a run is continued: where and for how long it runs and what is watched of it."""
+"""What may differ when a run is continued: where and for how long it runs and what is watched of it.
+
+Another `micro_batch_size` cuts the same global batch up differently: it changes rounding, and what dropout draws.
+"""
 
 
 class TrainConfig(Config):
