@@ -1,6 +1,7 @@
 """What to train on and how it becomes tokens."""
 
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 from pydantic import Field
@@ -12,9 +13,13 @@ class DataConfig(Config):
     """The corpus, its split and its tokenizer."""
 
     source: str = Field("stdlib", min_length=1)
-    """Text file, folder of text or source files, or stdlib: the Python standard library's own sources."""
+    """File or folder of text, source code, JSON lines or Parquet, a saved dataset, or stdlib: Python's own library."""
     val_source: str | None = Field(None, min_length=1)
-    """Text file or folder to validate on; without it, a part of the source is held out."""
+    """Source to validate on; without it, a part of the source is held out."""
+    text_field: str = Field("text", min_length=1)
+    """Key or column that holds the text of a record (JSON lines, Parquet, a saved dataset)."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a record that cannot be read: name it and end, or leave it out and say how many."""
     val_fraction: float = Field(0.1, ge=0, le=0.5)
     """Part of the source held out: whole documents of a folder, the tail of a single file."""
     cache_dir: FilePath = Path(platformdirs.user_cache_dir("gpt-training-pipeline", appauthor=False))

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.run_plan import CorpusFacts
-from gpt.data.readers import Document, fingerprint, read_source
+from gpt.data.formats import Document, Records
+from gpt.data.readers import fingerprint, read_source
 from gpt.data.shards import ShardInfo, TokenStream, shard_to_json, token_dtype, write_shards
 from gpt.data.tokenizer import Ids, Tokenizer, build_tokenizer
 from gpt.errors import UserError
@@ -50,8 +51,8 @@ def prepare(config: DataConfig) -> Path:
     Raises:
         UserError: the source cannot be read, or the cache not written.
     """
-    documents = read_source(config.source)
-    held_out = read_source(config.val_source, "--data.val-source") if config.val_source else []
+    documents = read_source(config.source, _records(config))
+    held_out = read_source(config.val_source, _records(config), "--data.val-source") if config.val_source else []
     key = _cache_key(config, documents, held_out)
     folder = config.cache_dir / key
     if (folder / MANIFEST).exists():
@@ -128,6 +129,10 @@ def split(documents: Sequence[Document], val_fraction: float) -> tuple[list[Docu
         chosen.add(document.name)
         taken += sizes[document.name]
     return [d for d in documents if d.name not in chosen], [d for d in documents if d.name in chosen]
+
+
+def _records(config: DataConfig) -> Records:
+    return Records(config.text_field, skip_bad=config.on_error == "skip")
 
 
 def _cache_key(config: DataConfig, documents: list[Document], held_out: list[Document]) -> str:

@@ -1,16 +1,19 @@
-"""Sources -> documents: a text file, a folder of text files, or Python's standard library."""
+"""Sources -> documents: a file, a folder of files, a dataset on disk, or Python's standard library."""
 
 import hashlib
+import logging
 import os
 import stat
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+from gpt.data.formats import Document, Records, decode, is_dataset, read_dataset, read_file
 from gpt.errors import UserError
+from gpt.utils.helper import plural
+
+log = logging.getLogger(__name__)
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset(
@@ -29,36 +32,26 @@ STDLIB_LEFT_OUT = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text of a corpus; `name` is its path inside the source."""
-
-    name: str
-    text: str
-
-    @cached_property
-    def n_bytes(self) -> int:
-        """Length as UTF-8."""
-        return len(self.text.encode())
-
-
-def read_source(source: str, flag: str = "--data.source") -> list[Document]:
+def read_source(source: str, records: Records, flag: str = "--data.source") -> list[Document]:
     """The documents of a source that hold any text, in the order of their names.
 
-    In a folder, hidden files and binary ones (a NUL in the first 8,192 bytes, as git tells them) are left out.
+    In a folder, hidden and binary files are left out.
 
     Raises:
-        UserError: there is no such source, it holds no text, or a file is not UTF-8.
+        UserError: there is no such source, it holds no text, or a file cannot be read.
     """
     path = Path(source)
     is_folder = source != STDLIB and _is_folder(path, flag)
     if source == STDLIB:
-        documents = list(_stdlib_documents())
+        found = _stdlib_documents()
     elif is_folder:
-        documents = list(_folder_documents(path))
+        found = read_dataset(path, records) if is_dataset(path) else _folder_documents(path, records)
     else:
-        documents = [Document(path.name, _decode(path, _read(path)))]
-    documents = [document for document in documents if document.text]
+        of_file = read_file(path, path.name, records)
+        found = iter((Document(path.name, decode(path.read_bytes(), path)),)) if of_file is None else of_file
+    documents = [document for document in found if document.text]
+    if records.skipped:
+        log.warning("%s: left out %s", source, plural(records.skipped, "bad record"))
     if not documents:
         kind = "folder holds no text" if is_folder else "file is empty"
         raise UserError(f"{flag} {source}: the {kind}; name one with text in it")
@@ -96,11 +89,9 @@ def _stdlib_documents() -> Iterator[Document]:
                 yield Document(name.as_posix(), file.read())
 
 
-def _folder_documents(root: Path) -> Iterator[Document]:
+def _folder_documents(root: Path, records: Records) -> Iterator[Document]:
     for path in _files_below(root):
-        content = _read(path)
-        if b"\0" not in content[:8192]:
-            yield Document(path.relative_to(root).as_posix(), _decode(path, content))
+        yield from read_file(path, path.relative_to(root).as_posix(), records) or ()
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -115,19 +106,3 @@ def _files_below(root: Path) -> Iterator[Path]:
 
 def _refuse_folder(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _decode(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 at byte offset {error.start} (0x{content[error.start]:02x}); convert the file to UTF-8"
-        ) from error

@@ -6,7 +6,8 @@ from safetensors.numpy import load_file
 
 from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import LARGEST_SHARE, open_corpus, prepare, split
-from gpt.data.readers import Document, read_source
+from gpt.data.formats import Document, Records
+from gpt.data.readers import read_source
 from gpt.errors import UserError
 from tests.conftest import small_files
 
@@ -19,7 +20,7 @@ def folder_of(path: Path, sizes: list[int]) -> Path:
 
 
 def test_stdlib_is_split_by_document_and_no_document_rules_the_val_set() -> None:
-    documents = read_source("stdlib")
+    documents = read_source("stdlib", Records("text", skip_bad=False))
     train, val = split(documents, 0.1)
     assert sorted(d.name for d in train + val) == sorted(d.name for d in documents)
     total = sum(d.n_bytes for d in val)

@@ -3,8 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt.data.readers import STDLIB, STDLIB_LEFT_OUT, Document, fingerprint, read_source
+from gpt.data.formats import Document, Records
+from gpt.data.readers import STDLIB, STDLIB_LEFT_OUT, fingerprint, read_source
 from gpt.errors import UserError
+
+RECORDS = Records("text", skip_bad=False)
 
 
 def names(documents: list[Document]) -> list[str]:
@@ -12,7 +15,7 @@ def names(documents: list[Document]) -> list[str]:
 
 
 def test_stdlib_is_its_sources_without_tests_and_tables() -> None:
-    documents = read_source(STDLIB)
+    documents = read_source(STDLIB, RECORDS)
     assert {"argparse.py", "json/decoder.py"} <= set(names(documents))
     assert not [name for name in names(documents) if STDLIB_LEFT_OUT.intersection(Path(name).parts)]
     assert all(name.endswith(".py") for name in names(documents))
@@ -25,14 +28,14 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text("" if name.startswith("empty") else name)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
-    assert names(read_source(str(tmp_path))) == ["a.py", "b.txt", "sub/c.md"]
+    assert names(read_source(str(tmp_path), RECORDS)) == ["a.py", "b.txt", "sub/c.md"]
 
 
 def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     content = "\ufeffa\r\nb\0é🙂\n".encode()
     path.write_bytes(content)
-    assert [document.text.encode() for document in read_source(str(path))] == [content]
+    assert [document.text.encode() for document in read_source(str(path), RECORDS)] == [content]
 
 
 @pytest.mark.parametrize(
@@ -48,40 +51,40 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None, message: str
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_source(str(path))
+        read_source(str(path), RECORDS)
 
 
 def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_bytes(b"\xe9t\xe9")
     with pytest.raises(UserError, match=r"bad.txt: not UTF-8 at byte offset 0"):
-        read_source(str(tmp_path))
+        read_source(str(tmp_path), RECORDS)
 
 
 def test_pipes_and_broken_links_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "link.txt").symlink_to(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe.txt")
-    assert names(read_source(str(tmp_path))) == ["good.txt"]
+    assert names(read_source(str(tmp_path), RECORDS)) == ["good.txt"]
     with pytest.raises(UserError, match=r"pipe.txt: neither a file nor a folder"):
-        read_source(str(tmp_path / "pipe.txt"))
+        read_source(str(tmp_path / "pipe.txt"), RECORDS)
 
 
 def test_names_that_are_not_unicode_are_read(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("good")
-    documents = read_source(str(tmp_path))
+    documents = read_source(str(tmp_path), RECORDS)
     assert len(fingerprint(documents)) == 64
     assert [document.text for document in documents] == ["good"]
 
 
 def test_a_name_that_is_too_long_is_told() -> None:
     with pytest.raises(UserError, match="cannot be read: File name too long"):
-        read_source("x" * 300)
+        read_source("x" * 300, RECORDS)
 
 
 def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder holds no text"):
-        read_source(str(tmp_path))
+        read_source(str(tmp_path), RECORDS)
 
 
 def test_fingerprint_sees_names_texts_and_their_borders() -> None:

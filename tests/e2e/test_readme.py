@@ -1,5 +1,6 @@
 """Every command of the README that needs no GPU, conda or network, run in order in one folder, shortened by flags."""
 
+import json
 import os
 import re
 import shlex
@@ -44,6 +45,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
     (desk / "gpt").symlink_to(REPOSITORY / "gpt")
     (desk / "book.txt").write_text(make_text(3000))
+    lines = [json.dumps({"body": make_text(200, seed=index)}) for index in range(40)]
+    (desk / "records.jsonl").write_text("\n".join(lines))
     (desk / "my_texts").mkdir()
     for index in range(30):
         (desk / "my_texts" / f"{index}.txt").write_text(make_text(800, seed=index))
@@ -61,7 +64,7 @@ def test_the_readmes_commands(desk: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     runs = {path.name for path in (desk / "runs").iterdir()}
-    named = {"quickstart", "debug", "wide", "debug-again", "fork", "tuned", "mine", "book", "shakespeare-char", "two"}
+    named = {"quickstart", "debug", "wide", "debug-again", "fork", "tuned", "mine", "book", "shakespeare-char", "two", "records"}
     assert runs == named
 
 
