@@ -64,7 +64,19 @@ def test_the_readmes_commands(desk: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     runs = {path.name for path in (desk / "runs").iterdir()}
-    named = {"quickstart", "debug", "wide", "debug-again", "fork", "tuned", "mine", "book", "shakespeare-char", "two", "records"}
+    named = {
+        "quickstart",
+        "debug",
+        "wide",
+        "debug-again",
+        "fork",
+        "tuned",
+        "mine",
+        "book",
+        "shakespeare-char",
+        "two",
+        "records",
+    }
     assert runs == named
 
 
