@@ -3,15 +3,13 @@
 import json
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from gpt.errors import UserError
 from gpt.utils import launch
-
-T = TypeVar("T")
 
 START_TIMEOUT = timedelta(hours=2)
 """Rank 0 may prepare a large corpus while the others wait."""
