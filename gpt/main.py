@@ -22,7 +22,7 @@ from gpt.configs.cli import VERBS
 from gpt.configs.presets import PRESETS
 from gpt.errors import UserError
 from gpt.utils import launch
-from gpt.utils.helper import printable
+from gpt.utils.helper import first_line, printable
 
 OTHER_RANKS_WAIT = 5.0
 """Seconds before a rank other than the first tells of an error that perhaps it alone has seen."""
@@ -51,28 +51,36 @@ TOLD = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__vers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status: 0, 2 for what the user can mend, 130 and 143 for signals."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in TOLD:
-        print(TOLD[arguments[0]])
-        return 0
-    verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
     _open_terminal()
     try:
-        status: int = importlib.import_module(f"gpt.commands.{verb}").run(arguments)
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except UserError as error:
-        _tell(error)
+        _tell(str(error))
         status = 2
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output has what it wanted
         status = 0
     except OSError as error:
-        if error.filename is None:
+        _tell(f"{error.filename or 'output'}: {error.strerror}")
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error)):
             raise
-        _tell(UserError(f"{error.filename}: {error.strerror}"))
+        _tell(f"not enough memory: {first_line(error)}; lower --micro-batch-size or the sizes of the model")
         status = 2
     except KeyboardInterrupt:
         print("gpt: interrupted", file=sys.stderr)
         status = 130
     _flush()
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in TOLD:
+        print(TOLD[arguments[0]])
+        return 0
+    verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
+    status: int = importlib.import_module(f"gpt.commands.{verb}").run(arguments)
     return status
 
 
@@ -98,11 +106,11 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(error: UserError) -> None:
+def _tell(message: str) -> None:
     """Most mistakes are seen by every rank and told by the first; the launcher ends the others while they wait."""
     if launch.rank() > 0:
         time.sleep(OTHER_RANKS_WAIT)
-    line = printable(str(error)).replace("\n", "\\n")
+    line = printable(message).replace("\n", "\\n")
     print(f"gpt: error: {line}", file=sys.stderr)
 
 

@@ -15,9 +15,16 @@ from torch import nn
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
 from gpt.checkpoint.manager import CheckpointManager
-from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, require_same_architecture, run_of
+from gpt.checkpoint.run_folder import (
+    RunFolder,
+    locate_checkpoint,
+    require_same_architecture,
+    require_same_identity,
+    run_of,
+)
 from gpt.checkpoint.store import PROGRESS, read_checkpoint, read_json, read_weights
 from gpt.configs.cli import load_config
+from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.data.corpus import Corpus, open_corpus, prepare
@@ -40,7 +47,7 @@ from gpt.training.stop_signal import StopSignal
 from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
-from gpt.utils.atomic_io import keep_jsonl, require_writable, sweep, write_json, write_text
+from gpt.utils.atomic_io import keep_jsonl, require_possible, require_writable, sweep, write_json, write_text
 from gpt.utils.cpu_runtime import keep_freed_memory
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
@@ -89,10 +96,9 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     corpus = open_corpus(Path(dist.first_on_each_machine(lambda: str(prepare(config.data)))))
     plan = resolve(config, machine, corpus.facts)
     if origin is not None:
-        saved = load_config(origin / "config.json")
-        horizon = {name: getattr(saved, name) for name in HORIZON}
-        former = resolve(config.model_copy(update=horizon), machine, corpus.facts)
-        plan = replace(plan, notes=(*plan.notes, *_rate_note(former, plan, _step_of(origin))))
+        plan = _continued(config, plan, folder, origin)
+    elif config.init_from is not None:
+        _require_same_tokenizer(plan, locate_checkpoint(config.init_from, "--init-from"))
     return Layout(config, dist, folder, origin, corpus, plan)
 
 
@@ -110,7 +116,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     if dist.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not autocast
     autocast = partial(torch.autocast, dist.device.type, getattr(torch, plan.dtype), enabled=plan.dtype != "float32")
-    prompts = {prompt: corpus.tokenizer.encode_prompt(prompt) for prompt in config.sample.prompts}
+    prompts = _prompts(config, corpus.tokenizer)
 
     model = GPT(plan.model, seed=plan.seed).to(dist.device)
     optimizer = build_optimizer(model, config.optimizer, plan.lr.max_lr)
@@ -168,7 +174,9 @@ def _claim(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> str | No
     origin = folder.origin(config)
     if config.init_from is not None and origin is None:
         require_same_architecture(config, locate_checkpoint(config.init_from, "--init-from"))
-    if not dry_run:
+    if dry_run:
+        require_possible(folder.path, "--run-dir")
+    else:
         require_writable(folder.path, "--run-dir")
         sweep(folder.checkpoints)
     return str(origin) if origin else None
@@ -178,15 +186,46 @@ def _step_of(checkpoint: Path) -> int:
     return int(read_json(checkpoint / PROGRESS).get("step", 0))
 
 
-def _rate_note(former: RunPlan, plan: RunPlan, step: int) -> list[str]:
-    """Say so where another horizon gives the steps already taken other rates than they had."""
+def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Path) -> RunPlan:
+    """Check that `plan` may go on from `origin`, and say so in it where the steps already taken had other rates."""
+    require_same_identity(plan.identity, origin, plan.identity.keys())
+    step = _step_of(origin)
+    if step >= plan.max_steps and origin not in folder.committed():
+        raise UserError(f"--resume {origin} is at step {step} already, and the run would end at {plan.max_steps}")
+    saved = load_config(origin / "config.json")
+    horizon = {name: getattr(saved, name) for name in HORIZON}
+    former = resolve(config.model_copy(update=horizon), plan.machine, plan.corpus)
     then, now = (build_schedule(p.lr, p.max_steps) for p in (former, plan))
     if all(then(past) == now(past) for past in (step // 2, step - 1)):
-        return []
-    return [
+        return plan
+    note = (
         f"the first {step} steps had the learning rates of a run of {former.max_steps}, not of {plan.max_steps}; "
         f"--lr.decay-steps {former.lr.decay_steps} keeps the former decay"
-    ]
+    )
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def _require_same_tokenizer(plan: RunPlan, checkpoint: Path) -> None:
+    try:
+        require_same_identity(plan.identity, checkpoint, {TOKENIZER})
+    except UserError as error:
+        theirs = run_of(checkpoint).tokenizer
+        raise UserError(
+            f"--init-from {checkpoint} was trained with another tokenizer; add --data.tokenizer {theirs}"
+        ) from error
+
+
+def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Prompts and their tokens; the default one, where the corpus lacks its characters, becomes the empty prompt."""
+    tokens: dict[str, list[int]] = {}
+    for prompt in config.sample.prompts:
+        try:
+            tokens[prompt] = tokenizer.encode_prompt(prompt)
+        except UserError as error:
+            if config.sample.prompts != TextSampleConfig().prompts:
+                raise UserError(f"--sample.prompts {prompt!r}: {error}") from error
+            tokens[""] = tokenizer.encode_prompt("")
+    return tokens
 
 
 def _load(layout: Layout, state: AppState) -> None:
@@ -195,13 +234,10 @@ def _load(layout: Layout, state: AppState) -> None:
         read_checkpoint(layout.origin, state)
     elif layout.config.init_from is not None:
         checkpoint = locate_checkpoint(layout.config.init_from, "--init-from")
-        weights = read_weights(checkpoint)
-        if read_json(checkpoint / PROGRESS)["identity"][TOKENIZER] != state.identity[TOKENIZER]:
-            theirs = run_of(checkpoint).tokenizer
-            raise UserError(
-                f"--init-from {checkpoint} was trained with another tokenizer; add --data.tokenizer {theirs}"
-            )
-        load_model_tensors(state.model, weights)
+        try:
+            load_model_tensors(state.model, read_weights(checkpoint))
+        except UserError as error:
+            raise UserError(f"--init-from {checkpoint}: {error}") from error
 
 
 def _trial(plan: RunPlan, autocast: Autocast, device: torch.device, model: nn.Module) -> torch.Tensor:
@@ -236,7 +272,7 @@ def _write_run_files(layout: Layout, step: int) -> None:
     """What a run's folder holds beside its checkpoints; records past the step that it begins at are dropped."""
     folder = layout.folder
     try:
-        write_text(folder.config, folder.to_record(layout.config).model_dump_json(indent=2) + "\n")
+        write_text(folder.config, folder.to_record(layout.config, layout.origin).model_dump_json(indent=2) + "\n")
         write_json(folder.environment, environment())
         write_text(folder.tokenizer, layout.corpus.tokenizer.definition)
         for records in (folder.metrics, folder.samples):

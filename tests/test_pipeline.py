@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.pipeline import build, lay_out, load_for_inference
@@ -41,8 +42,9 @@ def test_a_run_is_not_continued_on_other_data_or_in_another_batch(
     before = (tmp_path / "run" / "tokenizer.json").read_bytes()
     if change is None:
         source.write_text("same text " * 300)
-    with pytest.raises(UserError, match=message):
-        build(lay_out(tiny(tmp_path / "run", **settings | {"max_steps": 2} | (change or {}))))
+    for max_steps in (1, 2):  # also where there is nothing left to train
+        with pytest.raises(UserError, match=message):
+            lay_out(tiny(tmp_path / "run", **settings | {"max_steps": max_steps} | (change or {})), dry_run=True)
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
 
 
@@ -80,7 +82,7 @@ def test_init_from_another_architecture_is_told_before_the_corpus_is_read(
 def test_init_from_another_tokenizer_names_the_one_to_take(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     config = tiny(tmp_path, init_from=finished_run, data={"tokenizer": "char"})
     with pytest.raises(UserError, match=r"another tokenizer; add --data.tokenizer .*tokenizer.json"):
-        build(lay_out(config))
+        lay_out(config, dry_run=True)
 
 
 def test_a_damaged_checkpoint_is_not_trained_on(tiny: Configure, tmp_path: Path) -> None:
@@ -129,8 +131,26 @@ def test_a_padded_vocabulary_trains_and_samples_within_the_tokenizers(tiny: Conf
 
 def test_a_prompt_that_cannot_be_tokenized_is_told_before_training(tiny: Configure, tmp_path: Path) -> None:
     config = tiny(tmp_path, data={"tokenizer": "char"}, sample={"prompts": ("Ω",)})
-    with pytest.raises(UserError, match="the character 'Ω' is not among"):
+    with pytest.raises(UserError, match=r"--sample\.prompts 'Ω': the character 'Ω' is not among"):
         build(lay_out(config))
+
+
+def test_the_default_prompt_gives_way_where_the_text_lacks_its_characters(tiny: Configure, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("甲乙丙丁" * 200)
+    data = {"source": str(tmp_path / "t.txt"), "tokenizer": "char"}
+    sample = {"prompts": TextSampleConfig().prompts}
+    build(lay_out(tiny(tmp_path / "run", data=data, sample=sample, max_steps=1))).train()
+    assert json.loads((tmp_path / "run" / "samples.jsonl").read_text())["prompt"] == ""
+
+
+def test_a_fork_that_is_past_the_horizon_is_told(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is at step 8 already, and the run would end at 5"):
+        lay_out(tiny(tmp_path / "fork", resume=str(finished_run), max_steps=5))
+
+
+def test_a_dry_run_sees_a_run_folder_that_cannot_be(tiny: Configure, text_file: Path) -> None:
+    with pytest.raises(UserError, match="is no writable folder"):
+        lay_out(tiny(text_file / "run"), dry_run=True)
 
 
 def test_environment_and_config_describe_the_run(tiny: Configure, finished_run: Path) -> None:

@@ -34,7 +34,7 @@ class AppState:
         optimizer: its state is saved under the names of the parameters.
         scaler: of float16; disabled otherwise.
         skipped_updates: device counter of steps whose update was skipped for a non-finite gradient.
-        identity: what must be the same when the run is continued; a value's name says what a user can change.
+        identity: what a run that continues this one must share; saved beside the progress.
     """
 
     def __init__(
@@ -78,14 +78,8 @@ class AppState:
         """Restore what the three methods above gave.
 
         Raises:
-            UserError: it is the state of another architecture, or of a run with another identity.
+            UserError: it is the state of another architecture.
         """
-        for name, there in progress["identity"].items():
-            if self.identity[name] != there:
-                raise UserError(
-                    f"the checkpoint cannot be continued: {name} is {there} there and {self.identity[name]} here; "
-                    "restore what was changed, or name another --run-dir"
-                )
         load_model_tensors(self.model, model)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         by_parameter: dict[str, Tensors] = {}

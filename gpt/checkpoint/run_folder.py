@@ -4,10 +4,10 @@ config.json  environment.json  tokenizer.json  metrics.jsonl  samples.jsonl  che
 """
 
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 
-from gpt.checkpoint.store import MANIFEST
+from gpt.checkpoint.store import MANIFEST, PROGRESS, read_json
 from gpt.configs.cli import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
@@ -54,19 +54,22 @@ class RunFolder:
         if config.resume == "never":
             raise UserError(f"--run-dir {self.path} holds a run; --resume auto continues it, or name another --run-dir")
         saved = load_config(self.config)
-        if _names_a_checkpoint(config) and saved.resume != config.resume:
+        if _names_a_checkpoint(config) and not _is_start_of(config.resume, saved.resume):
             raise UserError(
                 f"--run-dir {self.path} holds a run that did not start from {config.resume}; name another --run-dir"
             )
-        # Where a run took its first weights no longer matters once it has a checkpoint of its own.
-        _require_same(config, saved, f"--run-dir {self.path}", ignored={"init_from"} if own else set())
+        # Where a run took its first weights need not be told again once it has a checkpoint of its own.
+        told_before = {"init_from"} if own and config.init_from is None else set()
+        _require_same(config, saved, f"--run-dir {self.path}", ignored=told_before)
         return own[-1] if own else self._fork(saved)
 
-    def to_record(self, config: TrainConfig) -> TrainConfig:
-        """The configuration that config.json should hold: `--resume auto` does not wipe out where the run began."""
-        if self.config.exists() and config.resume == "auto":
-            return config.model_copy(update={"resume": load_config(self.config).resume})
-        return config
+    def to_record(self, config: TrainConfig, origin: Path | None) -> TrainConfig:
+        """The configuration that config.json should hold: it keeps where the run began, to the checkpoint."""
+        if self.config.exists():
+            saved = load_config(self.config)
+            return config.model_copy(update={"resume": saved.resume, "init_from": saved.init_from})
+        began = str(origin.resolve()) if origin else "auto"
+        return config.model_copy(update={"resume": began})
 
     def _fork(self, config: TrainConfig) -> Path | None:
         """The checkpoint of another run that this one starts from."""
@@ -112,6 +115,26 @@ def require_same_architecture(config: TrainConfig, checkpoint: Path) -> None:
             raise UserError(
                 f"--init-from {checkpoint} is of another architecture: {flag} is {there} there and {here} here"
             )
+
+
+def require_same_identity(identity: Mapping[str, str | int], checkpoint: Path, names: Set[str]) -> None:
+    """Compare what a checkpoint's run resolved from its corpus and machine with what this one did.
+
+    Raises:
+        UserError: names the first of `names` that differs.
+    """
+    saved = read_json(checkpoint / PROGRESS).get("identity", {})
+    for name in identity:
+        if name in names and saved.get(name) != identity[name]:
+            raise UserError(
+                f"{checkpoint} cannot be continued: {name} is {saved.get(name)} there and {identity[name]} here; "
+                "restore what was changed, or name another --run-dir"
+            )
+
+
+def _is_start_of(given: str, saved: str) -> bool:
+    """Whether the checkpoint `saved` is what `given` names: itself, or a run's folder that it lies in."""
+    return Path(given).resolve() in (Path(saved), *Path(saved).parents)
 
 
 def _names_a_checkpoint(config: TrainConfig) -> bool:

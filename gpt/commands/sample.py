@@ -20,7 +20,7 @@ class SampleCommand(SampleConfig):
     """A run's folder, or one of its checkpoints."""
     prompt: str = ""
     """Text to continue; an empty one starts a document."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     """Decides the draws; the same seed gives the same text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model runs; auto: cuda, else mps, else cpu."""

@@ -5,6 +5,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+LARGEST = 10**15
+"""Above every sensible count of steps or tokens."""
+
 
 def _named(value: object) -> object:
     if value == "":

@@ -99,7 +99,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
     except SystemExit as stop:
         if not stop.code:
             raise
-        _refuse(said.getvalue(), model, prog)
+        _refuse(said.getvalue(), argv, model, prog)
     if unknown:
         _refuse_unknown(unknown[0], argv, model, prog)
     try:
@@ -165,7 +165,10 @@ def _saved_or_preset(saved: str | None, preset: str | None) -> dict[str, Any]:
     elif preset is not None:
         raise UserError(f"--config {saved} and the preset {preset} both give every value: leave one out")
     else:
-        config = load_config(Path(saved))
+        try:
+            config = load_config(Path(saved))
+        except UserError as error:
+            raise UserError(f"--config {error}") from error
     return {name: getattr(config, name) for name in type(config).model_fields}
 
 
@@ -176,17 +179,21 @@ def _is_named(flag: str, argv: Sequence[str]) -> bool:
 def _value_of(flag: str, argv: Sequence[str]) -> str | None:
     for index, word in enumerate(argv):
         if word == flag:
-            return argv[index + 1] if index + 1 < len(argv) else None
+            return next((value for value in argv[index + 1 : index + 2] if not value.startswith("--")), None)
         if word.startswith(f"{flag}="):
             return word.removeprefix(f"{flag}=")
     return None
 
 
-def _refuse(box: str, model: type[Config], prog: str) -> NoReturn:
+def _refuse(box: str, argv: Sequence[str], model: type[Config], prog: str) -> NoReturn:
     """What tyro refuses by itself: a flag without its value, which its message names, or a missing argument."""
-    flag = re.search(r"--[a-z][\w.-]*", box)
-    if flag and "Missing value" in box:
-        raise UserError(f"{flag[0]} needs a value")
+    known = {*_flags(model), "--help"}
+    for word in argv:
+        if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known:
+            _refuse_unknown(word, argv, model, prog)
+    flag = re.search(r"Missing value for argument\W+(--[a-z][\w.-]*)", box)
+    if flag:
+        raise UserError(f"{flag[1]} needs a value")
     required = " ".join(name.upper() for name, field in model.model_fields.items() if field.is_required())
     raise UserError(f"usage: {prog} {required} [--flags]; see {prog} --help")
 

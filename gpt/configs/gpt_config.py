@@ -10,15 +10,15 @@ from gpt.configs.base import Config
 class GPTConfig(Config):
     """Sizes of a GPT-2: names as in the GPT-2 report and its released code."""
 
-    n_layer: int = Field(3, ge=1)
+    n_layer: int = Field(3, ge=1, le=10_000)
     """Transformer blocks."""
-    n_head: int = Field(4, ge=1)
+    n_head: int = Field(4, ge=1, le=1_000_000)
     """Attention heads; divides n_embd."""
-    n_embd: int = Field(256, ge=1)
+    n_embd: int = Field(256, ge=1, le=1_000_000)
     """Width of the residual stream."""
-    block_size: int = Field(128, ge=1)
+    block_size: int = Field(128, ge=1, le=2**26)
     """Longest context in tokens; one training sequence is this long."""
-    vocab_size: int = Field(0, ge=0)
+    vocab_size: int = Field(0, ge=0, le=2**31)
     """Rows of the embedding; 0 takes the tokenizer's size, a larger one pads it."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an activation (embeddings, attention weights, residual branches)."""

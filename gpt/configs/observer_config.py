@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from gpt.configs.base import Config
+from gpt.configs.base import LARGEST, Config
 
 
 class LogConfig(Config):
@@ -24,11 +24,11 @@ class EvalConfig(Config):
 class SampleConfig(Config):
     """How text is drawn from the model, during training and by `gpt sample`."""
 
-    max_new_tokens: int = Field(200, ge=1)
+    max_new_tokens: int = Field(200, ge=1, le=LARGEST)
     """Tokens to draw at most; an end-of-text token ends a text earlier."""
     temperature: float = Field(0.8, ge=0)
     """Divides the logits; 0 takes the most likely token each time."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=LARGEST)
     """Draw among the k most likely tokens; 0: among all."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw among the most likely tokens that together have this probability."""

@@ -5,16 +5,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gpt.configs.base import Config, FilePath
+from gpt.configs.base import LARGEST, Config, FilePath
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
-
-LARGEST = 10**15
-"""Above every sensible count; sums and products of such counts still fit 64 bits."""
 
 HORIZON = ("max_steps", "max_tokens", "epochs")
 """Fields that say how long a run is."""
@@ -34,7 +31,7 @@ class TrainConfig(Config):
 
     run_dir: FilePath = Path("runs/quickstart")
     """Folder of the run: configuration, metrics, samples and checkpoints."""
-    seed: int = Field(1337, ge=0, lt=2**63)
+    seed: int = Field(1337, ge=0, le=2**63 - 1)
     """Decides the initial weights, the data order and every other draw."""
     max_steps: int = Field(400, ge=0, le=LARGEST)
     """Steps to train; 0: no bound. The earliest of max_steps, max_tokens and epochs ends the run."""
@@ -42,7 +39,7 @@ class TrainConfig(Config):
     """Tokens to train on; 0: no bound."""
     epochs: float = Field(0, ge=0, le=1_000_000)
     """Passes over the training set; 0: no bound."""
-    micro_batch_size: int = Field(16, ge=1, le=LARGEST)
+    micro_batch_size: int = Field(16, ge=1, le=2**20)
     """Sequences per process in one forward pass."""
     tokens_per_step: int = Field(2048, ge=0, le=LARGEST)
     """Tokens over all processes in one update; 0: one micro-batch per process."""

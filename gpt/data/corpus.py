@@ -22,7 +22,7 @@ from gpt.data.shards import ShardInfo, TokenStream, shard_to_json, token_dtype, 
 from gpt.data.tokenizer import Ids, Tokenizer, build_tokenizer
 from gpt.errors import UserError
 from gpt.utils.atomic_io import new_folder, remove_folder, require_writable, write_json
-from gpt.utils.helper import first_line, plural
+from gpt.utils.helper import first_line, plural, si
 from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,9 @@ def prepare(config: DataConfig) -> Path:
     require_writable(config.cache_dir, "--data.cache-dir")
     with FileLock(config.cache_dir / f"{key}.lock"):
         if not (folder / MANIFEST).exists():
+            size = sum(document.n_bytes for document in (*documents, *held_out))
+            count = plural(len(documents) + len(held_out), "document")
+            log.info("preparing %s: %s, %s of text", config.source, count, f"{si(size)}B")
             train, val = (documents, held_out) if held_out else split(documents, config.val_fraction)
             try:
                 if folder.exists():  # somebody deleted its manifest
@@ -152,7 +155,6 @@ def _cache_key(config: DataConfig, documents: list[Document], held_out: list[Doc
 def _prepare_into(folder: Path, config: DataConfig, train: list[Document], val: list[Document]) -> None:
     texts = {"train": [d.text for d in train], "val": [d.text for d in val]}
     size = sum(d.n_bytes for d in [*train, *val])
-    log.info("preparing %s: %s, %.1f MB", config.source, plural(len(train) + len(val), "document"), size / 1e6)
     learning = config.tokenizer in ("char", "bpe")
     with progress_bar("learning the tokenizer", total=size if learning else 0) as advance:
         tokenizer = build_tokenizer(

@@ -148,9 +148,12 @@ def build_tokenizer(
     if kind == "gpt2":
         return gpt2_tokenizer()
     path = Path(kind)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"--data.tokenizer {kind}: no such file; one of byte, char, bpe, gpt2, or a tokenizer.json")
-    return Tokenizer.from_file(path)
+    try:
+        return Tokenizer.from_file(path)
+    except UserError as error:
+        raise UserError(f"--data.tokenizer {error}") from error
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -225,7 +228,7 @@ def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> Encod
     if not plain_bpe:
         return by_library
     pattern = _tiktoken_pattern(pre_tokenizer)
-    if pattern is not None and _is_ranked_by_id(model["vocab"], model["merges"]):
+    if pattern is not None and _is_tiktokens(model["vocab"], model["merges"]):
         return _checked(lambda: _TiktokenEncoder(model["vocab"], pattern, library.normalizer, by_library), by_library)
     is_characters = not model["merges"] and all(len(token) == 1 for token in model["vocab"])
     if pre_tokenizer is None and library.normalizer is None and is_characters:
@@ -265,22 +268,24 @@ def _tiktoken_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _is_ranked_by_id(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | str]) -> bool:
-    """Whether ids grow in the order of the merges, which is the order that tiktoken takes them in.
+def _is_tiktokens(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | str]) -> bool:
+    """Whether tiktoken, which knows tokens and their ranks but no merges, would make the very same merges.
 
-    A token may be made by several merges, as in tokenizers that were converted from tiktoken's own files.
+    It joins any neighbours that together are a token, the lowest id first. That is the file's own way only if each
+    token has one merge, in the order of the ids, and it is the one by which tiktoken arrives at that token.
     """
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    made = ["".join(pair) for pair in pairs]
-    ids = [vocabulary.get(token, -1) for token in made]
-    return vocabulary.keys() == set(_CHAR_TO_BYTE).union(made) and all(a <= b for a, b in itertools.pairwise(ids))
+    if vocabulary.keys() < set(_CHAR_TO_BYTE) or not set().union(*vocabulary) <= set(_CHAR_TO_BYTE):
+        return False
+    ranks = {_to_bytes(token): rank for token, rank in vocabulary.items()}
+    listed = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return [(_to_bytes(left), _to_bytes(right)) for left, right in listed] == list(_merges_of(ranks))
 
 
 class _TiktokenEncoder:
     def __init__(
         self, vocabulary: dict[str, int], pattern: str, normalizer: normalizers.Normalizer | None, by_library: Encoder
     ):
-        ranks = {bytes(_CHAR_TO_BYTE[char] for char in token): rank for token, rank in vocabulary.items()}
+        ranks = {_to_bytes(token): rank for token, rank in vocabulary.items()}
         self._encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self._normalizer = normalizer
         self._by_library = by_library
@@ -362,3 +367,7 @@ _CHAR_TO_BYTE = {char: byte for byte, char in _BYTE_TO_CHAR.items()}
 
 def _to_chars(token: bytes) -> str:
     return "".join(_BYTE_TO_CHAR[byte] for byte in token)
+
+
+def _to_bytes(token: str) -> bytes:
+    return bytes(_CHAR_TO_BYTE[char] for char in token)

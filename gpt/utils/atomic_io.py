@@ -103,6 +103,17 @@ def require_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; name another folder") from error
 
 
+def require_possible(folder: Path, flag: str) -> None:
+    """Look, without writing, whether `folder` is one or could be made.
+
+    Raises:
+        UserError: something on the way to it is no folder that can be written to.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"{flag} {folder}: cannot write there: {nearest} is no writable folder; name another folder")
+
+
 def fsync(path: Path) -> None:
     """Force a file or a folder to the disk."""
     if os.name == "nt" and path.is_dir():

@@ -1,3 +1,5 @@
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,12 +73,35 @@ def test_a_fork_that_died_before_its_first_checkpoint_starts_where_it_began(
     folder.config.write_text(tiny(tmp_path, resume=str(start)).model_dump_json())
     config = tiny(tmp_path)
     assert folder.origin(config) == start
-    assert folder.to_record(config).resume == str(start)
+    assert folder.to_record(config, start).resume == str(start)
 
 
-def test_weights_that_a_run_began_with_are_not_asked_for_again(tiny: Configure, finished_run: Path) -> None:
-    config = tiny(finished_run, init_from="/gone", checkpoint={"interval": 4})
-    assert RunFolder(finished_run).origin(config) == RunFolder(finished_run).checkpoint_at(8)
+def test_where_a_run_began_is_recorded_to_the_checkpoint_and_kept(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    folder, start = RunFolder(tmp_path), RunFolder(finished_run).checkpoint_at(8)
+    for resume, recorded in (("never", "auto"), ("auto", "auto")):
+        assert folder.to_record(tiny(tmp_path, resume=resume), None).resume == recorded
+    fork = tiny(tmp_path, resume=str(finished_run))
+    folder.config.write_text(folder.to_record(fork, start).model_dump_json())
+    for again in (str(finished_run), f"{finished_run}/", str(start), os.path.relpath(finished_run)):
+        assert folder.origin(tiny(tmp_path, resume=again)) == start
+    assert folder.to_record(tiny(tmp_path), start).resume == str(start.resolve())
+    with pytest.raises(UserError, match="did not start from"):
+        folder.origin(tiny(tmp_path, resume=str(RunFolder(finished_run).checkpoint_at(4))))
+
+
+def test_weights_that_a_run_began_with_are_not_asked_for_again(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run / "checkpoints", tmp_path / "checkpoints")
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(tiny(tmp_path, init_from="/gone").model_dump_json())
+    assert folder.origin(tiny(tmp_path)) == folder.checkpoint_at(8)
+    assert folder.origin(tiny(tmp_path, init_from="/gone")) == folder.checkpoint_at(8)
+    assert folder.to_record(tiny(tmp_path), None).init_from == Path("/gone")
+    with pytest.raises(UserError, match="init_from is /gone there and /other here"):
+        folder.origin(tiny(tmp_path, init_from="/other"))
 
 
 def test_a_run_without_its_configuration_is_not_mixed_with_another(tiny: Configure, tmp_path: Path) -> None:

@@ -111,11 +111,3 @@ def test_a_manifest_that_names_no_files_vouches_for_none(tmp_path: Path) -> None
         (tmp_path / "step" / MANIFEST).write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"checkpoint format unknown|damaged: .* instead of None"):
             verify(tmp_path / "step")
-
-
-def test_a_state_of_another_identity_is_not_loaded(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "step", trained_state(), "{}")
-    other = make_state(1)
-    other.identity = {"the corpus's SHA-256": "b"}
-    with pytest.raises(UserError, match="cannot be continued: the corpus's SHA-256 is a there and b here"):
-        read_checkpoint(tmp_path / "step", other)

@@ -39,6 +39,7 @@ def test_a_checkpoint_can_be_named(finished_run: Path, capsys: pytest.CaptureFix
         (["/no/such/run"], "RUN_DIR /no/such/run: no such folder"),
         ([], r"usage: gpt sample RUN_DIR \[--flags\]"),
         (["a", "--top-p", "2"], "--top-p 2: must be at most 1"),
+        (["--promt", "x"], "unknown flag --promt; did you mean --prompt"),
         (["a", "--promt", "x"], "unknown flag --promt; did you mean --prompt"),
     ],
 )

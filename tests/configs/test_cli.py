@@ -119,7 +119,12 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--run-dir=", "--run-dir '': names no path"),
         ("--data.source=", "--data.source : must not be empty"),
         ("--seed \0", "'\\x00' is not valid text"),
-        ("--config /no/such.json", "/no/such.json: No such file or directory"),
+        ("--config /no/such.json", "--config /no/such.json: No such file or directory"),
+        ("--config --dry-run", "--config needs a value"),
+        (
+            "--seed 99999999999999999999",
+            "--seed 99999999999999999999: must be at most 9223372036854775807; nearest: 922",
+        ),
         ("debug --config c.json", "--config c.json and the preset debug both give every value"),
     ],
 )

@@ -186,6 +186,21 @@ def test_a_million_repeated_characters_have_the_librarys_ids(run: str) -> None:
     assert tokenizer.encode(text).tolist() == tokenizers.Tokenizer.from_str(tokenizer.definition).encode(text).ids
 
 
+@pytest.mark.parametrize("merges", [["b c", "a b", "ab c"], ["a b", "c d", "b c", "a bcd", "bc d"]])
+def test_merges_that_tiktoken_would_not_make_are_left_to_the_library(merges: list[str]) -> None:
+    definition = json.loads(byte_tokenizer().definition)
+    made = [merge.replace(" ", "") for merge in merges]
+    for token in made:
+        definition["model"]["vocab"].setdefault(token, len(definition["model"]["vocab"]))
+    if "bcd" not in made:
+        definition["model"]["vocab"].setdefault("bcd", len(definition["model"]["vocab"]))
+    definition["model"]["merges"] = [merge.split() for merge in merges]
+    definition["added_tokens"] = []
+    library = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    for text in ("abc", "abcd", "xabcdabc bcd"):
+        assert Tokenizer(json.dumps(definition)).encode(text).tolist() == library.encode(text).ids
+
+
 def test_truncation_and_padding_of_the_file_are_not_obeyed() -> None:
     library = tokenizers.Tokenizer.from_str(byte_tokenizer().definition)
     library.enable_truncation(5)

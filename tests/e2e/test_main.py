@@ -132,6 +132,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "short text": (lambda p: ["--data.source", _write(p / "s.txt", b"short")], "too few for --model.block-size 64"),
     "shortest text": (lambda p: ["--data.source", _write(p / "s.txt", b"s"), "--data.tokenizer", "char"], "too short"),
     "long name": (lambda _: ["--run-dir", "x" * 300], "File name too long"),
+    "too large": (lambda _: ["--model.n-embd", "100000000"], "--model.n-embd 100000000: must be at most"),
+    "no memory": (lambda _: ["--model.n-embd", "1000000"], "not enough memory"),
     "control characters": (lambda _: ["--seed", "a\nb\x1b[1m"], r"--seed a\nb\x1b[1m: expected a whole number"),
     "not utf-8": (lambda p: ["--data.source", _write(p / "l.txt", b"caf\xe9!")], "l.txt: not UTF-8 at byte offset 3"),
     "unwritable run folder": (lambda p: ["--run-dir", _write(p / "file", b"") + "/run"], "cannot write there"),
@@ -206,6 +208,14 @@ def test_a_reader_that_leaves_does_not_end_the_run(flags: list[str], tmp_path: P
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
     assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_an_output_that_is_full_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, str(MAIN), *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "gpt: error: output: No space left on device\n")
 
 
 def test_the_defaults_are_quickstart() -> None:
