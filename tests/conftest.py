@@ -15,7 +15,8 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build, lay_out
+from gpt.layout import lay_out
+from gpt.pipeline import build
 from gpt.training.observer import Observer
 
 WORDS = """

@@ -12,7 +12,8 @@ def run(argv: Sequence[str]) -> int:
     """Parse, then train; torch is imported only once the flags are known to be sound."""
     config, dry_run = parse_train(argv)
 
-    from gpt.pipeline import build, lay_out
+    from gpt.layout import lay_out
+    from gpt.pipeline import build
     from gpt.training.sinks.console import RunConsole, plan_table
     from gpt.training.trainer import FINISHED
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build, lay_out
+from gpt.layout import lay_out
+from gpt.pipeline import build
 from tests.conftest import LossRecorder
 
 Configure = Callable[..., TrainConfig]

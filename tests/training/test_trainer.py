@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build, lay_out
+from gpt.layout import lay_out
+from gpt.pipeline import build
 from gpt.training.events import (
     CheckpointSaved,
     Command,

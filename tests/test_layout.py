@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.pipeline import build, lay_out, load_for_inference
+from gpt.layout import lay_out
+from gpt.pipeline import build, load_for_inference
 
 Configure = Callable[..., TrainConfig]
 
