@@ -274,7 +274,7 @@ def _is_tiktokens(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | s
     It joins any neighbours that together are a token, the lowest id first. That is the file's own way only if each
     token has one merge, in the order of the ids, and it is the one by which tiktoken arrives at that token.
     """
-    if vocabulary.keys() < set(_CHAR_TO_BYTE) or not set().union(*vocabulary) <= set(_CHAR_TO_BYTE):
+    if not (vocabulary.keys() >= set(_CHAR_TO_BYTE) and set().union(*vocabulary) <= set(_CHAR_TO_BYTE)):
         return False
     ranks = {_to_bytes(token): rank for token, rank in vocabulary.items()}
     listed = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)

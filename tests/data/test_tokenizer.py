@@ -201,6 +201,14 @@ def test_merges_that_tiktoken_would_not_make_are_left_to_the_library(merges: lis
         assert Tokenizer(json.dumps(definition)).encode(text).tolist() == library.encode(text).ids
 
 
+def test_a_vocabulary_that_lacks_a_byte_is_left_to_the_library() -> None:
+    definition = json.loads(KINDS["bpe"]().definition)
+    del definition["model"]["vocab"]["Q"]
+    definition["added_tokens"] = []
+    library = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    assert Tokenizer(json.dumps(definition)).encode("Quick Q").tolist() == library.encode("Quick Q").ids
+
+
 def test_truncation_and_padding_of_the_file_are_not_obeyed() -> None:
     library = tokenizers.Tokenizer.from_str(byte_tokenizer().definition)
     library.enable_truncation(5)
