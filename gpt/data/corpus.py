@@ -153,21 +153,24 @@ def _cache_key(config: DataConfig, documents: list[Document], held_out: list[Doc
 
 
 def _prepare_into(folder: Path, config: DataConfig, train: list[Document], val: list[Document]) -> None:
-    texts = {"train": [d.text for d in train], "val": [d.text for d in val]}
-    size = sum(d.n_bytes for d in [*train, *val])
+    splits = {"train": train, "val": val}
+    size = sum(document.n_bytes for document in (*train, *val))
     learning = config.tokenizer in ("char", "bpe")
     with progress_bar("learning the tokenizer", total=size if learning else 0) as advance:
         tokenizer = build_tokenizer(
             config.tokenizer,
             config.vocab_size,
-            corpus=_told([*texts["train"], *texts["val"]], advance),
-            training=_told(texts["train"], advance),
+            corpus=_texts([*train, *val], advance),
+            training=_texts(train, advance),
             has_documents=max(len(train), len(val)) > 1,
         )
     (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
     dtype = token_dtype(tokenizer.vocab_size)
     with progress_bar("tokenizing", total=size) as advance:
-        shards = {name: write_shards(folder, name, _encoded(tokenizer, texts[name], advance), dtype) for name in texts}
+        shards = {
+            name: write_shards(folder, name, _encoded(tokenizer, documents, advance), dtype)
+            for name, documents in splits.items()
+        }
     write_json(
         folder / MANIFEST,
         {
@@ -176,32 +179,33 @@ def _prepare_into(folder: Path, config: DataConfig, train: list[Document], val: 
             "tokenizer_sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "dtype": np.dtype(dtype).name,
-            "xz_bits_per_byte": _xz_bits_per_byte(texts["val"]),
+            "xz_bits_per_byte": _xz_bits_per_byte(val),
             "splits": {name: [shard_to_json(shard) for shard in shards[name]] for name in shards},
         },
     )
 
 
-def _told(texts: list[str], advance: Callable[[int], None]) -> Iterator[str]:
-    for text in texts:
-        yield text
-        advance(len(text))
+def _texts(documents: list[Document], advance: Callable[[int], None]) -> Iterator[str]:
+    for document in documents:
+        yield document.text
+        advance(document.n_bytes)
 
 
-def _encoded(tokenizer: Tokenizer, texts: list[str], advance: Callable[[int], None]) -> Iterator[tuple[Ids, int]]:
+def _encoded(
+    tokenizer: Tokenizer, documents: list[Document], advance: Callable[[int], None]
+) -> Iterator[tuple[Ids, int]]:
     start = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
-    for text in texts:
-        n_bytes = len(text.encode())
-        ids = np.concatenate([start, tokenizer.encode(text)])
+    for document in documents:
+        ids = np.concatenate([start, tokenizer.encode(document.text)])
         if int(ids.max(initial=0)) >= tokenizer.vocab_size:
             raise UserError(f"the tokenizer gave id {ids.max()}, beyond its own vocabulary of {tokenizer.vocab_size}")
-        yield ids, n_bytes
-        advance(n_bytes)
+        yield ids, document.n_bytes
+        advance(document.n_bytes)
 
 
-def _xz_bits_per_byte(texts: list[str]) -> float | None:
-    """Bits per byte of `xz -9e` on the texts as one stream: what a compressor makes of them without learning."""
-    content = "".join(texts).encode()
+def _xz_bits_per_byte(documents: list[Document]) -> float | None:
+    """Bits per byte of `xz -9e` on the documents as one stream: what a compressor makes of them without learning."""
+    content = "".join(document.text for document in documents).encode()
     if not 0 < len(content) <= XZ_LIMIT:
         return None
     return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)

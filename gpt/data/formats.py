@@ -87,7 +87,7 @@ def read_file(path: Path, name: str, records: Records) -> Iterator[Document] | N
             head = file.read(HEAD_BYTES)
     if _is_json_lines(head, path):
         return _json_lines(path, name, records)
-    return None if b"\0" in head else _text(path, name)
+    return None if b"\0" in head else read_text(path, name)
 
 
 def is_dataset(folder: Path) -> bool:
@@ -162,7 +162,8 @@ def _is_json_lines(head: bytes, path: Path) -> bool:
         return False
 
 
-def _text(path: Path, name: str) -> Iterator[Document]:
+def read_text(path: Path, name: str) -> Iterator[Document]:
+    """The whole file as one document, NULs and all."""
     with _told(path), _open(path) as file:
         yield Document(name, decode(file.read(), path))
 

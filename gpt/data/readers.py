@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt.data.formats import Document, Records, decode, is_dataset, read_dataset, read_file
+from gpt.data.formats import Document, Records, is_dataset, read_dataset, read_file, read_text
 from gpt.errors import UserError
 from gpt.utils.helper import plural
 
@@ -47,8 +47,7 @@ def read_source(source: str, records: Records, flag: str = "--data.source") -> l
     elif is_folder:
         found = read_dataset(path, records) if is_dataset(path) else _folder_documents(path, records)
     else:
-        of_file = read_file(path, path.name, records)
-        found = iter((Document(path.name, decode(path.read_bytes(), path)),)) if of_file is None else of_file
+        found = read_file(path, path.name, records) or read_text(path, path.name)
     documents = [document for document in found if document.text]
     if records.skipped:
         log.warning("%s: left out %s", source, plural(records.skipped, "bad record"))
