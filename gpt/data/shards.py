@@ -86,7 +86,8 @@ def _write_shard(path: Path, documents: Sequence[tuple[Ids, int]], dtype: npt.DT
         "document_offsets": np.array([0, *accumulate(len(ids) for ids, _ in documents)], dtype=np.uint64),
         "document_bytes": text_bytes,
     }
-    save_file(arrays, path, metadata={"format": "gpt-training-pipeline tokens", "version": "1"})
+    # One key alone: the library writes several in an order that differs from call to call.
+    save_file(arrays, path, metadata={"format": "gpt-training-pipeline tokens, version 1"})
     return ShardInfo(
         file=path.name,
         sha256=sha256_of_file(path),

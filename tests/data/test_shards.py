@@ -31,6 +31,12 @@ def test_a_shard_is_a_safetensors_file_with_offsets_and_byte_counts(tmp_path: Pa
     assert (second.file, second.tokens) == ("val-00001.safetensors", 10)
 
 
+def test_the_same_documents_are_the_same_bytes(tmp_path: Path) -> None:
+    for index in range(8):
+        write_shards(tmp_path, f"s{index}", iter(DOCUMENTS), np.uint16)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_the_smallest_type_that_holds_every_id_is_taken() -> None:
     assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)
 
