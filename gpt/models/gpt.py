@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.models.attention import DocumentMask, attend, positions_in_documents
 from gpt.models.loss import head_loss
 
 INIT_STD = 0.02
@@ -28,14 +29,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: DocumentMask | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         out: torch.Tensor = self.resid_dropout(self.c_proj(y))
         return out
@@ -67,9 +68,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: DocumentMask | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -94,21 +95,36 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self._init_weights(torch.Generator().manual_seed(seed))
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits, or with targets their loss.
+
+        With `documents`, each of a row's documents gets what it would get alone: attention stays inside it, and its
+        positions count from its first token in the row.
 
         Args:
             tokens: (B, T) int64, T <= block_size.
             targets: (B, T) int64, the token after each.
+            documents: (B, T) int64, the number of the document that each token belongs to, non-decreasing along the
+                row; padding at a row's end has a number of its own. Without it a row is one document.
 
         Returns:
             (B, T, V) logits; with targets the scalar sum of their negative log-likelihoods in nats, float32.
         """
-        T = tokens.shape[1]
-        positions = torch.arange(T, device=tokens.device)
+        if documents is None:
+            mask = None
+            positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        else:
+            mask = DocumentMask(
+                documents,
+                dropout=self.config.dropout if self.training else 0.0,
+                head_width=self.config.n_embd // self.config.n_head,
+            )
+            positions = positions_in_documents(documents)  # (B, T)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
-            x = block(x)
+            x = block(x, mask)
         x = self.ln_f(x)
         if targets is not None:
             return head_loss(x, self.wte.weight, targets)

@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
-"""A target that is not counted: padding of the last validation window."""
+from gpt.utils.helper import IGNORED
 
 CHUNK_LOGITS = 2**22
 """Logits that are made at once: 16 MiB as float32, a block that allocators keep and do not map anew each time."""

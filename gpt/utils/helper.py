@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
 
+IGNORED = -100
+"""A target that is not counted: padding, which predicts nothing. torch's own default for it."""
+
 _MASK = 2**64 - 1
 
 
@@ -15,6 +18,7 @@ class Purpose(IntEnum):
     OFFSET = 2
     FORWARD = 3
     TEXT = 4
+    MIXTURE = 5
 
 
 def draw(*address: int) -> int:
@@ -50,6 +54,18 @@ def si(number: float) -> str:
 def plural(count: int, noun: str, suffix: str = "s") -> str:
     """'1 file', '2 files'; '2 processes' with suffix 'es'."""
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}{suffix}"
+
+
+def names_apart(names: Iterable[str]) -> list[str]:
+    """Names without repeats: of equal ones the second becomes NAME-2."""
+    apart: list[str] = []
+    for name in names:
+        count, unique = 1, name
+        while unique in apart:
+            count += 1
+            unique = f"{name}-{count}"
+        apart.append(unique)
+    return apart
 
 
 def printable(text: str) -> str:

@@ -58,6 +58,15 @@ def test_logits_of_a_shorter_context(pair: Pair, tokens: torch.Tensor) -> None:
     torch.testing.assert_close(pair[0](tokens[:, :7]), pair[1](tokens[:, :7]).logits, atol=TOLERANCE, rtol=0)
 
 
+def test_logits_of_documents_packed_in_a_row(pair: Pair, tokens: torch.Tensor) -> None:
+    ours, theirs = pair
+    length = tokens.shape[1]
+    lengths = [length // 3, 1, length // 2, length - length // 3 - 1 - length // 2]
+    documents = torch.arange(4).repeat_interleave(torch.tensor(lengths)).expand_as(tokens)
+    alone = [theirs(document).logits for document in tokens.split(lengths, dim=1)]
+    torch.testing.assert_close(ours(tokens, documents=documents), torch.cat(alone, dim=1), atol=TOLERANCE, rtol=0)
+
+
 def test_loss_and_gradients(pair: Pair, tokens: torch.Tensor) -> None:
     ours, theirs = pair
     ours.zero_grad()
