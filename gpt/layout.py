@@ -18,7 +18,7 @@ from gpt.checkpoint.store import PROGRESS, read_checkpoint, read_json, read_weig
 from gpt.configs.cli import load_config
 from gpt.configs.run_plan import TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
-from gpt.data.corpus import Corpus, open_corpus, prepare
+from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_note
 from gpt.errors import UserError
 from gpt.planning.environment import environment
 from gpt.planning.hardware import find_device, machine_facts
@@ -66,8 +66,11 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     claimed = dist.on_main(lambda: _claim(folder, config, dry_run=dry_run))
     origin = Path(claimed) if claimed else None
     machine = MachineFacts(**dist.broadcast(asdict(machine_facts(device, dist.world_size))))
-    corpus = open_corpus(Path(dist.first_on_each_machine(lambda: str(prepare(config.data)))))
+    corpus = _open(config, dist)
     plan = resolve(config, machine, corpus.facts)
+    note = tokenizer_note(config.data, corpus)
+    if note:
+        plan = replace(plan, notes=(*plan.notes, note))
     if origin is not None:
         plan = _continued(config, plan, folder, origin)
     elif config.init_from is not None:
@@ -111,6 +114,18 @@ def _claim(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> str | No
         require_writable(folder.path, "--run-dir")
         sweep(folder.checkpoints)
     return str(origin) if origin else None
+
+
+def _open(config: TrainConfig, dist: DistContext) -> Corpus:
+    """The corpus, prepared and packed by one process of each machine and opened by all."""
+
+    def make_ready() -> list[str]:
+        folders = prepare(config.data)
+        open_corpus(folders, config.data, config.model.block_size)  # which packs it
+        return [str(folder) for folder in folders]
+
+    folders = [Path(folder) for folder in dist.first_on_each_machine(make_ready)]
+    return open_corpus(folders, config.data, config.model.block_size)
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -41,9 +41,10 @@ examples:
   gpt                                      train a small model on Python's own sources, in minutes
   gpt train debug                          every part of a run, in seconds
   gpt train --data.source my_texts --run-dir runs/mine
+  gpt prepare my_texts --tokenizer gpt2 --out data/mine
   gpt sample runs/quickstart --prompt "def main("
 
-gpt train --help and gpt sample --help list every flag."""
+gpt VERB --help lists every flag."""
 
 
 TOLD = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}

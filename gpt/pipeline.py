@@ -20,6 +20,7 @@ from gpt.configs.cli import load_config
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
+from gpt.data.corpus import sequences_of
 from gpt.data.data_loader import DataLoader
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
@@ -71,14 +72,24 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     trainer = Trainer(
         plan,
         state,
-        loader=DataLoader(corpus.train, plan.batch, seed=plan.seed, rank=dist.rank, device=dist.device),
+        loader=DataLoader(
+            sequences_of(corpus, config.data, plan.batch.block_size, plan.seed),
+            plan.batch,
+            rank=dist.rank,
+            device=dist.device,
+        ),
         train_step=TrainStep(
-            make_ready(model, dist, compiled=config.compile, trial=partial(_trial, plan, autocast, dist.device)),
+            make_ready(
+                model,
+                dist,
+                compiled=config.compile,
+                trial=partial(_trial, plan, autocast, dist.device, config.data.document_mask),
+            ),
             optimizer,
             scaler,
             skipped_updates,
             autocast=autocast,
-            loss_scale=dist.world_size / plan.batch.tokens_per_step,  # the wrapped model averages over processes
+            world_size=dist.world_size,
             grad_clip=config.grad_clip,
             seed=plan.seed,
         ),
@@ -88,7 +99,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         resumed_from=str(layout.origin) if layout.origin else None,
     )
     trainer.attach(StopSignal(dist))
-    if corpus.facts.val_tokens > 1:
+    if corpus.val:
         trainer.attach(Evaluator(model, [_val_loss(layout, autocast)], plan))
     if prompts:
         trainer.attach(TextSampler(model, corpus.tokenizer, prompts, config.sample, plan))
@@ -124,10 +135,10 @@ def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
     return tokens
 
 
-def _trial(plan: RunPlan, autocast: Autocast, device: torch.device, model: nn.Module) -> torch.Tensor:
+def _trial(plan: RunPlan, autocast: Autocast, device: torch.device, masked: bool, model: nn.Module) -> torch.Tensor:
     tokens = torch.zeros((plan.batch.micro_batch_size, plan.batch.block_size), dtype=torch.int64, device=device)
     with autocast():
-        loss: torch.Tensor = model(tokens, tokens)
+        loss: torch.Tensor = model(tokens, tokens, tokens if masked else None)
     return loss
 
 
@@ -143,10 +154,10 @@ def _val_loss(layout: Layout, autocast: Autocast) -> ValLoss:
     plan = layout.plan
     return ValLoss(
         layout.corpus.val,
-        plan.corpus.val_bytes,
         block_size=plan.batch.block_size,
         batch_size=plan.batch.micro_batch_size,
         batches=plan.eval_batches,
+        masked=layout.config.data.document_mask,
         autocast=autocast,
         dist=layout.dist,
     )

@@ -2,11 +2,12 @@
 
 import random
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
 from gpt.configs.train_config import TrainConfig
+from gpt.data.shards import ShardWriter, TokenStream
 from gpt.layout import lay_out
 from gpt.pipeline import build
 from gpt.training.observer import Observer
@@ -120,3 +122,19 @@ class LossRecorder:
 
     def close(self, error: BaseException | None) -> None:
         self.events.append(error)
+
+
+def write_stream(
+    folder: Path, documents: Sequence[tuple[Sequence[int], int]], vocab_size: int = 2**16, per_shard: int = 1000
+) -> TokenStream:
+    """A stream of (ids, bytes of text), with `per_shard` documents in each shard."""
+    folder.mkdir(exist_ok=True)
+    shards = []
+    for index, start in enumerate(range(0, len(documents), per_shard)):
+        with ShardWriter(folder / f"train-{index:06d}.safetensors", vocab_size) as writer:
+            for ids, n_bytes in documents[start : start + per_shard]:
+                writer.add(np.asarray(ids), n_bytes)
+            info = writer.finish()
+        assert info is not None
+        shards.append((folder / info.file, info))
+    return TokenStream(shards, vocab_size)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -35,7 +35,11 @@ C = TypeVar("C", bound=Config)
 POSITIONAL = "positional"
 """`Annotated[..., POSITIONAL]` makes a field an argument without a flag."""
 
-VERBS = {"train": "train a model, or continue a run", "sample": "let a trained model continue a text"}
+VERBS = {
+    "train": "train a model, or continue a run",
+    "prepare": "turn texts into tokens, once for many runs",
+    "sample": "let a trained model continue a text",
+}
 
 
 class TrainCommand(TrainConfig):
@@ -119,11 +123,12 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     fields = tuple(
         StructFieldSpec(
             name=name,
-            type=_positional(field.annotation) if POSITIONAL in field.metadata else cast(Any, field.annotation),
+            type=_positional(kind) if POSITIONAL in field.metadata else kind,
             default=getattr(info.default, name, tyro.MISSING),
             helptext=field.description,
         )
         for name, field in info.type.model_fields.items()
+        for kind in [_as_texts(field.annotation)]
     )
     return StructConstructorSpec(instantiate=dict, fields=fields)
 
@@ -143,6 +148,11 @@ def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
+
+
+def _as_texts(annotation: Any) -> Any:
+    """A list of anything is read as a list of texts."""
+    return tuple[str, ...] if get_origin(annotation) is tuple else annotation
 
 
 def _positional(annotation: Any) -> Any:
@@ -270,4 +280,5 @@ _EXPECTED = {
     "less_than_equal": "must be at most {le}; nearest: {le}",
     "less_than": "must be less than {lt}",
     "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
 }

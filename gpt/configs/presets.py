@@ -37,7 +37,7 @@ def shakespeare_char() -> TrainConfig:
         micro_batch_size=12,
         tokens_per_step=12 * 64,
         model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False),
-        data=DataConfig(source="tinyshakespeare.txt", tokenizer="char"),
+        data=DataConfig(source=("tinyshakespeare.txt",), tokenizer="char"),
         lr=LRConfig(schedule="cosine", max_lr=2e-3, min_lr=2e-4, warmup_steps=100),
         optimizer=OptimizerConfig(beta2=0.99),
         log=LogConfig(interval=50),

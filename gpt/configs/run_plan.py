@@ -26,13 +26,24 @@ class MachineFacts:
 
 
 @dataclass(frozen=True)
+class StreamFacts:
+    """What is drawn from in training: a source that has a weight, or all of them together."""
+
+    name: str
+    tokens: int
+    packed_sequences: int = 0
+    """Sequences that its documents are packed in; 0 where windows are cut."""
+
+
+@dataclass(frozen=True)
 class CorpusFacts:
     """What the prepared corpus holds; filled by `gpt.data.corpus`."""
 
     vocab_size: int
-    train_tokens: int
-    source_sha256: str = ""
-    """Digest of the documents' names and texts."""
+    streams: tuple[StreamFacts, ...]
+    """What is trained on."""
+    sha256: str = ""
+    """Digest of everything that was prepared."""
     tokenizer_sha256: str = ""
     val_tokens: int = 0
     val_bytes: int = 0
@@ -40,6 +51,22 @@ class CorpusFacts:
     val_documents: int = 0
     xz_bits_per_byte: float | None = None
     """What `xz -9e` needs for the validation text; None where it was too long to compress."""
+
+    @property
+    def train_tokens(self) -> int:
+        """Over all streams."""
+        return sum(stream.tokens for stream in self.streams)
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """A source's share of a run."""
+
+    name: str
+    share: float
+    """Of the sequences."""
+    epochs: float
+    """Passes over it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,8 @@ class RunPlan:
     max_steps: int
     windows_per_epoch: int
     """Training sequences in one pass over the corpus."""
+    sources: tuple[SourcePlan, ...]
+    """What is trained on."""
     lr: LRConfig
     """With `decay_steps` filled in."""
     log_interval: int
@@ -93,7 +122,7 @@ class RunPlan:
         The values are resolved from the corpus and the machine, under names that a user can act on.
         """
         return {
-            "the corpus's SHA-256": self.corpus.source_sha256,
+            "the corpus's SHA-256": self.corpus.sha256,
             TOKENIZER: self.corpus.tokenizer_sha256,
             "--dtype": self.dtype,
             "--tokens-per-step": self.batch.tokens_per_step,
@@ -161,19 +190,13 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         UserError: values that do not fit together, with the nearest that do.
     """
     batch = plan_batch(config, machine.world_size)
-    if corpus.train_tokens < 2:
-        raise UserError(f"--data.source {config.data.source}: too short: {corpus.train_tokens} tokens to train on")
-    if corpus.train_tokens <= batch.block_size:
-        raise UserError(
-            f"the training text of {config.data.source} has {corpus.train_tokens} tokens, "
-            f"too few for --model.block-size {batch.block_size}; nearest: {corpus.train_tokens - 1}"
-        )
+    sequences = _sequences(config, batch, corpus)
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(
             f"--model.vocab-size {config.model.vocab_size} is smaller than the tokenizer's {corpus.vocab_size}; "
             f"nearest: {corpus.vocab_size}, or 0 for the tokenizer's own"
         )
-    per_epoch = windows_per_epoch(corpus.train_tokens, batch.block_size)
+    per_epoch = sum(sequences.values())
     max_steps = _horizon(config, batch, per_epoch)
     notes = []
     if config.lr.warmup_steps >= max_steps:
@@ -189,12 +212,45 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}),
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
+        sources=_shares(config, sequences, max_steps * batch.sequences_per_step),
         lr=config.lr.model_copy(update={"decay_steps": _decay_steps(config.lr, max_steps)}),
         log_interval=config.log.interval,
         eval_interval=config.eval.interval,
         checkpoint_interval=config.checkpoint.interval,
         eval_batches=config.eval.batches,
         notes=tuple(notes),
+    )
+
+
+def _sequences(config: TrainConfig, batch: BatchPlan, corpus: CorpusFacts) -> dict[str, int]:
+    """Sequences in one pass over each stream.
+
+    Raises:
+        UserError: the weights do not fit the sources, or a stream is too short for one sequence.
+    """
+    weights, streams = config.data.weights, corpus.streams
+    if weights and len(weights) != len(streams):
+        names = ", ".join(stream.name for stream in streams)
+        raise UserError(f"--data.weights: {len(weights)} for {len(streams)} sources ({names}); give one for each")
+    for stream in streams:
+        if stream.tokens < 2:
+            raise UserError(f"{stream.name} is too short: {stream.tokens} tokens to train on")
+        if stream.tokens <= batch.block_size:
+            raise UserError(
+                f"the training text of {stream.name} has {stream.tokens} tokens, "
+                f"too few for --model.block-size {batch.block_size}; nearest: {stream.tokens - 1}"
+            )
+    return {
+        stream.name: stream.packed_sequences or windows_per_epoch(stream.tokens, batch.block_size) for stream in streams
+    }
+
+
+def _shares(config: TrainConfig, sequences: dict[str, int], total: int) -> tuple[SourcePlan, ...]:
+    weights = config.data.weights or tuple(sequences.values())
+    shares = [weight / sum(weights) for weight in weights]
+    return tuple(
+        SourcePlan(name, share, share * total / count)
+        for share, (name, count) in zip(shares, sequences.items(), strict=True)
     )
 
 

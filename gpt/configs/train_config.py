@@ -18,7 +18,7 @@ HORIZON = ("max_steps", "max_tokens", "epochs")
 
 FREE_ON_RESUME = frozenset(HORIZON) | {
     *("run_dir", "device", "compile", "micro_batch_size", "resume", "log", "eval", "checkpoint", "sample"),
-    "data.cache_dir",
+    *("data.cache_dir", "data.workers"),
 }
 """What may differ when a run is continued: where and for how long it runs and what is watched of it.
 

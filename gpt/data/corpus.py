@@ -1,38 +1,23 @@
-"""Source -> prepared corpus: split, tokenized and written once into a cache keyed by content and settings."""
+"""Prepared corpora: found in the cache or made, opened, and what they hold."""
 
 import hashlib
 import json
-import logging
-import lzma
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from filelock import FileLock
-from safetensors import SafetensorError
 
 from gpt.configs.data_config import DataConfig
-from gpt.configs.run_plan import CorpusFacts
-from gpt.data.formats import Document, Records
-from gpt.data.readers import fingerprint, read_source
-from gpt.data.shards import ShardInfo, TokenStream, shard_to_json, token_dtype, write_shards
-from gpt.data.tokenizer import Ids, Tokenizer, build_tokenizer
+from gpt.configs.run_plan import CorpusFacts, StreamFacts
+from gpt.data.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from gpt.data.packing import Packing, packing_of
+from gpt.data.preparation import find, prepare_into
+from gpt.data.sampler import Mixture
+from gpt.data.sequences import MixedSources, PackedDocuments, Sequences, Windows
+from gpt.data.shards import ShardInfo, TokenStream
+from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
-from gpt.utils.atomic_io import new_folder, remove_folder, require_writable, write_json
-from gpt.utils.helper import first_line, plural, si
-from gpt.utils.progress import progress_bar
-
-log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-MANIFEST = "corpus.json"
-LARGEST_SHARE = 0.05
-"""No document makes up more than this part of a validation set, where the corpus allows it."""
-XZ_LIMIT = 16 * 2**20
-"""Bytes of validation text above which xz would keep the user waiting for longer than the number is worth."""
+from gpt.utils.atomic_io import require_writable
+from gpt.utils.helper import names_apart
 
 
 @dataclass(frozen=True)
@@ -40,172 +25,153 @@ class Corpus:
     """A prepared corpus, opened."""
 
     tokenizer: Tokenizer
-    train: TokenStream
-    val: TokenStream
+    train: Mapping[str, TokenStream]
+    """What is trained on: each source by its name where they have weights, else all of them as one."""
+    val: Mapping[str, TokenStream]
+    """What is validated on, by source."""
+    packings: Mapping[str, Packing]
+    """How the documents of each training stream are packed; empty where windows are cut."""
     facts: CorpusFacts
 
 
-def prepare(config: DataConfig) -> Path:
-    """The folder of the prepared corpus; made if it is not there, under a lock, so that processes do it once.
+def prepare(config: DataConfig) -> list[Path]:
+    """The folders of the prepared corpus: those named, or one in the cache, which is made if it is not there.
 
     Raises:
-        UserError: the source cannot be read, or the cache not written.
+        UserError: a source cannot be read, or the cache not written.
     """
-    documents = read_source(config.source, _records(config))
-    held_out = read_source(config.val_source, _records(config), "--data.val-source") if config.val_source else []
-    key = _cache_key(config, documents, held_out)
-    folder = config.cache_dir / key
-    if (folder / MANIFEST).exists():
-        return folder
+    prepared = [source for source in config.source if (Path(source) / MANIFEST).is_file()]
+    if prepared and (len(prepared) < len(config.source) or config.val_source):
+        raise UserError(
+            f"--data.source {prepared[0]} is prepared and others are not; prepare all of them together: "
+            "gpt prepare SOURCE... --out DIR"
+        )
+    if prepared:
+        return [Path(source) for source in prepared]
+    if config.weights and len(config.weights) != len(config.source):
+        raise UserError(f"--data.weights: {len(config.weights)} for {len(config.source)} sources; give one for each")
+    found = find(config.source, config)
     require_writable(config.cache_dir, "--data.cache-dir")
-    with FileLock(config.cache_dir / f"{key}.lock"):
-        if not (folder / MANIFEST).exists():
-            size = sum(document.n_bytes for document in (*documents, *held_out))
-            count = plural(len(documents) + len(held_out), "document")
-            log.info("preparing %s: %s, %s of text", config.source, count, f"{si(size)}B")
-            train, val = (documents, held_out) if held_out else split(documents, config.val_fraction)
-            try:
-                if folder.exists():  # somebody deleted its manifest
-                    remove_folder(folder)
-                with new_folder(folder) as unfinished:
-                    _prepare_into(unfinished, config, train, val)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"--data.cache-dir {folder}: cannot be written: {first_line(error)}") from error
-    return folder
+    folder = config.cache_dir / found.key
+    prepare_into(folder, found, config, "--data.cache-dir")
+    return [folder]
 
 
-def open_corpus(folder: Path) -> Corpus:
-    """Map a prepared folder.
+def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) -> Corpus:
+    """Map prepared folders; nothing of their shards is read yet, but for packing.
+
+    Args:
+        folders: from `prepare`.
+        config: how sequences are made of them.
+        block_size: length of a sequence.
 
     Raises:
-        UserError: a file of it is missing or was changed.
+        UserError: a file is missing or was changed, or the folders have different tokenizers.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        shards = {name: [ShardInfo(**entry) for entry in manifest["splits"][name]] for name in ("train", "val")}
-        xz_bits_per_byte, source_sha256 = manifest["xz_bits_per_byte"], manifest["source_sha256"]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no prepared corpus here; do all machines read the same source?") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST}: damaged; delete the folder to prepare it again") from error
-    streams = {name: TokenStream(folder, entries) for name, entries in shards.items()}
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    manifests = [read_manifest(folder) for folder in folders]
+    tokenizer = _tokenizer(folders[0], manifests[0])
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(f"{folder} was prepared with another tokenizer than {folders[0]}; prepare it with the same")
+    entries = [
+        (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
+    ]
+    names = names_apart(entry.name for _, entry in entries)
+
+    def stream(shards: Iterable[tuple[Path, ShardInfo]]) -> TokenStream:
+        return TokenStream([(folder / shard.file, shard) for folder, shard in shards], tokenizer.vocab_size)
+
+    each = {
+        name: stream((folder, shard) for shard in entry.train)
+        for name, (folder, entry) in zip(names, entries, strict=True)
+        if entry.train
+    }
+    together = {", ".join(each): stream((folder, shard) for folder, entry in entries for shard in entry.train)}
+    train = each if config.weights else together
+    val = {
+        name: stream((folder, shard) for shard in entry.val)
+        for name, (folder, entry) in zip(names, entries, strict=True)
+        if sum(shard.tokens for shard in entry.val) > 1
+    }
+    digests = [manifest.sha256 for manifest in manifests]
+    packings = _packings(train, tokenizer, digests, config, block_size)
     facts = CorpusFacts(
         vocab_size=tokenizer.vocab_size,
-        train_tokens=len(streams["train"]),
-        source_sha256=source_sha256,
-        tokenizer_sha256=tokenizer.sha256,
-        val_tokens=len(streams["val"]),
-        val_bytes=sum(shard.text_bytes for shard in shards["val"]),
-        val_documents=sum(shard.documents for shard in shards["val"]),
-        xz_bits_per_byte=xz_bits_per_byte,
-    )
-    return Corpus(tokenizer, streams["train"], streams["val"], facts)
-
-
-def split(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, the same on every machine.
-
-    Whole documents, in the order of their names' hashes, until their bytes reach the fraction; one that would be too
-    large a share of it waits until no other is left. Of a single document the tail is taken, as nanoGPT does.
-    """
-    if not val_fraction:
-        return list(documents), []
-    if len(documents) == 1:
-        name, text = documents[0].name, documents[0].text
-        cut = int(len(text) * (1 - val_fraction))
-        return [Document(name, text[:cut])], [Document(name, text[cut:])]
-    sizes = {document.name: document.n_bytes for document in documents}
-    wanted = val_fraction * sum(sizes.values())
-    order = sorted(
-        documents,
-        key=lambda d: (
-            sizes[d.name] if sizes[d.name] > LARGEST_SHARE * wanted else 0,
-            hashlib.sha256(os.fsencode(d.name)).digest(),
+        streams=tuple(
+            StreamFacts(name, len(stream), packings[name].n_rows if packings else 0) for name, stream in train.items()
         ),
+        sha256=" ".join(digests),
+        tokenizer_sha256=tokenizer.sha256,
+        val_tokens=sum(len(stream) for stream in val.values()),
+        val_bytes=sum(stream.text_bytes for stream in val.values()),
+        val_documents=sum(stream.n_documents for stream in val.values()),
+        xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
     )
-    chosen: set[str] = set()
-    taken = 0
-    for document in order[:-1]:  # one is left to train on
-        if taken >= wanted:
-            break
-        chosen.add(document.name)
-        taken += sizes[document.name]
-    return [d for d in documents if d.name not in chosen], [d for d in documents if d.name in chosen]
+    return Corpus(tokenizer, train, val, packings, facts)
 
 
-def _records(config: DataConfig) -> Records:
-    return Records(config.text_field, skip_bad=config.on_error == "skip")
+def _packings(
+    train: Mapping[str, TokenStream], tokenizer: Tokenizer, digests: Sequence[str], config: DataConfig, block_size: int
+) -> dict[str, Packing]:
+    """How the documents of each stream are packed; nothing where windows are cut."""
+    if config.packing == "stream":
+        return {}
+    require_writable(config.cache_dir, "--data.cache-dir")
+    packings = {}
+    for index, (name, stream) in enumerate(train.items()):
+        settings = json.dumps([list(digests), bool(config.weights), index, block_size]).encode()
+        path = config.cache_dir / f"{hashlib.sha256(settings).hexdigest()[:20]}-best-fit.safetensors"
+        packings[name] = packing_of(stream, block_size, ends_are_targets=tokenizer.end_of_text is not None, path=path)
+    return packings
 
 
-def _cache_key(config: DataConfig, documents: list[Document], held_out: list[Document]) -> str:
-    settings: dict[str, Any] = {
-        "format": FORMAT_VERSION,
-        "source": fingerprint(documents),
-        "val": fingerprint(held_out) if held_out else config.val_fraction,
-        "tokenizer": config.tokenizer,
-    }
-    if config.tokenizer == "bpe":
-        settings["vocab_size"] = config.vocab_size
-    elif Path(config.tokenizer).is_file():
-        settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _prepare_into(folder: Path, config: DataConfig, train: list[Document], val: list[Document]) -> None:
-    splits = {"train": train, "val": val}
-    size = sum(document.n_bytes for document in (*train, *val))
-    learning = config.tokenizer in ("char", "bpe")
-    with progress_bar("learning the tokenizer", total=size if learning else 0) as advance:
-        tokenizer = build_tokenizer(
-            config.tokenizer,
-            config.vocab_size,
-            corpus=_texts([*train, *val], advance),
-            training=_texts(train, advance),
-            has_documents=max(len(train), len(val)) > 1,
+def sequences_of(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> Sequences:
+    """What is trained on, in its order."""
+    each: list[Sequences] = [
+        PackedDocuments(
+            stream,
+            corpus.packings[name],
+            block_size,
+            seed=seed,
+            end_of_text=corpus.tokenizer.end_of_text,
+            masked=config.document_mask,
         )
-    (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
-    dtype = token_dtype(tokenizer.vocab_size)
-    with progress_bar("tokenizing", total=size) as advance:
-        shards = {
-            name: write_shards(folder, name, _encoded(tokenizer, documents, advance), dtype)
-            for name, documents in splits.items()
-        }
-    write_json(
-        folder / MANIFEST,
-        {
-            "format_version": FORMAT_VERSION,
-            "source_sha256": fingerprint(train + val),
-            "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": np.dtype(dtype).name,
-            "xz_bits_per_byte": _xz_bits_per_byte(val),
-            "splits": {name: [shard_to_json(shard) for shard in shards[name]] for name in shards},
-        },
-    )
+        if corpus.packings
+        else Windows(stream, block_size, seed=seed, masked=config.document_mask)
+        for name, stream in corpus.train.items()
+    ]
+    return MixedSources(each, Mixture(config.weights, seed)) if config.weights else each[0]
 
 
-def _texts(documents: list[Document], advance: Callable[[int], None]) -> Iterator[str]:
-    for document in documents:
-        yield document.text
-        advance(document.n_bytes)
+def tokenizer_note(config: DataConfig, corpus: Corpus) -> str | None:
+    """What to tell where a folder prepared before brings another tokenizer than the configuration names.
 
+    A preset names a kind of tokenizer for those who prepare; a file is named by someone who means that one.
 
-def _encoded(
-    tokenizer: Tokenizer, documents: list[Document], advance: Callable[[int], None]
-) -> Iterator[tuple[Ids, int]]:
-    start = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
-    for document in documents:
-        ids = np.concatenate([start, tokenizer.encode(document.text)])
-        if int(ids.max(initial=0)) >= tokenizer.vocab_size:
-            raise UserError(f"the tokenizer gave id {ids.max()}, beyond its own vocabulary of {tokenizer.vocab_size}")
-        yield ids, document.n_bytes
-        advance(document.n_bytes)
-
-
-def _xz_bits_per_byte(documents: list[Document]) -> float | None:
-    """Bits per byte of `xz -9e` on the documents as one stream: what a compressor makes of them without learning."""
-    content = "".join(document.text for document in documents).encode()
-    if not 0 < len(content) <= XZ_LIMIT:
+    Raises:
+        UserError: the configuration names a tokenizer.json, and the folder was prepared with another, if only by one
+            merge.
+    """
+    if not (Path(config.source[0]) / MANIFEST).is_file():
         return None
-    return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)
+    if Path(config.tokenizer).is_file():
+        if Tokenizer.from_file(Path(config.tokenizer)).sha256 != corpus.tokenizer.sha256:
+            raise UserError(
+                f"--data.tokenizer {config.tokenizer}: {config.source[0]} was prepared with another one, of SHA-256 "
+                f"{corpus.tokenizer.sha256}; leave the flag out, or prepare it again"
+            )
+        return None
+    named = read_manifest(Path(config.source[0])).settings.get("tokenizer")
+    if config.tokenizer in (named, DataConfig().tokenizer):
+        return None
+    return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"
+
+
+def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{folder / TOKENIZER}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
+            f"{manifest.tokenizer_sha256}; restore it, or delete the folder and prepare it again"
+        )
+    return tokenizer

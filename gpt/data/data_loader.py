@@ -4,12 +4,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 
 from gpt.configs.run_plan import BatchPlan
-from gpt.data.sampler import window_starts
-from gpt.data.shards import TokenStream
+from gpt.data.sequences import Sequences
 
 # Shapes: B sequences of a micro-batch, T = block_size.
 
@@ -23,32 +21,50 @@ class MicroBatch:
     inputs: torch.Tensor
     """(B, T) int64."""
     targets: torch.Tensor
-    """(B, T) int64: the token after each input."""
+    """(B, T) int64: the token after each input; IGNORED where there is none."""
+    documents: torch.Tensor | None = None
+    """(B, T) int64: the number, within its sequence, of each position's document; None: attention is not confined."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one process trains on in one step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    n_targets: int
+    """Tokens that the whole step predicts, over all processes."""
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    tensors: tuple[torch.Tensor, ...]
+    """Inputs, targets and, where there are any, documents: (grad_accum_steps * B, T) each."""
+    n_targets: int
 
 
 class DataLoader:
     """Batches as a function of the step: there is no state to save, and no worker process to leak."""
 
-    def __init__(self, stream: TokenStream, batch: BatchPlan, *, seed: int, rank: int, device: torch.device):
-        self._stream = stream
+    def __init__(self, sequences: Sequences, batch: BatchPlan, *, rank: int, device: torch.device):
+        self._sequences = sequences
         self._batch = batch
-        self._seed = seed
         self._first = rank * batch.grad_accum_steps
         self._device = device
         # Pinning uses the thread's current GPU; without being told it, every rank's thread would open the first one.
         told = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(1, "data-loader", *told)
-        self._ahead: tuple[int, Future[torch.Tensor]] | None = None
+        self._ahead: tuple[int, Future[_Fetched]] | None = None
 
-    def batches_of(self, step: int) -> list[MicroBatch]:
-        """This process's micro-batches of global batch `step`, on the device; the next step is fetched meanwhile."""
-        windows = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == step else self._fetch(step)
+    def batch_of(self, step: int) -> StepBatch:
+        """This process's part of global batch `step`, on the device; the next step is fetched meanwhile."""
+        fetched = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == step else self._fetch(step)
         self._ahead = (step + 1, self._thread.submit(self._fetch, step + 1))
-        windows = windows.to(self._device, non_blocking=True)
-        return [
-            MicroBatch(self._first + index, chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous())
-            for index, chunk in enumerate(windows.split(self._batch.micro_batch_size))
-        ]
+        size = self._batch.micro_batch_size
+        pieces = zip(
+            *(tensor.to(self._device, non_blocking=True).split(size) for tensor in fetched.tensors), strict=True
+        )
+        micro_batches = tuple(MicroBatch(self._first + index, *tensors) for index, tensors in enumerate(pieces))
+        return StepBatch(micro_batches, fetched.n_targets)
 
     def __enter__(self) -> Self:
         return self
@@ -57,18 +73,15 @@ class DataLoader:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch(self, step: int) -> torch.Tensor:
-        """The sequences of this process, (grad_accum_steps * B, T + 1); pinned where a GPU will copy them."""
+    def _fetch(self, step: int) -> _Fetched:
+        """The sequences of this process; pinned where a GPU will copy them."""
         batch = self._batch
-        starts = window_starts(
-            self._seed,
-            step * batch.sequences_per_step + self._first * batch.micro_batch_size,
-            batch.grad_accum_steps * batch.micro_batch_size,
-            len(self._stream),
-            batch.block_size,
+        first = step * batch.sequences_per_step
+        rows = self._sequences.read(
+            first + self._first * batch.micro_batch_size, batch.grad_accum_steps * batch.micro_batch_size
         )
-        rows = np.empty((len(starts), batch.block_size + 1), dtype=np.int64)
-        for row, start in zip(rows, starts, strict=True):
-            row[:] = self._stream.read(int(start), batch.block_size + 1)
-        windows = torch.from_numpy(rows)
-        return windows.pin_memory() if self._device.type == "cuda" else windows
+        arrays = (rows.inputs, rows.targets) if rows.documents is None else (rows.inputs, rows.targets, rows.documents)
+        tensors = tuple(torch.from_numpy(array) for array in arrays)
+        if self._device.type == "cuda":
+            tensors = tuple(tensor.pin_memory() for tensor in tensors)
+        return _Fetched(tensors, self._sequences.count_targets(first, batch.sequences_per_step))

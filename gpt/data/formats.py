@@ -4,40 +4,37 @@ text              one document
 JSON lines        one object a line, whose text field is a document
 Parquet           one row a document, of the text column
 datasets folder   as `Dataset.save_to_disk` leaves it: one row a document
+Hugging Face hub  as `datasets` streams it: one row a document
 """
 
 import gzip
 import importlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
+from gpt.data.document import TextDocument
+from gpt.data.token_files import is_token_file, is_token_index
 from gpt.errors import UserError
 from gpt.utils.helper import first_line
 
 HEAD_BYTES = 8192
 """How much of a file is looked at to tell what it is; a NUL in it makes it binary, as git has it."""
+LONGEST_LINE = 2**30
+"""Bytes of one JSON object; a longer line is taken for a mistake, not read into memory."""
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 JSON_LINES = {".jsonl", ".ndjson"}
 
+# A place in UTF-8 text before which it may be cut: a space after a printable ASCII character, where every pattern of
+# the GPT-2 family begins a word; or a line's first character, unless it may be a space (the lead bytes left out).
+CUT = re.compile(rb"(?<=[!-~])(?= )|(?<=\n)(?=[!-~\xc3-\xe0\xe4-\xf4])")
 
-@dataclass(frozen=True)
-class Document:
-    """One text of a corpus; `name` is its path inside the source, with the line or row of a file that holds many."""
-
-    name: str
-    text: str
-
-    @cached_property
-    def n_bytes(self) -> int:
-        """Length as UTF-8."""
-        return len(self.text.encode())
+Format = Literal["text", "json-lines", "parquet", "tokens", "binary", "token-index"]
 
 
 class Records:
@@ -53,11 +50,12 @@ class Records:
         self.skipped = 0
         self._skip_bad = skip_bad
 
-    def document(self, record: object, place: str, name: str) -> Iterator[Document]:
-        """The document of a record; none for a bad one that is skipped."""
+    def document(self, record: object, place: str, name: str) -> Iterator[TextDocument]:
+        """The document of a record; none for a bad one that is skipped, or an empty one."""
         text = record.get(self.text_field) if isinstance(record, Mapping) else None
         if isinstance(text, str) and _is_unicode(text):
-            yield Document(name, text)
+            if text:
+                yield TextDocument(name, text)
         elif isinstance(text, str):
             self.refuse(f"{place}: not valid Unicode: a lone surrogate")
         elif not isinstance(record, Mapping):
@@ -73,21 +71,137 @@ class Records:
         self.skipped += 1
 
 
-def read_file(path: Path, name: str, records: Records) -> Iterator[Document] | None:
-    """The documents of a file, or None if it is binary.
+def format_of(path: Path) -> Format:
+    """What a file holds.
 
     Raises:
-        UserError: the file or a record of it cannot be read; names the place.
+        UserError: it cannot be read.
     """
-    with _told(path):
+    with told(path):
         with path.open("rb") as file:
-            if file.read(len(PARQUET)) == PARQUET:
-                return _parquet(path, name, records)
-        with _open(path) as file:
             head = file.read(HEAD_BYTES)
+        if head.startswith(PARQUET):
+            return "parquet"
+        if is_token_index(path, head):
+            return "token-index"
+        if is_token_file(path, head):
+            return "tokens"
+        with open_bytes(path) as stream:
+            head = stream.read(HEAD_BYTES)
+            if head.startswith(b"{") and b"\n" not in head:  # an object may be longer than this
+                head += stream.readline(LONGEST_LINE)
     if _is_json_lines(head, path):
-        return _json_lines(path, name, records)
-    return None if b"\0" in head else read_text(path, name)
+        return "json-lines"
+    return "binary" if b"\0" in head else "text"
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file can only be read from its beginning."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    return magic.startswith(GZIP) or magic == ZSTD
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic.startswith(GZIP):
+        return cast(IO[bytes], gzip.open(path))
+    if magic == ZSTD:
+        decompressor = extra("zstandard", "zstd", str(path)).ZstdDecompressor()
+        stream = decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+        return io.BufferedReader(stream)
+    return path.open("rb")
+
+
+def read_text(path: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
+    """The file, or the bytes [start, stop) of it, as one document, NULs and all.
+
+    Raises:
+        UserError: not UTF-8; names the offset.
+    """
+    with told(path), open_bytes(path) as file:
+        if start:
+            file.seek(start)
+        content = file.read() if stop is None else file.read(stop - start)
+    if content:
+        yield TextDocument(name, _decode(content, path, start))
+
+
+def read_json_lines(
+    path: Path, name: str, records: Records, start: int = 0, stop: int | None = None
+) -> Iterator[TextDocument]:
+    """The lines of a file, or those that begin in its bytes [start, stop); `start` is the beginning of one.
+
+    Raises:
+        UserError: a line is no JSON object with a text; names its number.
+    """
+    with told(path), open_bytes(path) as file:
+        if start:
+            file.seek(start)
+        at = start
+        number = 0
+        while (stop is None or at < stop) and (line := file.readline(LONGEST_LINE)):
+            number += 1
+            if line.strip():
+                yield from _json_line(line, records, path, start, number, f"{name}:{at}")
+            at += len(line)
+
+
+def _json_line(line: bytes, records: Records, path: Path, start: int, number: int, name: str) -> Iterator[TextDocument]:
+    try:
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"a line of {LONGEST_LINE} bytes or more")
+        record = json.loads(line)
+        text = record.get(records.text_field) if type(record) is dict else None
+        if type(text) is str and text and _is_unicode(text):  # nearly always, and then nothing more is to be done
+            yield TextDocument(name, text)
+        else:
+            yield from records.document(record, f"{path}: line {_line(path, start, number)}", name)
+    except (ValueError, RecursionError) as error:
+        records.refuse(f"{path}: line {_line(path, start, number)}: not valid JSON: {error}")
+
+
+def _line(path: Path, start: int, number: int) -> int:
+    """The number in the file of line `number` after byte `start`; counted only for those who must be told."""
+    before = 0
+    with path.open("rb") as file:
+        while start > 0 and (block := file.read(min(start, 2**20))):
+            before += block.count(b"\n")
+            start -= len(block)
+    return before + number
+
+
+def row_groups(path: Path, records: Records) -> list[int]:
+    """Bytes of each row group of a Parquet file.
+
+    Raises:
+        UserError: the file cannot be read or has no such column.
+    """
+    with told(path):
+        file = extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
+        if records.text_field not in file.schema_arrow.names:
+            columns = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{path}: no column {records.text_field!r}; --data.text-field names another of: {columns}")
+        return [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+
+
+def read_parquet(path: Path, name: str, records: Records, start: int, stop: int) -> Iterator[TextDocument]:
+    """The rows of the row groups [start, stop).
+
+    Raises:
+        UserError: the file is damaged, or a row has no text.
+    """
+    with told(path):
+        file = extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
+        number = sum(file.metadata.row_group(group).num_rows for group in range(start))
+        for batch in file.iter_batches(
+            batch_size=1024, row_groups=range(start, stop), columns=[records.text_field], use_threads=False
+        ):
+            for row in batch.to_pylist():
+                yield from records.document(row, f"{path}: row {number}", f"{name}:{number}")
+                number += 1
 
 
 def is_dataset(folder: Path) -> bool:
@@ -95,40 +209,60 @@ def is_dataset(folder: Path) -> bool:
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def read_dataset(folder: Path, records: Records) -> Iterator[Document]:
-    """The rows of a dataset on disk; of several splits, the one that is called train.
+def dataset_of(folder: Path) -> Any:
+    """A dataset on disk; of several splits, the one that is called train.
 
     Raises:
-        UserError: it has no such split or column.
+        UserError: it has no such split, or cannot be read.
     """
-    datasets = _extra("datasets", "datasets", folder)
-    with _told(folder):
+    datasets = extra("datasets", "datasets", str(folder))
+    with told(folder):
         dataset = datasets.load_from_disk(str(folder))
     if isinstance(dataset, datasets.DatasetDict):
         if "train" not in dataset:
             raise UserError(f"{folder}: no split is called train; name the folder of one: {', '.join(dataset)}")
         dataset = dataset["train"]
-    for index, row in enumerate(dataset):
-        yield from records.document(row, f"{folder}: row {index}", f"{index}")
+    return dataset
 
 
-def decode(content: bytes, path: Path) -> str:
-    """UTF-8, kept to the byte.
+def read_dataset(folder: Path, records: Records, start: int, stop: int) -> Iterator[TextDocument]:
+    """Rows [start, stop) of a dataset on disk.
 
     Raises:
-        UserError: names the offset of the first byte that is not UTF-8.
+        UserError: a row has no text.
     """
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = content[error.start]
-        raise UserError(
-            f"{path}: not UTF-8 at byte offset {error.start} (0x{byte:02x}); convert the file to UTF-8"
-        ) from error
+    for number, row in enumerate(dataset_of(folder).select(range(start, stop)), start):
+        yield from records.document(row, f"{folder}: row {number}", f"{number}")
+
+
+def stream_of(address: str) -> Any:
+    """A dataset of the hub, `NAME[:CONFIG[:SPLIT]]`, as a stream: nothing is kept on the disk.
+
+    Raises:
+        UserError: there is none of this name, or it cannot be reached.
+    """
+    name, config, split = (*address.split(":"), "", "")[:3]
+    datasets = extra("datasets", "datasets", f"hf:{address}")
+    with told(Path(f"hf:{address}")):
+        return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+
+
+def read_stream(address: str, records: Records, shard: int, n_shards: int) -> Iterator[TextDocument]:
+    """The rows of one of a stream's shards.
+
+    Raises:
+        UserError: the stream breaks, or a row has no text.
+    """
+    place = f"hf:{address}"
+    with told(Path(place)):
+        stream = stream_of(address)
+        rows = stream.shard(n_shards, shard) if n_shards > 1 else stream
+        for number, row in enumerate(rows):
+            yield from records.document(row, f"{place}: row {number} of shard {shard}", f"{shard}:{number}")
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told(path: Path) -> Iterator[None]:
     """Turn what a damaged or unreadable file makes the libraries raise, each its own kind, into one line."""
     try:
         yield
@@ -138,17 +272,21 @@ def _told(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed."""
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic.startswith(GZIP):
-        return cast(IO[bytes], gzip.open(path))
-    if magic == ZSTD:
-        decompressor = _extra("zstandard", "zstd", path).ZstdDecompressor()
-        stream = decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(stream)
-    return path.open("rb")
+def extra(module: str, name: str, place: str) -> Any:
+    """A library that only some sources need, or UserError with the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{place}: needs {module}; pip install 'gpt-training-pipeline[{name}]'") from error
+
+
+def _decode(content: bytes, path: Path, start: int) -> str:
+    """UTF-8, kept to the byte."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte, at = content[error.start], start + error.start
+        raise UserError(f"{path}: not UTF-8 at byte offset {at} (0x{byte:02x}); convert the file to UTF-8") from error
 
 
 def _is_json_lines(head: bytes, path: Path) -> bool:
@@ -162,50 +300,12 @@ def _is_json_lines(head: bytes, path: Path) -> bool:
         return False
 
 
-def read_text(path: Path, name: str) -> Iterator[Document]:
-    """The whole file as one document, NULs and all."""
-    with _told(path), _open(path) as file:
-        yield Document(name, decode(file.read(), path))
-
-
-def _json_lines(path: Path, name: str, records: Records) -> Iterator[Document]:
-    with _told(path), _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}: line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                records.refuse(f"{place}: not valid JSON: {error}")
-                continue
-            yield from records.document(record, place, f"{name}:{number}")
-
-
-def _parquet(path: Path, name: str, records: Records) -> Iterator[Document]:
-    parquet = _extra("pyarrow.parquet", "parquet", path)
-    with _told(path):
-        file = parquet.ParquetFile(path)
-        if records.text_field not in file.schema_arrow.names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {records.text_field!r}; --data.text-field names another of: {columns}")
-        rows = (row for batch in file.iter_batches(columns=[records.text_field]) for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            yield from records.document(row, f"{path}: row {number}", f"{name}:{number}")
-
-
 def _is_unicode(text: str) -> bool:
     """JSON can spell half of a surrogate pair, which is no character."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _extra(module: str, extra: str, path: Path) -> Any:
-    """A library that only some sources need."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{path}: needs {module}; pip install 'gpt-training-pipeline[{extra}]'") from error

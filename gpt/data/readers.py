@@ -1,19 +1,18 @@
-"""Sources -> documents: a file, a folder of files, a dataset on disk, or Python's standard library."""
+"""Sources -> files: what a source consists of, told by content, and its fingerprint. No text is kept."""
 
 import hashlib
-import logging
 import os
 import stat
 import sysconfig
-import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from gpt.data.formats import Document, Records, is_dataset, read_dataset, read_file, read_text
+from gpt.data.formats import Format, dataset_of, extra, format_of, is_dataset, stream_of
 from gpt.errors import UserError
-from gpt.utils.helper import plural
-
-log = logging.getLogger(__name__)
+from gpt.utils.helper import sha256_of_file
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset(
@@ -30,41 +29,104 @@ STDLIB_LEFT_OUT = frozenset(
         "pydoc_data",
     }
 )
+HUB = "hf:"
+
+Kind = Format | Literal["python", "dataset", "hub"]
 
 
-def read_source(source: str, records: Records, flag: str = "--data.source") -> list[Document]:
-    """The documents of a source that hold any text, in the order of their names.
+@dataclass(frozen=True)
+class File:
+    """A file of a source, or a dataset that is read as one."""
+
+    name: str
+    """Path inside the source."""
+    path: Path
+    kind: Kind
+    size: int
+    """Bytes; rows of a dataset, shards of a stream."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read for one `--data.source`."""
+
+    name: str
+    """For people, and for `val/loss/NAME`."""
+    files: tuple[File, ...]
+    sha256: str
+    """Digest of the files' names and contents."""
+
+
+def find_source(source: str, flag: str = "--data.source") -> Source:
+    """Look at a source; its files are in the order of their names.
 
     In a folder, hidden and binary files are left out.
 
     Raises:
-        UserError: there is no such source, it holds no text, or a file cannot be read.
+        UserError: there is no such source, it holds nothing to read, or a file cannot be read.
     """
-    path = Path(source)
-    is_folder = source != STDLIB and _is_folder(path, flag)
     if source == STDLIB:
-        found = _stdlib_documents()
-    elif is_folder:
-        found = read_dataset(path, records) if is_dataset(path) else _folder_documents(path, records)
-    else:
-        found = read_file(path, path.name, records) or read_text(path, path.name)
-    documents = [document for document in found if document.text]
-    if records.skipped:
-        log.warning("%s: left out %s", source, plural(records.skipped, "bad record"))
-    if not documents:
-        kind = "folder holds no text" if is_folder else "file is empty"
-        raise UserError(f"{flag} {source}: the {kind}; name one with text in it")
-    return documents
+        root = Path(sysconfig.get_path("stdlib"))
+        return _source(STDLIB, list(_stdlib_files(root)))
+    if source.startswith(HUB):
+        return _hub_source(source.removeprefix(HUB))
+    path = Path(source)
+    if not _is_folder(path, flag):
+        kind = format_of(path)
+        if kind == "token-index":
+            raise UserError(f"{flag} {source}: an index; name the .bin file beside it")
+        if not path.stat().st_size:
+            raise UserError(f"{flag} {source}: the file is empty; name one with text in it")
+        return _source(path.stem, [File(path.name, path, "text" if kind == "binary" else kind, path.stat().st_size)])
+    name = path.resolve().name
+    if is_dataset(path):
+        return _source(name, [File("", path, "dataset", len(dataset_of(path)))])
+    files = list(_folder_files(path))
+    if not files:
+        raise UserError(f"{flag} {source}: the folder holds no text; name one with text in it")
+    return _source(name, files)
 
 
-def fingerprint(documents: list[Document]) -> str:
-    """SHA-256 over names and texts."""
+def _source(name: str, files: list[File]) -> Source:
+    return Source(name, tuple(files), _fingerprint(files))
+
+
+def _fingerprint(files: Sequence[File]) -> str:
+    """SHA-256 over names and contents."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        contents = threads.map(_content_sha256, files)
     digest = hashlib.sha256()
-    for document in documents:
-        for part in (os.fsencode(document.name), document.text.encode()):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
+    for file, content in zip(files, contents, strict=True):
+        name = os.fsencode(file.name)
+        digest.update(len(name).to_bytes(8, "little") + name + bytes.fromhex(content))
     return digest.hexdigest()
+
+
+def _content_sha256(file: File) -> str:
+    if file.kind != "dataset":
+        try:
+            return sha256_of_file(file.path)
+        except OSError as error:
+            raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256()
+    for path in _files_below(file.path):
+        digest.update(bytes.fromhex(sha256_of_file(path)))
+    return digest.hexdigest()
+
+
+def _hub_source(address: str) -> Source:
+    """A dataset of the hub, at the revision that it has today; a local folder is told by its files."""
+    name = address.split(":")[0]
+    if not name:
+        raise UserError(f"hf:{address}: name a dataset: hf:NAME[:CONFIG[:SPLIT]]")
+    n_shards = max(1, int(stream_of(address).num_shards))
+    if Path(name).is_dir():
+        content = "".join(sha256_of_file(path) for path in _files_below(Path(name)))
+    else:
+        api = extra("huggingface_hub", "datasets", f"hf:{address}").HfApi()
+        content = str(api.dataset_info(name).sha)
+    sha256 = hashlib.sha256(f"{address.partition(':')[2]}\n{content}".encode()).hexdigest()
+    return Source(Path(name).name, (File(address, Path(address), "hub", n_shards),), sha256)
 
 
 def _is_folder(path: Path, flag: str) -> bool:
@@ -79,18 +141,18 @@ def _is_folder(path: Path, flag: str) -> bool:
     return stat.S_ISDIR(mode)
 
 
-def _stdlib_documents() -> Iterator[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
+def _stdlib_files(root: Path) -> Iterator[File]:
     for path in _files_below(root):
         name = path.relative_to(root)
-        if path.suffix == ".py" and not STDLIB_LEFT_OUT.intersection(name.parts):
-            with tokenize.open(path) as file:  # honours a source file's own encoding line
-                yield Document(name.as_posix(), file.read())
+        if path.suffix == ".py" and not STDLIB_LEFT_OUT.intersection(name.parts) and path.stat().st_size:
+            yield File(name.as_posix(), path, "python", path.stat().st_size)
 
 
-def _folder_documents(root: Path, records: Records) -> Iterator[Document]:
+def _folder_files(root: Path) -> Iterator[File]:
     for path in _files_below(root):
-        yield from read_file(path, path.relative_to(root).as_posix(), records) or ()
+        size = path.stat().st_size
+        if size and (kind := format_of(path)) not in ("binary", "token-index"):
+            yield File(path.relative_to(root).as_posix(), path, kind, size)
 
 
 def _files_below(root: Path) -> Iterator[Path]:

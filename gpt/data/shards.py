@@ -1,47 +1,61 @@
-"""The token file: a safetensors file that holds tokens, document offsets and the documents' byte counts.
+"""The token file: a safetensors file that holds tokens, where documents begin, and digests to check it block by block.
 
-    tokens            uint16 or uint32, (n_tokens,)
     document_offsets  uint64, (n_documents + 1,): document d is tokens[offsets[d]:offsets[d + 1]]
     document_bytes    uint64, (n_documents,): length of its text as UTF-8
+    block_digests     uint64, (n_blocks,): the first 8 bytes of the SHA-256 of each BLOCK_BYTES of the tokens
+    tokens            uint16 or uint32, (n_tokens,)
 
 Where the tokenizer has an end-of-text token, each document begins with one, so that every token of its text is a
 target. Safetensors because anyone can open it, its header is checked, and its tensors can be mapped as they lie.
+
+The corpus's manifest holds the digest of all that comes before the tokens, and that part the digests of the tokens'
+blocks: so a window is known to be what was prepared after reading the blocks that it lies in, and a run starts
+without reading the corpus.
 """
 
+import hashlib
 import json
+import shutil
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from pydantic import Field
 
-from gpt.data.tokenizer import Ids
+from gpt.configs.base import Config
 from gpt.errors import UserError
+from gpt.utils.atomic_io import fsync
 from gpt.utils.helper import sha256_of_file
 
-SHARD_TOKENS = 2**26
-"""Tokens after which a new shard begins: 128 MiB as uint16."""
+Tokens = npt.NDArray[np.integer[Any]]
 
-_DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"U16": np.uint16, "U32": np.uint32}
+BLOCK_BYTES = 2**14
+"""What is verified at once: small, for a window of a large corpus is mostly the first that is read of its block."""
+
+_DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"U16": np.uint16, "U32": np.uint32, "U64": np.uint64}
 
 
-@dataclass(frozen=True)
-class ShardInfo:
+class ShardInfo(Config):
     """A shard's entry in the corpus's manifest."""
 
-    file: str
+    file: str = Field(pattern=r"^[\w-]+\.safetensors$")
     sha256: str
-    size: int
+    index_sha256: str
+    """Digest of everything before the tokens."""
+    size: int = Field(ge=0)
     """Bytes of the file."""
-    tokens: int
-    documents: int
-    text_bytes: int
-    largest_id: int
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    """Documents that begin here."""
+    text_bytes: int = Field(ge=0)
+    largest_id: int = Field(ge=0)
+    continues: bool = False
+    """Its first document is a further piece of the last one of the shard before it."""
 
 
 def token_dtype(vocab_size: int) -> npt.DTypeLike:
@@ -49,107 +63,265 @@ def token_dtype(vocab_size: int) -> npt.DTypeLike:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_shards(
-    folder: Path,
-    split: str,
-    documents: Iterable[tuple[Ids, int]],
-    dtype: npt.DTypeLike,
-    limit: int = SHARD_TOKENS,
-) -> list[ShardInfo]:
-    """Write (ids, text bytes) of documents as `split-NNNNN.safetensors`; a document is never cut."""
-    return [
-        _write_shard(folder / f"{split}-{index:05d}.safetensors", batch, dtype)
-        for index, batch in enumerate(_in_shards(documents, limit))
-    ]
+class ShardWriter:
+    """Writes one shard; tokens go to the disk as they come, so that a shard may be larger than memory.
 
+    The file appears when `finish` is called; leaving the block without that leaves nothing.
 
-def _in_shards(documents: Iterable[tuple[Ids, int]], limit: int) -> Iterator[list[tuple[Ids, int]]]:
-    batch: list[tuple[Ids, int]] = []
-    held = 0
-    for ids, n_bytes in documents:
-        if batch and held + len(ids) > limit:
-            yield batch
-            batch, held = [], 0
-        batch.append((ids, n_bytes))
-        held += len(ids)
-    if batch:
-        yield batch
+    Args:
+        path: of the shard.
+        vocab_size: every id is below it.
+        continues: the first document is a further piece of the last one of the shard before.
+    """
 
+    def __init__(self, path: Path, vocab_size: int, *, continues: bool = False):
+        self._path, self._vocab_size, self._continues = path, vocab_size, continues
+        self._dtype = np.dtype(token_dtype(vocab_size))
+        self._spool = path.with_suffix(".tokens")
+        self._unfinished = path.with_suffix(".tmp")
+        self._file = self._spool.open("wb")
+        self._lengths: list[int] = []
+        self._text_bytes: list[int] = []
+        self._largest = 0
 
-def _write_shard(path: Path, documents: Sequence[tuple[Ids, int]], dtype: npt.DTypeLike) -> ShardInfo:
-    tokens = np.concatenate([ids for ids, _ in documents])
-    text_bytes = np.array([n_bytes for _, n_bytes in documents], dtype=np.uint64)
-    largest = int(tokens.max(initial=0))
-    assert largest <= np.iinfo(dtype).max, "token_dtype was not asked"
-    arrays = {
-        "tokens": tokens.astype(dtype),
-        "document_offsets": np.array([0, *accumulate(len(ids) for ids, _ in documents)], dtype=np.uint64),
-        "document_bytes": text_bytes,
-    }
-    # One key alone: the library writes several in an order that differs from call to call.
-    save_file(arrays, path, metadata={"format": "gpt-training-pipeline tokens, version 1"})
-    return ShardInfo(
-        file=path.name,
-        sha256=sha256_of_file(path),
-        size=path.stat().st_size,
-        tokens=len(tokens),
-        documents=len(documents),
-        text_bytes=int(text_bytes.sum()),
-        largest_id=largest,
-    )
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove what is unfinished."""
+        try:
+            self._file.close()
+        except OSError:
+            if error is None:  # a full disk, which the block has met already otherwise
+                raise
+        finally:
+            self._spool.unlink(missing_ok=True)
+            self._unfinished.unlink(missing_ok=True)
+
+    def add(self, ids: Tokens, text_bytes: int) -> None:
+        """Append a document.
+
+        Raises:
+            UserError: an id is not below `vocab_size`; written into a smaller type it would silently become another.
+        """
+        if len(ids):
+            largest, smallest = int(ids.max()), int(ids.min())
+            if largest >= self._vocab_size or smallest < 0:
+                wrong = smallest if smallest < 0 else largest
+                raise UserError(f"token {wrong} is not in a vocabulary of {self._vocab_size}")
+            self._largest = max(self._largest, largest)
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self._lengths.append(len(ids))
+        self._text_bytes.append(text_bytes)
+
+    def finish(self) -> ShardInfo | None:
+        """Write the file, to the disk; None, and no file, if there was no document."""
+        self._file.close()
+        if not self._lengths:
+            return None
+        index = self._index()
+        with self._unfinished.open("wb") as file, self._spool.open("rb") as tokens:
+            file.write(index)
+            shutil.copyfileobj(tokens, file, 2**20)
+        fsync(self._unfinished)
+        info = ShardInfo(
+            file=self._path.name,
+            sha256=sha256_of_file(self._unfinished),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+            size=self._unfinished.stat().st_size,
+            tokens=sum(self._lengths),
+            documents=len(self._lengths) - self._continues,
+            text_bytes=sum(self._text_bytes),
+            largest_id=self._largest,
+            continues=self._continues,
+        )
+        self._unfinished.replace(self._path)
+        return info
+
+    def _index(self) -> bytes:
+        """Everything before the tokens: 8 bytes of header length, the header, and the small tensors."""
+        arrays = {
+            "document_offsets": np.array([0, *accumulate(self._lengths)], dtype=np.uint64),
+            "document_bytes": np.array(self._text_bytes, dtype=np.uint64),
+            "block_digests": _block_digests(self._spool),
+        }
+        header: dict[str, Any] = {"__metadata__": {"format": "gpt-training-pipeline tokens, version 2"}}
+        at = 0
+        for name, array in arrays.items():
+            header[name] = {"dtype": "U64", "shape": [len(array)], "data_offsets": [at, at := at + array.nbytes]}
+        n_tokens = sum(self._lengths)
+        name_of_dtype = "U16" if self._dtype.itemsize == 2 else "U32"
+        ends = [at, at + n_tokens * self._dtype.itemsize]
+        header["tokens"] = {"dtype": name_of_dtype, "shape": [n_tokens], "data_offsets": ends}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of their items
+        return b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())])
 
 
 class TokenStream:
-    """The tokens of some shards as one long sequence, memory-mapped."""
+    """The tokens of some shards as one long sequence, memory-mapped and verified as they are first read.
 
-    def __init__(self, folder: Path, shards: Sequence[ShardInfo]):
-        """Map the shards.
+    Args:
+        shards: their paths and entries, in order.
+        vocab_size: every id is below it.
+    """
+
+    def __init__(self, shards: Sequence[tuple[Path, ShardInfo]], vocab_size: int):
+        """Look at the shards' sizes, and open none.
 
         Raises:
-            UserError: a file is missing, damaged, or has not the size that the manifest gives.
+            UserError: a file is missing or has not the size that the manifest gives, or an id is beyond the vocabulary.
         """
-        for shard in shards:
-            _check_size(folder / shard.file, shard.size)
-        self._tokens = [_map_tokens(folder / shard.file) for shard in shards]
-        self._starts = [0, *accumulate(len(tokens) for tokens in self._tokens)]
+        for path, shard in shards:
+            _check_size(path, shard.size)
+            if shard.largest_id >= vocab_size:
+                raise UserError(_beyond(_Shard(path, shard, vocab_size), vocab_size))
+        self._shards, self._vocab_size = shards, vocab_size
+        self._opened: dict[int, _Shard] = {}
+        self._starts = [0, *accumulate(shard.tokens for _, shard in shards)]
+        self.text_bytes = sum(shard.text_bytes for _, shard in shards)
+        """Length of the text as UTF-8."""
+        self.n_documents = sum(shard.documents for _, shard in shards)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
-        """`length` tokens from position `start`, across shards where need be."""
+    def read(self, start: int, length: int) -> Tokens:
+        """`length` tokens from position `start`, across shards where need be.
+
+        Raises:
+            UserError: they are not what was prepared.
+        """
         assert 0 <= start <= start + length <= len(self)
-        shard = bisect_right(self._starts, start) - 1
-        offset = start - self._starts[shard]
-        piece = self._tokens[shard][offset : offset + length]
-        if len(piece) == length:
-            return piece
-        pieces = [piece]
-        while (missing := length - sum(map(len, pieces))) > 0:
-            shard += 1
-            pieces.append(self._tokens[shard][:missing])
-        return np.concatenate(pieces)
+        pieces = [self._shard(index).read(first, stop) for index, first, stop in self._span(start, length)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.array([], np.uint16), *pieces])
+
+    def document_starts(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """Where documents begin in the `length` tokens from position `start`, ascending and relative to it.
+
+        Raises:
+            UserError: the shard is not what was prepared.
+        """
+        found = [np.array([], np.int64)]
+        for index, first, stop in self._span(start, length):
+            begins = self._shard(index).begins
+            inside = begins[np.searchsorted(begins, first) : np.searchsorted(begins, stop)]
+            found.append(inside.astype(np.int64) + (self._starts[index] - start))
+        return np.concatenate(found)
+
+    def document_borders(self) -> Iterator[npt.NDArray[np.int64]]:
+        """For shard after shard where its documents begin, and at last the end of the stream."""
+        for index, start in enumerate(self._starts[:-1]):
+            yield self._shard(index).begins.astype(np.int64) + start
+        yield np.array([len(self)])
+
+    def _span(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, first, stop) of the pieces that make up a range."""
+        index = bisect_right(self._starts, start) - 1
+        while length > 0:
+            first = start - self._starts[index]
+            stop = min(first + length, self._shards[index][1].tokens)
+            if stop > first:
+                yield index, first, stop
+            start, length, index = start + stop - first, length - (stop - first), index + 1
+
+    def _shard(self, index: int) -> "_Shard":
+        shard = self._opened.get(index)
+        if shard is None:
+            shard = self._opened[index] = _Shard(*self._shards[index], self._vocab_size)
+        return shard
 
 
-def shard_to_json(shard: ShardInfo) -> dict[str, Any]:
-    """A manifest entry."""
-    return asdict(shard)
+class _Shard:
+    """One mapped file."""
+
+    def __init__(self, path: Path, info: ShardInfo, vocab_size: int):
+        self._path, self._vocab_size = path, vocab_size
+        try:
+            content = np.asarray(np.memmap(path, mode="r"))  # a plain array is sliced several times faster
+            header_size = int.from_bytes(content[:8].tobytes(), "little")
+            header = json.loads(content[8 : 8 + header_size].tobytes())
+            end = 8 + header_size + int(header["tokens"]["data_offsets"][0])
+            found = hashlib.sha256(content[:end].tobytes()).hexdigest()
+            arrays = {name: _tensor(content, header_size, header[name]) for name in _TENSORS}
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+            raise UserError(f"{path}: damaged; {_remedy(path)}") from error
+        if found != info.index_sha256:
+            raise UserError(
+                f"{path}: changed since it was prepared: SHA-256 of its index is {found}, not {info.index_sha256}; "
+                f"{_remedy(path)}"
+            )
+        self.tokens: Tokens = arrays["tokens"]
+        self.begins = arrays["document_offsets"][int(info.continues) : -1]
+        """Where documents begin."""
+        self._digests = arrays["block_digests"]
+        self._verified = np.zeros(len(self._digests), dtype=np.bool_)
+        self._per_block = BLOCK_BYTES // self.tokens.itemsize
+
+    def read(self, first: int, stop: int) -> Tokens:
+        """tokens[first:stop], verified."""
+        blocks = slice(first // self._per_block, (stop - 1) // self._per_block + 1)
+        if not self._verified[blocks].all():
+            self._verify(blocks)
+        return self.tokens[first:stop]
+
+    def _verify(self, blocks: slice) -> None:
+        for block in range(blocks.start, blocks.stop):
+            first = block * self._per_block
+            tokens = self.tokens[first : first + self._per_block]
+            found = _digest(tokens.tobytes())
+            if found != self._digests[block]:
+                beyond = _first_beyond(tokens, self._vocab_size)
+                told = "" if beyond is None else f", token {beyond[1]} at offset {first + beyond[0]} is no token at all"
+                raise UserError(
+                    f"{self._path}: changed since it was prepared: tokens {first} to {first + len(tokens) - 1} have "
+                    f"digest {found:016x}, not {int(self._digests[block]):016x}{told}; {_remedy(self._path)}"
+                )
+            self._verified[block] = True
+
+    def first_beyond(self, vocab_size: int) -> tuple[int, int] | None:
+        """(offset, id) of the first token that is not below `vocab_size`."""
+        return _first_beyond(self.tokens, vocab_size)
+
+
+_TENSORS = ("document_offsets", "block_digests", "tokens")
+
+
+def _tensor(content: npt.NDArray[np.uint8], header_size: int, entry: dict[str, Any]) -> npt.NDArray[Any]:
+    """A tensor of a mapped safetensors file (8 bytes of header length, a JSON header, the data)."""
+    first, stop = (8 + header_size + int(offset) for offset in entry["data_offsets"])
+    return content[first:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _block_digests(tokens: Path) -> npt.NDArray[np.uint64]:
+    with tokens.open("rb") as file:
+        return np.array([_digest(block) for block in iter(lambda: file.read(BLOCK_BYTES), b"")], dtype=np.uint64)
+
+
+def _digest(block: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(block).digest()[:8], "little")
+
+
+def _first_beyond(tokens: Tokens, vocab_size: int) -> tuple[int, int] | None:
+    beyond = tokens >= vocab_size
+    at = int(beyond.argmax()) if len(beyond) else 0
+    return (at, int(tokens[at])) if len(beyond) and beyond[at] else None
+
+
+def _beyond(shard: _Shard, vocab_size: int) -> str:
+    at = shard.first_beyond(vocab_size)
+    place = f"token {at[1]} at offset {at[0]}" if at else "its largest id"
+    return f"{shard._path}: {place} is not in the tokenizer's vocabulary of {vocab_size}; {_remedy(shard._path)}"
 
 
 def _check_size(path: Path, size: int) -> None:
     found = path.stat().st_size if path.exists() else None
     if found != size:
         state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-        raise UserError(f"{path}: the prepared shard {state}; delete the folder {path.parent} to prepare it again")
+        raise UserError(f"{path}: the prepared shard {state}; {_remedy(path)}")
 
 
-def _map_tokens(path: Path) -> npt.NDArray[np.integer[Any]]:
-    """The tokens of a shard, mapped where its header says (8 bytes of header length, a JSON header, the data)."""
-    try:
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(header_size))["tokens"]
-        offset, shape = 8 + header_size + entry["data_offsets"][0], tuple(entry["shape"])
-        return np.memmap(path, dtype=_DTYPES[entry["dtype"]], mode="r", offset=offset, shape=shape)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{path}: damaged; delete the folder {path.parent} to prepare it again") from error
+def _remedy(path: Path) -> str:
+    return f"delete the folder {path.parent} and prepare it again"

@@ -3,7 +3,10 @@
 import hashlib
 import itertools
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +44,14 @@ PROBE = "".join(
 )
 """Text of every kind, on which two ways of encoding are compared before the faster one is trusted."""
 
+PIECE = 2**18
+"""Characters that are encoded at once. What a piece cannot have from the fast path costs the slow one no more memory
+than this."""
+
+# Where GPT-2's pattern and its descendants always end a word: before a space that follows a printable character, and
+# before a line's first character unless that is white, too. `gpt.data.formats.CUT` is the same for bytes.
+CUT = re.compile("(?<=[!-~])(?= )|(?<=\n)(?=[!-~\u00c0-\u0fff\u4000-\udfff\U00010000-\U0010ffff])")
+
 Ids = npt.NDArray[np.uint32]
 
 
@@ -65,12 +76,29 @@ class Tokenizer:
         self._library.encode_special_tokens = True
         self._library.no_truncation()
         self._library.no_padding()
-        self._encode = _encoder(json.loads(definition), self._library)
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError("its vocabulary is empty")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.end_of_text: int | None = next((vocabulary[name] for name in END_NAMES if name in vocabulary), None)
+
+    @cached_property
+    def _encode(self) -> Encoder:
+        return _encoder(json.loads(self.definition), self._library)  # half a second, and not everyone encodes
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return (json.loads(self.definition).get("decoder") or {}).get("type") == "ByteLevel"
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids that mean something to the pipeline, by their purpose."""
+        return {} if self.end_of_text is None else {"end_of_text": self.end_of_text}
+
+    @property
+    def document_start(self) -> Ids:
+        """What a document begins with: end-of-text, or nothing where there is no such token."""
+        return np.array([] if self.end_of_text is None else [self.end_of_text], dtype=np.uint32)
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
@@ -112,11 +140,29 @@ class Tokenizer:
         An empty prompt becomes end-of-text, which begins every document, or id 0 where there is no such token.
         """
         first = 0 if self.end_of_text is None else self.end_of_text
+        if self._is_byte_level:  # the fast way is the same, and takes longer to build than a prompt to encode
+            return self._library.encode(text, add_special_tokens=False).ids or [first]
         return self.encode(text).tolist() or [first]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens included."""
         return self._library.decode(list(ids), skip_special_tokens=False)
+
+    def count_bytes(self, ids: Ids) -> int:
+        """Length as UTF-8 of the text that ids stand for."""
+        if self._byte_counts is None:
+            return len(self.decode(ids.tolist()).encode())
+        return int(self._byte_counts[ids].sum())
+
+    @cached_property
+    def _byte_counts(self) -> npt.NDArray[np.int64] | None:
+        """Bytes of every token, where tokens are bytes."""
+        if not self._is_byte_level:
+            return None
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._library.get_vocab(with_added_tokens=True).items():
+            counts[index] = len(token)  # each byte is one character there
+        return counts
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text piece by piece as ids come; a character that spans several ids waits for the last of them."""
@@ -127,24 +173,17 @@ class Tokenizer:
                 yield piece
 
 
-def build_tokenizer(
-    kind: str, vocab_size: int, corpus: Iterable[str], training: Iterable[str], *, has_documents: bool
-) -> Tokenizer:
-    """The tokenizer that `--data.tokenizer` names.
+def build_tokenizer(kind: str) -> Tokenizer:
+    """The tokenizer that `--data.tokenizer` names, but for those that are learnt: char and bpe.
 
     Args:
-        kind: byte, char, bpe, gpt2 or the path of a tokenizer.json.
-        vocab_size: what bpe is trained to.
-        corpus: every text, of which char takes its characters.
-        training: the texts that may be learnt from, on which bpe is trained.
-        has_documents: there are several to separate, for which char gets an end-of-text token.
+        kind: byte, gpt2 or the path of a tokenizer.json.
+
+    Raises:
+        UserError: there is none of this name.
     """
     if kind == "byte":
         return byte_tokenizer()
-    if kind == "char":
-        return char_tokenizer(corpus, has_documents=has_documents)
-    if kind == "bpe":
-        return train_bpe(training, vocab_size)
     if kind == "gpt2":
         return gpt2_tokenizer()
     path = Path(kind)
@@ -161,10 +200,9 @@ def byte_tokenizer() -> Tokenizer:
     return _byte_level(models.BPE(vocab={_BYTE_TO_CHAR[byte]: byte for byte in range(256)}, merges=[]))
 
 
-def char_tokenizer(corpus: Iterable[str], *, has_documents: bool = False) -> Tokenizer:
-    """The corpus's characters in code point order, as nanoGPT has them, then end-of-text where it is asked for."""
-    characters = sorted(set().union(*corpus))
-    vocabulary = {character: index for index, character in enumerate(characters)}
+def char_tokenizer(characters: Iterable[str], *, has_documents: bool = False) -> Tokenizer:
+    """Characters in code point order, as nanoGPT has them, then end-of-text where there are documents to separate."""
+    vocabulary = {character: index for index, character in enumerate(sorted(set(characters)))}
     library = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     library.decoder = decoders.Fuse()
     if has_documents:
@@ -289,8 +327,23 @@ class _TiktokenEncoder:
         self._encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self._normalizer = normalizer
         self._by_library = by_library
+        # Of another family's pattern, or under a normalizer that looks at the ends of a text, a cut may show.
+        self._piece = PIECE if np.array_equal(self._in_pieces(PROBE, 1), self._at_once(PROBE)) else sys.maxsize
 
     def __call__(self, text: str) -> Ids:
+        return self._at_once(text) if len(text) <= self._piece else self._in_pieces(text, self._piece)
+
+    def _in_pieces(self, text: str, size: int) -> Ids:
+        ids = []
+        start = 0
+        while start < len(text):
+            cut = CUT.search(text, start + size)
+            stop = cut.start() if cut else len(text)
+            ids.append(self._at_once(text[start:stop]))
+            start = stop
+        return np.concatenate(ids)
+
+    def _at_once(self, text: str) -> Ids:
         normal = text if self._normalizer is None else self._normalizer.normalize_str(text)
         try:
             return self._encoding.encode_to_numpy(normal, disallowed_special=())

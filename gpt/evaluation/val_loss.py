@@ -1,31 +1,32 @@
-"""Loss, perplexity and bits per byte on a fixed set of tokens."""
+"""Loss, perplexity and bits per byte on fixed sets of tokens."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from gpt.data.sequences import document_numbers
 from gpt.data.shards import TokenStream
-from gpt.models.loss import IGNORED
 from gpt.utils.distributed import DistContext
+from gpt.utils.helper import IGNORED
 
 # Shapes: B sequences of a batch, T = block_size.
 
 
 class ValLoss:
-    """Token-weighted loss over the whole set, or over batches spread evenly over it; the work is shared by all ranks.
+    """Token-weighted loss over whole sets, or over batches spread evenly over each; the work is shared by all ranks.
 
-    Every token but the very first is a target once, in windows of `block_size` that follow each other; the last
-    batch is padded, so that all have one shape.
+    Every token of a set but the very first is a target once, in windows of `block_size` that follow each other; the
+    last batch is padded, so that all have one shape.
 
     Args:
-        stream: the validation tokens, at least two.
-        n_bytes: length of their text, for bits per byte: loss in bits per token times tokens per byte.
+        streams: the validation tokens of each source, at least two of each.
         block_size: window length.
         batch_size: sequences per forward pass and rank.
-        batches: how many batches to use; 0: the whole set.
+        batches: how many batches of each set to use; 0: the whole set.
+        masked: whether attention is kept inside documents, as in training.
         autocast: context of the forward pass, the same as in training.
         dist: the processes that share the work.
     """
@@ -34,51 +35,68 @@ class ValLoss:
 
     def __init__(
         self,
-        stream: TokenStream,
-        n_bytes: int,
+        streams: Mapping[str, TokenStream],
         *,
         block_size: int,
         batch_size: int,
         batches: int,
+        masked: bool,
         autocast: Callable[[], AbstractContextManager[object]],
         dist: DistContext,
     ):
-        self._stream, self._n_bytes = stream, n_bytes
-        self._block_size, self._batch_size = block_size, batch_size
-        self._autocast, self._dist = autocast, dist
-        n_windows = math.ceil((len(stream) - 1) / block_size)
-        total = math.ceil(n_windows / batch_size)
-        used = min(batches or total, total)
-        self._batches = [index * total // used for index in range(used)]
+        self._streams = streams
+        self._block_size, self._batch_size, self._batches = block_size, batch_size, batches
+        self._masked, self._autocast, self._dist = masked, autocast, dist
 
     @torch.no_grad()
     def run(self, model: nn.Module) -> dict[str, float]:
-        """`val/loss` in nats per token, `val/perplexity`, `val/bpb` in bits per byte of the original text."""
-        sums, n_tokens = [], 0
-        for index in self._batches[self._dist.rank :: self._dist.world_size]:
-            inputs, targets = self._batch(index)
-            with self._autocast():
-                sums.append(model(inputs.to(self._dist.device), targets.to(self._dist.device)))
-            n_tokens += int((targets != IGNORED).sum())
-        # float64 on the CPU: a float32 sum over a large set loses digits, and not every device has float64.
-        total = torch.stack(sums).cpu().double().sum() if sums else torch.zeros((), dtype=torch.float64)
-        nats, counted = self._dist.sum_on_host([float(total), float(n_tokens)])
-        loss = nats / counted
-        bits_per_token = loss / math.log(2)
-        return {
-            "val/loss": loss,
-            "val/perplexity": math.exp(min(loss, 700.0)),
-            "val/bpb": bits_per_token * (len(self._stream) - 1) / self._n_bytes,
-        }
+        """`val/loss` in nats per token, `val/perplexity`, `val/bpb` in bits per byte of the original text.
 
-    def _batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch `index` of the set: inputs and targets, (B, T) each."""
+        Of several sources also `val/loss/NAME` of each.
+        """
+        sums = [self._sum(model, stream) for stream in self._streams.values()]
+        reduced = self._dist.sum_on_host([number for pair in sums for number in pair])
+        losses = [nats / counted for nats, counted in zip(reduced[0::2], reduced[1::2], strict=True)]
+        sizes = [len(stream) - 1 for stream in self._streams.values()]
+        n_targets = sum(sizes)
+        # By the sets' sizes, not by what was read of each: then a few batches estimate what all of them would give.
+        loss = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / n_targets
+        bits_per_token = loss / math.log(2)
+        n_bytes = sum(stream.text_bytes for stream in self._streams.values())
+        metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+        if n_bytes:
+            metrics["val/bpb"] = bits_per_token * n_targets / n_bytes
+        if len(self._streams) > 1:
+            metrics |= {f"val/loss/{name}": loss for name, loss in zip(self._streams, losses, strict=True)}
+        return metrics
+
+    def _sum(self, model: nn.Module, stream: TokenStream) -> tuple[float, float]:
+        """This rank's part of a set: nats, and the tokens they are of."""
+        n_windows = math.ceil((len(stream) - 1) / self._block_size)
+        total = math.ceil(n_windows / self._batch_size)
+        used = min(self._batches or total, total)
+        sums, n_tokens = [], 0
+        for index in [index * total // used for index in range(used)][self._dist.rank :: self._dist.world_size]:
+            tensors = self._batch(stream, index)
+            n_tokens += int((tensors[1] != IGNORED).sum())
+            with self._autocast():
+                sums.append(model(*(tensor.to(self._dist.device) for tensor in tensors)))
+        # float64 on the CPU: a float32 sum over a large set loses digits, and not every device has float64.
+        return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0, float(n_tokens)
+
+    def _batch(self, stream: TokenStream, index: int) -> tuple[torch.Tensor, ...]:
+        """Batch `index` of a set: inputs, targets and, with a mask, document numbers; (B, T) each."""
         span = self._batch_size * self._block_size
         start = index * span
-        length = min(span, len(self._stream) - 1 - start)
-        tokens = torch.from_numpy(self._stream.read(start, length + 1).astype("int64"))
+        length = min(span, len(stream) - 1 - start)
+        tokens = torch.from_numpy(stream.read(start, length + 1).astype("int64"))
         inputs = torch.zeros(span, dtype=torch.int64)
         targets = torch.full((span,), IGNORED)
         inputs[:length], targets[:length] = tokens[:-1], tokens[1:]
-        shape = (self._batch_size, self._block_size)
-        return inputs.view(shape), targets.view(shape)
+        tensors = [inputs, targets]
+        if self._masked:
+            documents = torch.zeros(span, dtype=torch.int64)
+            numbers = torch.from_numpy(document_numbers(stream, start, length))
+            documents[:length], documents[length:] = numbers, int(numbers[-1]) + 1
+            tensors.append(documents)
+        return tuple(tensor.view(self._batch_size, self._block_size) for tensor in tensors)

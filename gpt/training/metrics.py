@@ -41,7 +41,9 @@ class Meter:
 
     def report(self) -> tuple[dict[str, float], tuple[float, ...]]:
         """Metrics of the last step and the rate since the window began; the losses of every step since then."""
-        losses = self._dist.sum(torch.stack([stats.loss_sum for stats in self._stats])) / self._tokens_per_step
+        n_targets = torch.tensor([max(1, stats.n_targets) for stats in self._stats])
+        sums = self._dist.sum(torch.stack([stats.loss_sum for stats in self._stats]))
+        losses = sums / n_targets.to(sums.device, non_blocking=True)
         others = torch.stack([self._stats[-1].grad_norm, self._skipped_updates.float()])
         *values, grad_norm, skipped_updates = torch.cat([losses, others]).tolist()  # the one sync
         seconds = self._clock() - self._started

@@ -1,14 +1,14 @@
 """One optimizer step: forward, backward, clip, update. Its statistics stay on the device: no host sync."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from gpt.data.data_loader import MicroBatch
+from gpt.data.data_loader import MicroBatch, StepBatch
 from gpt.parallel.gradient_sync import gradient_sync
 from gpt.utils.helper import Purpose, draw
 
@@ -21,6 +21,8 @@ class StepStats:
     """Sum in nats over this process's tokens of the step."""
     grad_norm: torch.Tensor
     """Norm of the global gradient before clipping."""
+    n_targets: int
+    """Tokens that the step predicted, over all processes."""
 
 
 class TrainStep:
@@ -30,12 +32,13 @@ class TrainStep:
     cutting the step up in another way changes nothing but rounding.
 
     Args:
-        model: the module to call: (tokens, targets) -> summed loss; wrapped for several processes where there are any.
+        model: the module to call: (tokens, targets, documents) -> summed loss; wrapped where there are several
+            processes.
         optimizer: updates the model's parameters.
         scaler: of float16; disabled otherwise.
         skipped_updates: device counter, increased when a non-finite float16 gradient makes the scaler skip the update.
         autocast: context of the forward pass.
-        loss_scale: factor of each summed loss that makes the gradient that of the mean over the step's tokens.
+        world_size: processes over which the wrapped model averages gradients.
         grad_clip: largest norm of the gradient; 0 does not clip.
         seed: of the run.
     """
@@ -48,21 +51,24 @@ class TrainStep:
         skipped_updates: torch.Tensor,
         *,
         autocast: Callable[[], AbstractContextManager[object]],
-        loss_scale: float,
+        world_size: int,
         grad_clip: float,
         seed: int,
     ):
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._skipped_updates = skipped_updates
         self._autocast = autocast
-        self._loss_scale = loss_scale
+        self._world_size = world_size
         self._max_norm = grad_clip or math.inf
         self._seed = seed
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepStats:
+    def __call__(self, step: int, batch: StepBatch) -> StepStats:
         """Consume global batch `step` and update the parameters."""
-        losses = [self._accumulate(step, batch, is_last=batch is micro_batches[-1]) for batch in micro_batches]
+        # The wrapped model averages gradients over processes; this makes them those of the mean over the step's tokens.
+        scale = self._world_size / max(1, batch.n_targets)
+        last = batch.micro_batches[-1]
+        losses = [self._accumulate(step, piece, scale, is_last=piece is last) for piece in batch.micro_batches]
         self._scaler.unscale_(self._optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         self._scaler.step(self._optimizer)
@@ -70,13 +76,13 @@ class TrainStep:
         if self._scaler.is_enabled():
             self._skipped_updates += ~grad_norm.isfinite()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepStats(torch.stack(losses).sum(), grad_norm)
+        return StepStats(torch.stack(losses).sum(), grad_norm, batch.n_targets)
 
-    def _accumulate(self, step: int, batch: MicroBatch, *, is_last: bool) -> torch.Tensor:
+    def _accumulate(self, step: int, batch: MicroBatch, scale: float, *, is_last: bool) -> torch.Tensor:
         # Every draw of this micro-batch is addressed, so neither the process count nor a restart can change it.
         torch.manual_seed(draw(self._seed, Purpose.FORWARD, step, batch.index))
         with gradient_sync(self._model, is_last=is_last):
             with self._autocast():
-                loss: torch.Tensor = self._model(batch.inputs, batch.targets)
-            self._scaler.scale(loss * self._loss_scale).backward()
+                loss: torch.Tensor = self._model(batch.inputs, batch.targets, batch.documents)
+            self._scaler.scale(loss * scale).backward()
         return loss.detach()

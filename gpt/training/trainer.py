@@ -31,8 +31,8 @@ class Trainer(Subject):
     Args:
         plan: how long to train, and when to report and save.
         state: what the step changes; holds the progress.
-        loader: global step -> micro-batches.
-        train_step: micro-batches -> update.
+        loader: global step -> batch.
+        train_step: batch -> update.
         schedule: steps taken -> factor of the plan's max_lr.
         meter: statistics -> metrics.
         checkpoints: writes the state.
@@ -85,10 +85,10 @@ class Trainer(Subject):
 
     def _advance(self) -> None:
         """One step, and everything that is due after it."""
-        micro_batches = self._loader.batches_of(self._step)
+        batch = self._loader.batch_of(self._step)
         rate = self._plan.lr.max_lr * self._schedule(self._step)
         set_learning_rate(self._state.optimizer, rate)
-        self._meter.add(self._train_step(self._step, micro_batches))
+        self._meter.add(self._train_step(self._step, batch))
         self._state.progress = self._state.progress.advance(self._plan.batch.tokens_per_step)
 
         commands: list[Command] = []

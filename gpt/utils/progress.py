@@ -8,23 +8,46 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
+
+from gpt.utils.helper import si
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        tokens, seconds = task.fields["tokens"], task.elapsed
+        return Text(f"{si(tokens / seconds)} tokens/s" if tokens and seconds else "")
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """A bar over `total` bytes on stderr, gone when the work is done; nothing where stderr is no terminal.
 
     Yields:
-        advance: called with the bytes that were done since the last call.
+        advance: called with the bytes and the tokens that were done since the last call.
     """
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        _TokensPerSecond(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda amount: progress.advance(task, amount)
+        task = progress.add_task(description, total=total or None, tokens=0)
+        done = 0
+
+        def advance(size: int, tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress.update(task, advance=size, tokens=done)
+
+        yield advance

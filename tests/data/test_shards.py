@@ -2,38 +2,61 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from gpt.data.shards import TokenStream, token_dtype, write_shards
+from gpt.data.shards import BLOCK_BYTES, ShardInfo, ShardWriter, TokenStream, token_dtype
 from gpt.errors import UserError
+from tests.conftest import small_files, write_stream
 
-DOCUMENTS = [(np.arange(start, start + 10, dtype=np.uint32), 100 + start) for start in range(0, 70, 10)]
+DOCUMENTS = [(list(range(start, start + 10)), 100 + start) for start in range(0, 70, 10)]
+PER_BLOCK = BLOCK_BYTES // 2
 
 
-@pytest.mark.parametrize("limit", [10, 25, 1000])
-def test_documents_come_back_as_one_stream_however_they_are_sharded(tmp_path: Path, limit: int) -> None:
-    shards = write_shards(tmp_path, "train", iter(DOCUMENTS), np.uint16, limit)
-    stream = TokenStream(tmp_path, shards)
+def write(path: Path, documents: list[tuple[list[int], int]], vocab_size: int = 2**16) -> ShardInfo:
+    with ShardWriter(path, vocab_size) as writer:
+        for ids, n_bytes in documents:
+            writer.add(np.array(ids, dtype=np.int64), n_bytes)
+        info = writer.finish()
+    assert info is not None
+    return info
+
+
+@pytest.mark.parametrize("per_shard", [1, 2, 100])
+def test_documents_come_back_as_one_stream_however_they_are_sharded(tmp_path: Path, per_shard: int) -> None:
+    stream = write_stream(tmp_path, DOCUMENTS, per_shard=per_shard)
     assert len(stream) == 70
+    assert stream.n_documents == 7
     for start in range(70):
         for length in (0, 1, 11, 70 - start):
             if start + length <= 70:
                 assert stream.read(start, length).tolist() == list(range(start, start + length))
+                inside = [place - start for place in range(0, 70, 10) if start <= place < start + length]
+                assert stream.document_starts(start, length).tolist() == inside
+    assert np.concatenate(list(stream.document_borders())).tolist() == list(range(0, 71, 10))
 
 
-def test_a_shard_is_a_safetensors_file_with_offsets_and_byte_counts(tmp_path: Path) -> None:
-    first, second = write_shards(tmp_path, "val", iter(DOCUMENTS[:3]), np.uint32, 20)
-    arrays = load_file(tmp_path / first.file)
-    assert arrays["tokens"].dtype == np.uint32
-    assert arrays["document_offsets"].tolist() == [0, 10, 20]
-    assert arrays["document_bytes"].tolist() == [100, 110]
-    assert (first.tokens, first.documents, first.text_bytes, first.largest_id) == (20, 2, 210, 19)
-    assert (second.file, second.tokens) == ("val-00001.safetensors", 10)
+@pytest.mark.parametrize("vocab_size", [2**16, 2**16 + 1])
+@pytest.mark.parametrize("n_tokens", [0, 1, PER_BLOCK - 1, PER_BLOCK, 2 * PER_BLOCK + 3])
+def test_a_shard_is_a_safetensors_file_with_offsets_and_byte_counts(
+    tmp_path: Path, vocab_size: int, n_tokens: int
+) -> None:
+    ids = np.random.default_rng(0).integers(0, vocab_size, n_tokens).tolist()
+    info = write(tmp_path / "train-0.safetensors", [(ids, 100), ([7, 8], 2)], vocab_size)
+    arrays = load_file(tmp_path / info.file)
+    assert arrays["tokens"].dtype == token_dtype(vocab_size)
+    assert arrays["tokens"].tolist() == [*ids, 7, 8]
+    assert arrays["document_offsets"].tolist() == [0, n_tokens, n_tokens + 2]
+    assert arrays["document_bytes"].tolist() == [100, 2]
+    assert (info.tokens, info.documents, info.text_bytes) == (n_tokens + 2, 2, 102)
+    assert info.largest_id == max([*ids, 8])
+    with safe_open(tmp_path / info.file, "pt") as file:  # torch insists on aligned tensors
+        assert file.get_tensor("tokens").tolist() == [*ids, 7, 8]
 
 
 def test_the_same_documents_are_the_same_bytes(tmp_path: Path) -> None:
     for index in range(8):
-        write_shards(tmp_path, f"s{index}", iter(DOCUMENTS), np.uint16)
+        write(tmp_path / f"s{index}.safetensors", DOCUMENTS)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
@@ -41,19 +64,91 @@ def test_the_smallest_type_that_holds_every_id_is_taken() -> None:
     assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)
 
 
-def test_no_documents_are_an_empty_stream(tmp_path: Path) -> None:
-    assert len(TokenStream(tmp_path, write_shards(tmp_path, "val", iter([]), np.uint16))) == 0
+@pytest.mark.parametrize("wrong", [300, 70_000, -1])
+def test_an_id_that_would_become_another_is_refused(tmp_path: Path, wrong: int) -> None:
+    with (
+        pytest.raises(UserError, match=f"token {wrong} is not in a vocabulary of 300"),
+        ShardWriter(tmp_path / "train-0.safetensors", 300) as writer,
+    ):
+        writer.add(np.array([1, wrong]), 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_documents_make_no_file(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "val-0.safetensors", 300) as writer:
+        assert writer.finish() is None
+    assert not list(tmp_path.iterdir())
+    assert len(TokenStream([], 300)) == 0
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError),
+        small_files(10_000),
+        ShardWriter(tmp_path / "train-0.safetensors", 300) as writer,
+    ):
+        for _ in range(100):
+            writer.add(np.zeros(1000, dtype=np.int64), 1000)
+        writer.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path, "train", iter(DOCUMENTS), np.uint16)
-    path = tmp_path / shards[0].file
+    path = tmp_path / "train-0.safetensors"
+    info = write(path, DOCUMENTS)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{path}: the prepared shard has .* bytes instead of {shards[0].size}"):
-        TokenStream(tmp_path, shards)
-    path.write_bytes(b"\xff" * shards[0].size)
+    with pytest.raises(UserError, match=rf"{path}: the prepared shard has .* bytes instead of {info.size}"):
+        TokenStream([(path, info)], 2**16)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{path}: the prepared shard has 0 bytes"):
+        TokenStream([(path, info)], 2**16)
+    path.write_bytes(b"\xff" * info.size)
     with pytest.raises(UserError, match=f"{path}: damaged"):
-        TokenStream(tmp_path, shards)
+        TokenStream([(path, info)], 2**16).read(0, 1)
     path.unlink()
     with pytest.raises(UserError, match=f"{path}: the prepared shard is missing"):
-        TokenStream(tmp_path, shards)
+        TokenStream([(path, info)], 2**16)
+
+
+def test_every_flipped_bit_is_found_where_it_is_read_and_only_there(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.safetensors"
+    info = write(path, [(list(range(1000)) * 30, 1)])
+    sound = path.read_bytes()
+    first_token = info.size - info.tokens * 2
+    places = np.random.default_rng(0).integers(0, info.size, 200).tolist()
+    for place in [*places, 0, 7, 8, first_token - 1, first_token, info.size - 1]:
+        changed = bytearray(sound)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        stream = TokenStream([(path, info)], 2**16)
+        with pytest.raises(UserError, match=rf"{path}: (damaged|changed)"):
+            stream.read(0, len(stream))
+        block = (place - first_token) // BLOCK_BYTES
+        others = [start for start in range(0, info.tokens, PER_BLOCK) if start // PER_BLOCK != block]
+        if place >= first_token:
+            for start in others:
+                assert TokenStream([(path, info)], 2**16).read(start, 1) == sound_token(sound, first_token, start)
+
+
+def sound_token(content: bytes, first_token: int, index: int) -> int:
+    return int.from_bytes(content[first_token + 2 * index : first_token + 2 * index + 2], "little")
+
+
+def test_a_changed_token_beyond_the_vocabulary_is_named_with_its_offset(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.safetensors"
+    info = write(path, [([1, 2, 3] * 10_000, 1)], vocab_size=300)
+    content = bytearray(path.read_bytes())
+    content[-2 * 5000 :][:2] = b"\xff\xff"
+    content[len(content) - 10_000 : len(content) - 9_998] = (60_000).to_bytes(2, "little")
+    path.write_bytes(content)
+    stream = TokenStream([(path, info)], 300)
+    assert stream.read(0, 10).tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
+    with pytest.raises(UserError, match=f"{path}: changed since .* token 60000 at offset 25000 is no token at all"):
+        stream.read(24_990, 20)
+
+
+def test_a_shard_of_a_larger_vocabulary_is_refused_with_the_token(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.safetensors"
+    info = write(path, [([1, 2, 400, 3], 1)])
+    with pytest.raises(UserError, match=f"{path}: token 400 at offset 2 is not in the tokenizer's vocabulary of 300"):
+        TokenStream([(path, info)], 300)

@@ -130,6 +130,7 @@ def plan_table(plan: RunPlan) -> Table:
         f"of {batch.block_size} per process",
         "run": f"{plan.max_steps:,} steps, {si(plan.max_steps * batch.tokens_per_step)} tokens, "
         f"{plan.epochs:.2f} epochs",
+        **_source_rows(plan),
         "learning rate": f"{plan.lr.schedule}, up to {plan.lr.max_lr:g} after {plan.lr.warmup_steps} steps",
     }
     table = Table.grid(padding=(0, 2))
@@ -138,6 +139,14 @@ def plan_table(plan: RunPlan) -> Table:
     for note in plan.notes:
         table.add_row("note", note)
     return table
+
+
+def _source_rows(plan: RunPlan) -> dict[str, str]:
+    """The sources of a mixture."""
+    if len(plan.sources) < 2:
+        return {}
+    shares = [f"{source.name} {source.share:.1%}, {source.epochs:.2f} epochs" for source in plan.sources]
+    return {"sources": "; ".join(shares)}
 
 
 def _duration(seconds: float) -> str:

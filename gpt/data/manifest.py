@@ -1,0 +1,89 @@
+"""corpus.json: what a prepared folder holds, with the digest of every part of it and its own."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from gpt.configs.base import Config
+from gpt.data.shards import ShardInfo
+from gpt.errors import UserError
+from gpt.utils.atomic_io import write_json
+
+FORMAT_VERSION = 2
+MANIFEST = "corpus.json"
+TOKENIZER = "tokenizer.json"
+
+
+class SourceEntry(Config):
+    """What became of one source."""
+
+    name: str
+    sha256: str
+    """Fingerprint: digest of its files' names and contents."""
+    train: tuple[ShardInfo, ...]
+    val: tuple[ShardInfo, ...]
+    skipped_records: int = 0
+    duplicates: int = 0
+    """Documents left out because an equal one came before."""
+
+
+class Manifest(Config):
+    """What a prepared folder holds. It says nothing of where, when and by how many processes it was made."""
+
+    format_version: int
+    settings: dict[str, Any]
+    """What, beside the sources and the tokenizer, decides the content."""
+    tokenizer_sha256: str
+    vocab_size: int = Field(ge=1)
+    special_ids: dict[str, int]
+    dtype: str
+    largest_id: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    sources: tuple[SourceEntry, ...]
+    xz_bits_per_byte: float | None
+    """What `xz -9e` needs for the validation text; None where it was too long to compress."""
+
+    @property
+    def sha256(self) -> str:
+        """Its digest, and so that of everything in the folder."""
+        return _digest(self.model_dump(mode="json"))
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder` in one step."""
+        write_json(folder / MANIFEST, self.model_dump(mode="json") | {"sha256": self.sha256})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        UserError: it is missing, of another format, damaged or changed.
+    """
+    path = folder / MANIFEST
+    remedy = "delete the folder and prepare it again"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        claimed = content.pop("sha256")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format {content.get('format_version')}, this program's is {FORMAT_VERSION}; {remedy}"
+            )
+        found = _digest(content)
+        if found != claimed:
+            raise UserError(f"{path}: changed: its SHA-256 is {found}, not {claimed}; {remedy}")
+        return Manifest.model_validate(content)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no prepared corpus here; do all machines read the same source?") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        raise UserError(f"{path}: damaged; {remedy}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

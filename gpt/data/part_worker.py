@@ -1,0 +1,285 @@
+"""One part -> shards, and the process that does it: `run_tasks` hands parts to as many of them as there are cores.
+
+A worker is this module, started as a program of its own and spoken to in lines of JSON: it needs no guard in the
+user's main module, inherits no threads, and imports no torch.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from gpt.configs.base import Config
+from gpt.data.document import Document
+from gpt.data.formats import Records
+from gpt.data.parts import PART_BYTES, Part, read_part
+from gpt.data.shards import ShardInfo, ShardWriter
+from gpt.data.split import batched, split
+from gpt.data.tokenizer import Tokenizer
+from gpt.errors import UserError
+from gpt.utils.atomic_io import write_text
+
+Advance = Callable[[int, int], None]
+"""Told of the bytes of text and the tokens that were done since the last call."""
+Action = Literal["digests", "shards"]
+
+RECORDS = "parts"
+"""Subfolder of an unfinished corpus: what is finished of it."""
+
+
+class PartRecord(Config):
+    """What became of a part; written when its shards are on the disk."""
+
+    train: ShardInfo | None
+    val: ShardInfo | None
+    skipped_records: int
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part of a preparation has in common."""
+
+    folder: str
+    """The unfinished corpus; holds its tokenizer.json."""
+    text_field: str
+    skip_bad: bool
+    val_fraction: float
+    deduplicate: bool
+
+    def records(self) -> Records:
+        """A reader's view of it, with a count of its own."""
+        return Records(self.text_field, skip_bad=self.skip_bad)
+
+    def record_path(self, index: int) -> Path:
+        """Where the record of part `index` lies."""
+        return Path(self.folder) / RECORDS / f"{index:06d}.json"
+
+    def digests_path(self, index: int) -> Path:
+        """Where the digests of the part's documents lie."""
+        return Path(self.folder) / RECORDS / f"{index:06d}.digests.npy"
+
+    def kept_path(self, index: int) -> Path:
+        """Where it is said which of the part's documents are not duplicates."""
+        return Path(self.folder) / RECORDS / f"{index:06d}.kept.npy"
+
+
+def is_deduplicated(part: Part) -> bool:
+    """Whether the part holds whole documents; pieces of one large text are not compared."""
+    return not (part.kind == "text" and part.stop is not None)
+
+
+def split_batches(
+    job: Job, part: Part, documents: Iterator[Document]
+) -> Iterator[tuple[list[Document], list[Document]]]:
+    """(training, validation) documents of a part, some mebibytes at a time."""
+    for batch in batched(documents, PART_BYTES):
+        if part.role is None:
+            yield split(batch, job.val_fraction)
+        else:
+            yield ([], batch) if part.role == "val" else (batch, [])
+
+
+class PartWorker:
+    """Does what a job asks for, part by part."""
+
+    def __init__(self, job: Job):
+        self._job, self._folder = job, Path(job.folder)
+        self._tokenizer = Tokenizer.from_file(self._folder / "tokenizer.json")
+
+    def do(self, action: Action, index: int, part: Part, advance: Advance) -> None:
+        """Carry out one task; its result is in the folder.
+
+        Raises:
+            UserError: something in the part cannot be read.
+            OSError: the result cannot be written.
+        """
+        if action == "digests":
+            self._write_digests(index, part, advance)
+        else:
+            self._write_shards(index, part, advance)
+
+    def _write_digests(self, index: int, part: Part, advance: Advance) -> None:
+        """SHA-256 of every document, cut to 128 bits: enough that no two differing texts of a corpus ever share it."""
+        digests = bytearray()
+        for document in read_part(part, self._job.records(), self._tokenizer):
+            digests += hashlib.sha256(document.content).digest()[:16]
+            advance(document.size, 0)
+        np.save(self._job.digests_path(index), np.frombuffer(digests, dtype="<u8").reshape(-1, 2))
+
+    def _write_shards(self, index: int, part: Part, advance: Advance) -> None:
+        records = self._job.records()
+        names = {role: self._folder / f"{role}-{index:06d}.safetensors" for role in ("train", "val")}
+        size = self._tokenizer.vocab_size
+        with (
+            ShardWriter(names["train"], size, continues=part.continues) as train,
+            ShardWriter(names["val"], size, continues=part.continues) as val,
+        ):
+            documents, left_out = self._without_duplicates(index, part, records)
+            first = self._tokenizer.document_start
+            continues = part.continues
+            for batches in split_batches(self._job, part, documents):
+                for writer, batch in zip((train, val), batches, strict=True):
+                    for document in batch:
+                        ids, text_bytes = document.encode(self._tokenizer)
+                        writer.add(ids if continues else np.concatenate([first, ids]), text_bytes)
+                        advance(text_bytes, len(ids))
+                        continues = False
+            record = PartRecord(
+                train=train.finish(), val=val.finish(), skipped_records=records.skipped, duplicates=left_out()
+            )
+        write_text(self._job.record_path(index), record.model_dump_json())
+
+    def _without_duplicates(
+        self, index: int, part: Part, records: Records
+    ) -> tuple[Iterator[Document], Callable[[], int]]:
+        documents = read_part(part, records, self._tokenizer)
+        if not (self._job.deduplicate and is_deduplicated(part)):
+            return documents, lambda: 0
+        kept = np.load(self._job.kept_path(index))
+        return (document for document, keep in zip(documents, kept, strict=True) if keep), lambda: int((~kept).sum())
+
+
+def run_tasks(job: Job, action: Action, tasks: Sequence[tuple[int, Part]], workers: int, advance: Advance) -> None:
+    """Do `action` to every (index, part), by as many processes as `workers`; by this one if that is one.
+
+    Raises:
+        UserError, OSError: what the first failing part raised; the others are stopped.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        worker = PartWorker(job) if tasks else None
+        for index, part in tasks:
+            assert worker is not None
+            worker.do(action, index, part, advance)
+        return
+    queue = iter(tasks)
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(_Process(job)) for _ in range(workers)]
+
+        def serve(process: _Process) -> None:
+            try:
+                while not failures:
+                    with lock:
+                        task = next(queue, None)
+                    if task is None:
+                        return
+                    process.do(action, *task, advance)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=serve, args=(process,), daemon=True) for process in processes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive() and not failures:  # so that Ctrl-C is heard, and a failure ends the others
+                thread.join(0.1)
+    if failures:
+        raise failures[0]
+
+
+class _Process:
+    """A worker process, on the side of those who give it tasks."""
+
+    def __init__(self, job: Job):
+        root = str(Path(__file__).parents[2])
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from gpt.data.part_worker import main; main()"
+        command = [sys.executable, "-P", "-c", code, root]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        self._send(asdict(job))
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()  # what it was doing is done again, or was done
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                assert stream is not None
+                stream.close()
+
+    def do(self, action: Action, index: int, part: Part, advance: Advance) -> None:
+        """One task; raises what it raised."""
+        self._send({"action": action, "index": index, "part": part.to_json()})
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            match json.loads(line):
+                case {"advance": [size, tokens]}:
+                    advance(size, tokens)
+                case {"mistake": message}:
+                    raise UserError(message)
+                case {"failure": [number, text, name]}:
+                    raise OSError(number, text, name)
+                case {"done": _}:
+                    return
+        raise RuntimeError(f"a process that prepares data ended with status {self._process.wait()}")
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its status is told where its answer is awaited
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+
+class _Reporter:
+    """Sends progress some times a second, however small the documents are."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None], every: int = 2**20):
+        self._send, self._every = send, every
+        self._size = self._tokens = 0
+
+    def __call__(self, size: int, tokens: int) -> None:
+        self._size += size
+        self._tokens += tokens
+        if self._size >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        self._send({"advance": [self._size, self._tokens]})
+        self._size = self._tokens = 0
+
+
+def main() -> None:
+    """The worker process: a job, then tasks, as lines on stdin; answers on stdout until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started us ends us
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints must not look like an answer
+
+    def send(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    with contextlib.suppress(BrokenPipeError):  # who started us is gone
+        _serve(sys.stdin, send)
+
+
+def _serve(tasks: IO[str], send: Callable[[dict[str, Any]], None]) -> None:
+    worker: PartWorker | None = None
+    job = Job(**json.loads(tasks.readline()))
+    for line in tasks:
+        task = json.loads(line)
+        report = _Reporter(send)
+        try:
+            worker = worker or PartWorker(job)
+            worker.do(task["action"], task["index"], Part.from_json(task["part"]), report)
+            report.flush()
+            send({"done": task["index"]})
+        except UserError as error:
+            send({"mistake": str(error)})
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            send({"failure": [error.errno, error.strerror, str(error.filename or "")]})
