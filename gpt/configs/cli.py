@@ -124,7 +124,7 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
         StructFieldSpec(
             name=name,
             type=_positional(kind) if POSITIONAL in field.metadata else kind,
-            default=getattr(info.default, name, tyro.MISSING),
+            default=_members_as_texts(getattr(info.default, name, tyro.MISSING)),
             helptext=field.description,
         )
         for name, field in info.type.model_fields.items()
@@ -153,6 +153,11 @@ def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 def _as_texts(annotation: Any) -> Any:
     """A list of anything is read as a list of texts."""
     return tuple[str, ...] if get_origin(annotation) is tuple else annotation
+
+
+def _members_as_texts(default: Any) -> Any:
+    """So its default is one too."""
+    return tuple(str(member) for member in default) if isinstance(default, tuple) else default
 
 
 def _positional(annotation: Any) -> Any:

@@ -31,7 +31,7 @@ def test_flags_override_the_preset_in_every_section() -> None:
         "--sample.prompts one two"
     )
     assert (config.seed, config.model.n_layer, config.model.bias) == (7, 3, False)
-    assert (config.data.source, config.lr.schedule, config.lr.max_lr) == ("a/b", "wsd", 0.01)
+    assert (config.data.source, config.lr.schedule, config.lr.max_lr) == (("a/b",), "wsd", 0.01)
     assert (config.optimizer.beta1, config.eval.batches, config.checkpoint.keep) == (0.8, 0, 5)
     assert (config.log.interval, config.compile, config.init_from) == (2, True, Path("x"))
     assert config.sample.prompts == ("one", "two")
@@ -57,7 +57,7 @@ def test_none_unsets_what_may_be_absent(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(config_of("debug --init-from a --data.val-source b").model_dump_json())
     config = config_of(f"--config {path} --init-from none --data.val-source none")
-    assert (config.init_from, config.data.val_source) == (None, None)
+    assert (config.init_from, config.data.val_source) == (None, ())
 
 
 def test_dry_run_is_no_part_of_the_configuration() -> None:
@@ -69,7 +69,8 @@ REQUIRED_FLAGS = """
     --run-dir --seed --max-steps --max-tokens --epochs --micro-batch-size --tokens-per-step --device --dtype --compile
     --grad-clip --model.n-layer --model.n-head --model.n-embd --model.block-size --model.dropout --model.bias
     --model.vocab-size --data.source --data.val-source --data.val-fraction --data.cache-dir --data.tokenizer
-    --data.vocab-size --lr.schedule --lr.max-lr --lr.min-lr --lr.warmup-steps --lr.decay-steps
+    --data.vocab-size --data.weights --data.packing --data.document-mask
+    --lr.schedule --lr.max-lr --lr.min-lr --lr.warmup-steps --lr.decay-steps
     --optimizer.weight-decay --optimizer.beta1 --optimizer.beta2 --log.interval --eval.interval --eval.batches
     --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run
 """.split()
@@ -118,6 +119,18 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--dtype x", "--dtype x: one of auto, float32, bfloat16, float16"),
         ("--run-dir=", "--run-dir '': names no path"),
         ("--data.source=", "--data.source : must not be empty"),
+        ("--data.source", "--data.source (): must not be empty"),
+        ("--data.source none", "--data.source (): must not be empty"),
+        ("--data.source a b --data.weights 1 0", "--data.weights 0: must be greater than 0"),
+        ("--data.source a b --data.weights 1 -2", "--data.weights -2: must be greater than 0"),
+        ("--data.source a b --data.weights -0.5 1", "--data.weights -0.5: must be greater than 0"),
+        ("--data.source a b --data.weights 1 nan", "--data.weights nan: expected a finite number"),
+        ("--data.source a b --data.weights inf 1", "--data.weights inf: expected a finite number"),
+        ("--data.source a b --data.weights 1e308 1e308", "--data.weights 1e308: must be at most 1000000"),
+        ("--data.source a b --data.weights much 1", "--data.weights much: expected a number"),
+        ("--data.weights 0.7,0.3", "--data.weights 0.7,0.3: expected a number"),
+        ("--data.packing bestfit", "--data.packing bestfit: did you mean best-fit? one of stream, best-fit"),
+        ("--data.document-mask yes", "--data.document-mask takes no value"),
         ("--seed \0", "'\\x00' is not valid text"),
         ("--config /no/such.json", "--config /no/such.json: No such file or directory"),
         ("--config --dry-run", "--config needs a value"),
@@ -151,6 +164,9 @@ def test_a_saved_configuration_is_read_back_and_overridden(tmp_path: Path) -> No
         ('{"model": {"n_layers": 1}}', "unknown key model.n_layers; did you mean model.n_layer?"),
         ('{"model": {"n_layer": "x"}}', "model.n_layer x: expected a whole number"),
         ('{"max_steps": -1}', "max_steps -1: must be at least 0"),
+        ('{"data": {"weights": [1, 0]}}', "data.weights 0: must be greater than 0"),
+        ('{"data": {"weights": ["much"]}}', "data.weights much: expected a number"),
+        ('{"data": {"source": []}}', "data.source []: must not be empty"),
     ],
 )
 def test_a_broken_configuration_file_names_file_and_key(tmp_path: Path, content: str, message: str) -> None:
@@ -186,3 +202,31 @@ def test_the_command_line_loads_without_torch() -> None:
 def test_a_configuration_survives_json() -> None:
     for preset in PRESETS.values():
         assert TrainConfig.model_validate(json.loads(preset().model_dump_json())) == preset()
+
+
+def test_lists_are_read_as_lists() -> None:
+    data = config_of("--data.source a b c --data.weights 0.7 0.2 0.1 --data.val-source d e").data
+    assert (data.source, data.weights, data.val_source) == (("a", "b", "c"), (0.7, 0.2, 0.1), ("d", "e"))
+    assert config_of("--data.source x").data.source == config_of("--data.source=x").data.source == ("x",)
+    assert config_of("--data.source 1 2").data.source == ("1", "2")
+    assert config_of("--data.val-source --seed 3").data.val_source == ()
+
+
+def test_lists_and_switches_of_data_are_saved_and_read_back(tmp_path: Path) -> None:
+    saved = config_of(
+        "debug --data.source a b --data.weights 7 3 --data.val-source v --data.packing best-fit --data.document-mask"
+    )
+    path = tmp_path / "config.json"
+    path.write_text(saved.model_dump_json())
+    assert load_config(path) == saved == config_of(f"--config {path}")
+    assert config_of(f"--config {path} --data.weights 1 2").data.weights == (1, 2)
+    assert config_of(f"--config {path} --data.source c --data.weights").data.weights == ()
+
+
+def test_a_configuration_with_a_single_source_as_text_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"data": {"source": "some/where", "val_source": null}}')
+    data = load_config(path).data
+    assert (data.source, data.val_source) == (("some/where",), ())
+    path.write_text('{"data": {"source": "some/where", "val_source": "there"}}')
+    assert load_config(path).data.val_source == ("there",)

@@ -2,12 +2,12 @@ from typing import Any
 
 import pytest
 
-from gpt.configs.run_plan import CorpusFacts, MachineFacts, RunPlan, plan_batch, resolve, windows_per_epoch
+from gpt.configs.run_plan import CorpusFacts, MachineFacts, RunPlan, StreamFacts, plan_batch, resolve, windows_per_epoch
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
 CPU = MachineFacts("cpu", "a CPU", has_bfloat16=False)
-CORPUS = CorpusFacts(vocab_size=100, train_tokens=10_000, val_tokens=500, val_bytes=900)
+CORPUS = CorpusFacts(100, (StreamFacts("text", 10_000),), val_tokens=500, val_bytes=900)
 
 
 def plan(machine: MachineFacts = CPU, corpus: CorpusFacts = CORPUS, **changes: Any) -> RunPlan:
@@ -79,7 +79,7 @@ def test_vocabulary_is_the_tokenizers_or_padded_but_never_smaller() -> None:
 
 def test_a_text_shorter_than_a_block_names_the_nearest_block() -> None:
     with pytest.raises(UserError, match=r"16 tokens, too few for --model.block-size 16; nearest: 15"):
-        plan(corpus=CorpusFacts(vocab_size=100, train_tokens=16))
+        plan(corpus=CorpusFacts(100, (StreamFacts("text", 16),)))
 
 
 def test_the_last_step_is_reported_evaluated_and_saved_whatever_the_intervals() -> None:
@@ -87,3 +87,39 @@ def test_the_last_step_is_reported_evaluated_and_saved_whatever_the_intervals() 
     assert [s for s in range(1, 11) if resolved.evaluates_at(s)] == [10]
     assert [s for s in range(1, 11) if resolved.saves_at(s)] == [3, 6, 9, 10]
     assert [s for s in range(1, 11) if resolved.logs_at(s)] == [1, 3, 4, 6, 8, 9, 10]
+
+
+SOURCES = (StreamFacts("a", 10_000), StreamFacts("b", 1_000), StreamFacts("c", 400))
+
+
+def test_every_source_has_its_share_and_its_epochs() -> None:
+    resolved = plan(corpus=CorpusFacts(100, SOURCES), data={"source": ["a", "b", "c"], "weights": [7, 2, 1]})
+    assert [source.name for source in resolved.sources] == ["a", "b", "c"]
+    assert [source.share for source in resolved.sources] == pytest.approx([0.7, 0.2, 0.1])
+    # 10 steps of 4 sequences; a has 624, b 61, c 24
+    assert [source.epochs for source in resolved.sources] == pytest.approx([28 / 624, 8 / 61, 4 / 24])
+    assert resolved.windows_per_epoch == 624 + 61 + 24
+
+
+def test_without_weights_there_is_one_source_and_its_epochs_are_the_runs() -> None:
+    (source,) = plan().sources
+    assert (source.name, source.share, source.epochs) == ("text", 1, plan().epochs)
+
+
+def test_an_epoch_of_packed_documents_has_as_many_sequences_as_they_are_packed_in() -> None:
+    corpus = CorpusFacts(100, (StreamFacts("text", 10_000, packed_sequences=700),))
+    resolved = plan(corpus=corpus, max_steps=0, epochs=2, data={"packing": "best-fit"})
+    assert (resolved.windows_per_epoch, resolved.max_steps) == (700, 350)
+    assert resolved.epochs == resolved.sources[0].epochs == 2
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 2), (1, 2, 3, 4)])
+def test_weights_that_are_not_one_for_each_source_name_the_sources(weights: tuple[float, ...]) -> None:
+    message = rf"^--data.weights: {len(weights)} for 3 sources \(a, b, c\); give one for each$"
+    with pytest.raises(UserError, match=message):
+        plan(corpus=CorpusFacts(100, SOURCES), data={"weights": weights})
+
+
+def test_a_source_shorter_than_a_block_is_named() -> None:
+    with pytest.raises(UserError, match=r"the training text of c has 12 tokens, too few for .* 16; nearest: 11"):
+        plan(corpus=CorpusFacts(100, (*SOURCES[:2], StreamFacts("c", 12))), data={"weights": [1, 1, 1]})

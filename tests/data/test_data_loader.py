@@ -4,21 +4,27 @@ import torch
 
 from gpt.configs.run_plan import BatchPlan
 from gpt.data.data_loader import DataLoader, MicroBatch
-from gpt.data.shards import TokenStream, write_shards
+from gpt.data.packing import pack
+from gpt.data.sampler import Mixture
+from gpt.data.sequences import MixedSources, PackedDocuments, Sequences, Windows
+from gpt.data.shards import TokenStream
+from gpt.utils.helper import IGNORED
+from tests.conftest import write_stream
 
 BLOCK = 8
+KINDS = ("windows", "packed", "mixed")
 
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
-    folder = tmp_path_factory.mktemp("shards")
-    return TokenStream(folder, write_shards(folder, "train", [(np.arange(2000, dtype=np.uint32), 1)], np.uint16))
+    return write_stream(tmp_path_factory.mktemp("shards"), [(np.arange(2000), 1)])
 
 
 def batches(stream: TokenStream, steps: list[int], world_size: int = 1, rank: int = 0) -> list[list[MicroBatch]]:
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=world_size, grad_accum_steps=4 // world_size)
-    with DataLoader(stream, plan, seed=1, rank=rank, device=torch.device("cpu")) as loader:
-        return [loader.batches_of(step) for step in steps]
+    windows = Windows(stream, BLOCK, seed=1, masked=False)
+    with DataLoader(windows, plan, rank=rank, device=torch.device("cpu")) as loader:
+        return [list(loader.batch_of(step).micro_batches) for step in steps]
 
 
 def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
@@ -50,3 +56,55 @@ def test_a_step_is_the_same_in_order_and_at_a_jump(stream: TokenStream) -> None:
     in_order = batches(stream, [0, 1, 2, 3])[3]
     at_once = batches(stream, [3])[0]
     assert [b.inputs.tolist() for b in in_order] == [b.inputs.tolist() for b in at_once]
+
+
+@pytest.fixture(scope="module")
+def sequences(stream: TokenStream, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sequences]:
+    """Of each kind some whose epochs no step of these tests divides."""
+    documents = [(np.arange(n) + 1, 1) for n in (3, 20, 7, 1, 9, 4, 8, 13, 2, 5) * 11]
+    of_documents = write_stream(tmp_path_factory.mktemp("documents"), documents)
+    packing = pack(of_documents, BLOCK, ends_are_targets=False)
+    packed = PackedDocuments(of_documents, packing, BLOCK, seed=1, end_of_text=None, masked=True)
+    windows = Windows(stream, BLOCK, seed=1, masked=True)
+    return {"windows": windows, "packed": packed, "mixed": MixedSources([windows, packed], Mixture((2, 1), 1))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data_is_in_one_order_at_every_world_size(sequences: dict[str, Sequences], kind: str) -> None:
+    """Steps of 4 sequences through several epochs: every rank has as many steps, and of equal size."""
+    orders = []
+    for world_size in (1, 2, 4):
+        plan = BatchPlan(micro_batch_size=1, block_size=BLOCK, world_size=world_size, grad_accum_steps=4 // world_size)
+        steps: list[dict[int, list[list[int]]]] = [{} for _ in range(150)]
+        n_targets: list[set[int]] = [set() for _ in steps]
+        for rank in range(world_size):
+            with DataLoader(sequences[kind], plan, rank=rank, device=torch.device("cpu")) as loader:
+                for step, shown in enumerate(steps):
+                    batch = loader.batch_of(step)
+                    n_targets[step].add(batch.n_targets)
+                    for piece in batch.micro_batches:
+                        assert piece.documents is not None
+                        shown[piece.index] = [
+                            *piece.inputs.tolist(),
+                            *piece.targets.tolist(),
+                            *piece.documents.tolist(),
+                        ]
+        orders.append(steps)
+        for shown, counts in zip(steps, n_targets, strict=True):
+            assert sorted(shown) == [0, 1, 2, 3]
+            assert counts == {sum(target != IGNORED for row in shown.values() for target in row[1])}
+    assert orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_any_number_is_there_at_once(sequences: dict[str, Sequences], kind: str) -> None:
+    plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=1, grad_accum_steps=2)
+    with DataLoader(sequences[kind], plan, rank=0, device=torch.device("cpu")) as loader:
+        far = loader.batch_of(10**12 // 4)
+    rows = sequences[kind].read(10**12, 4)
+    assert torch.cat([piece.inputs for piece in far.micro_batches]).tolist() == rows.inputs.tolist()
+    assert far.n_targets == (rows.targets != IGNORED).sum()
+
+
+def test_without_a_mask_there_are_no_documents(stream: TokenStream) -> None:
+    assert [batch.documents for batch in batches(stream, [0])[0]] == [None] * 4

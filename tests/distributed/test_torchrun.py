@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from gpt.configs.cli import parse_train
+from gpt.layout import lay_out
+from gpt.pipeline import build
+from tests.conftest import make_text
+
 MAIN = Path(__file__).resolve().parents[2] / "gpt" / "main.py"
 FLAGS = [
     *("train", "debug", "--device", "cpu", "--dtype", "float32", "--data.tokenizer", "byte", "--lr.max-lr", "1e-3"),
@@ -74,6 +79,32 @@ def test_resuming_is_exact_on_two_processes_and_close_on_one(
     parts = records(tmp_path, "train/loss")
     assert [parts[step] for step in range(1, 21)] == [whole[step] for step in range(1, 21)]
     assert max(abs(parts[step] - whole[step]) for step in range(21, 31)) < 1e-5
+
+
+def test_two_processes_train_on_a_packed_mixture_as_one_does(cache_dir: Path, tmp_path: Path) -> None:
+    """Rows are padded differently, so that the processes have unequal shares of a step's targets."""
+    for seed, name in enumerate(("books", "code")):
+        (tmp_path / name).mkdir()
+        for index in range(30):
+            (tmp_path / name / f"{index}.txt").write_text(make_text(20, 30 * seed + index)[: 30 + 9 * (index % 3)])
+    flags = [
+        *("--data.source", str(tmp_path / "books"), str(tmp_path / "code"), "--data.weights", "2", "1"),
+        *("--data.packing", "best-fit", "--data.document-mask", "--data.cache-dir", str(cache_dir)),
+        *("--model.block-size", "64", "--tokens-per-step", "512", "--max-steps", "6", "--eval.interval", "3"),
+        *("--data.val-fraction", "0.2", "--data.workers", "1", "--sample.prompts"),
+    ]
+    process = torchrun(*flags, "--run-dir", str(tmp_path / "two"))
+    config, _ = parse_train([*FLAGS[1:], *flags, "--run-dir", str(tmp_path / "one")])
+    build(lay_out(config)).train()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    for key, steps in (("train/loss", range(1, 7)), ("val/loss", (3, 6)), ("val/loss/code", (3, 6))):
+        one, two = (records(tmp_path / run, key) for run in ("one", "two"))
+        assert list(one) == list(two) == list(steps)
+        assert [two[step] for step in steps] == pytest.approx([one[step] for step in steps], abs=1e-5)
+    assert records(tmp_path / "two", "train/loss")[1] == pytest.approx(
+        records(tmp_path / "one", "train/loss")[1], abs=1e-6
+    )
 
 
 def test_rank_0_alone_talks(runs: dict[int, tuple[Path, str]]) -> None:

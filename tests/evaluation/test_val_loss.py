@@ -1,5 +1,7 @@
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from gpt.configs.gpt_config import GPTConfig
-from gpt.data.shards import TokenStream, write_shards
+from gpt.data.shards import TokenStream
 from gpt.evaluation.val_loss import ValLoss
 from gpt.models.gpt import GPT
 from gpt.utils.distributed import DistContext
+from tests.conftest import write_stream
 
 BLOCK, N_TOKENS, N_BYTES = 8, 203, 950
 MODEL = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=BLOCK, vocab_size=30), seed=0).eval()
@@ -22,23 +25,29 @@ class Rank(DistContext):
     def __init__(self, rank: int, world_size: int):
         super().__init__("cpu")
         self.rank, self.world_size, self.given = rank, world_size, [0.0, 0.0]
+        self.others: list[list[float]] = []
 
     def sum_on_host(self, values: list[float]) -> list[float]:
         self.given = values
-        return [values[0], max(values[1], 1)]
+        if self.others:
+            return [sum(given) for given in zip(*self.others, strict=True)]
+        return [max(value, 1) for value in values]
 
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
-    folder = tmp_path_factory.mktemp("val")
-    ids = np.random.default_rng(0).integers(0, 30, N_TOKENS).astype(np.uint32)
-    return TokenStream(folder, write_shards(folder, "val", [(ids, N_BYTES)], np.uint16))
+    ids = np.random.default_rng(0).integers(0, 30, N_TOKENS)
+    return write_stream(tmp_path_factory.mktemp("val"), [(ids, N_BYTES)])
 
 
-def task(stream: TokenStream, batches: int = 0, dist: DistContext | None = None, batch_size: int = 3) -> ValLoss:
+def task(
+    stream: TokenStream | Mapping[str, TokenStream], batches: int = 0, dist: DistContext | None = None,
+    batch_size: int = 3, *, masked: bool = False,
+) -> ValLoss:  # fmt: skip
     return ValLoss(
-        stream, N_BYTES, block_size=BLOCK, batch_size=batch_size, batches=batches, autocast=nullcontext,
-        dist=dist or DistContext("cpu"),
+        {"text": stream} if isinstance(stream, TokenStream) else stream,
+        block_size=BLOCK, batch_size=batch_size, batches=batches, masked=masked,
+        autocast=nullcontext, dist=dist or DistContext("cpu"),
     )  # fmt: skip
 
 
@@ -78,6 +87,83 @@ def test_ranks_share_the_work_and_their_sums_are_the_whole(stream: TokenStream, 
 
 def test_fewer_batches_are_spread_over_the_set_and_fixed(stream: TokenStream) -> None:
     some = task(stream, batches=4)
-    assert some._batches == [0, 2, 4, 6]
+    read: list[int] = []
+    some._batch = lambda stream, index: read.append(index) or ValLoss._batch(some, stream, index)  # type: ignore
+    some.run(MODEL)
+    assert read == [0, 2, 4, 6]
     assert some.run(MODEL) == some.run(MODEL) != task(stream).run(MODEL)
     assert task(stream, batches=1000).run(MODEL) == task(stream).run(MODEL)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStream]:
+    """Sources of 60, 203 and 9 tokens in documents of several lengths, across shards."""
+    generator = np.random.default_rng(1)
+    lengths = {"books": (20, 1, 2, 17, 20), "code": (100, 3, 7, 8, 9, 26, 50), "web": (9,)}
+    return {
+        name: write_stream(
+            tmp_path_factory.mktemp(name), [(generator.integers(0, 30, n), 4 * n) for n in sizes], per_shard=3
+        )
+        for name, sizes in lengths.items()
+    }
+
+
+def nats_of_windows(stream: TokenStream, *, masked: bool) -> float:
+    """Window by window, and with `masked` document by document: each alone in the model."""
+    tokens = torch.from_numpy(stream.read(0, len(stream)).astype("int64"))
+    begins = set(stream.document_starts(0, len(stream)).tolist())
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, BLOCK):
+        stop = min(start + BLOCK, len(tokens) - 1)
+        cuts = [start, *(at for at in range(start + 1, stop) if masked and at in begins), stop]
+        for first, last in pairwise(cuts):
+            logits = MODEL(tokens[None, first:last])[0]
+            nats += F.cross_entropy(logits.double(), tokens[first + 1 : last + 1], reduction="sum").item()
+    return nats
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_several_sources_are_told_apart_and_together(
+    several: dict[str, TokenStream], masked: bool, batch_size: int
+) -> None:
+    metrics = task(several, batch_size=batch_size, masked=masked).run(MODEL)
+    nats = {name: nats_of_windows(stream, masked=masked) for name, stream in several.items()}
+    targets = {name: len(stream) - 1 for name, stream in several.items()}
+    assert metrics.keys() == {"val/loss", "val/perplexity", "val/bpb", *(f"val/loss/{name}" for name in several)}
+    for name, stream_nats in nats.items():
+        assert metrics[f"val/loss/{name}"] == pytest.approx(stream_nats / targets[name], abs=1e-6)
+    assert metrics["val/loss"] == pytest.approx(sum(nats.values()) / sum(targets.values()), abs=1e-6)
+    n_bytes = 4 * (sum(targets.values()) + len(several))
+    assert metrics["val/bpb"] == pytest.approx(sum(nats.values()) / math.log(2) / n_bytes, abs=1e-6)
+
+
+def test_the_mask_changes_the_loss_of_all_but_a_single_document(several: dict[str, TokenStream]) -> None:
+    plain, masked = (task(several, masked=flag).run(MODEL) for flag in (False, True))
+    assert plain["val/loss/books"] != masked["val/loss/books"]
+    assert plain["val/loss/web"] == pytest.approx(masked["val/loss/web"], abs=1e-6)
+
+
+def test_one_source_has_no_loss_by_name(several: dict[str, TokenStream]) -> None:
+    metrics = task({"web": several["web"]}).run(MODEL)
+    assert metrics.keys() == {"val/loss", "val/perplexity", "val/bpb"}
+    assert metrics["val/loss"] == task(several).run(MODEL)["val/loss/web"]
+
+
+def test_a_few_batches_of_each_source_are_weighted_by_the_sources_sizes(several: dict[str, TokenStream]) -> None:
+    """A source's part in the total is that of its tokens, not that of what was read of it."""
+    metrics = task(several, batches=1, batch_size=1).run(MODEL)
+    sizes = {name: len(stream) - 1 for name, stream in several.items()}
+    expected = sum(metrics[f"val/loss/{name}"] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert metrics["val/loss"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 16])
+@pytest.mark.parametrize("batches", [0, 2])
+def test_ranks_share_every_source(several: dict[str, TokenStream], world_size: int, batches: int) -> None:
+    whole = task(several, batches, masked=True).run(MODEL)
+    ranks = [Rank(rank, world_size) for rank in range(world_size)]
+    for rank in ranks:
+        task(several, batches, rank, masked=True).run(MODEL)
+    ranks[-1].others = [rank.given for rank in ranks]
+    assert task(several, batches, ranks[-1], masked=True).run(MODEL) == pytest.approx(whole, abs=1e-9)

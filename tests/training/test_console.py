@@ -1,14 +1,30 @@
+from dataclasses import replace
 from io import StringIO
 
 from rich.console import Console
 
+from gpt.configs.run_plan import RunPlan, SourcePlan
 from gpt.training.sinks.console import plan_table
 from tests.training.test_logger import PLAN
 
 
-def test_the_plan_is_shown_with_what_was_resolved() -> None:
+def shown(plan: RunPlan) -> str:
     out = StringIO()
-    Console(file=out, width=120).print(plan_table(PLAN))
-    text = out.getvalue()
+    Console(file=out, width=120).print(plan_table(plan))
+    return out.getvalue()
+
+
+def test_the_plan_is_shown_with_what_was_resolved() -> None:
+    text = shown(PLAN)
     for part in ("a CPU (cpu), 1 process, float32", "1M training tokens, vocabulary 300", "20 steps", "cosine, up to"):
         assert part in text
+    assert "sources" not in text
+
+
+def test_the_sources_of_a_mixture_are_shown_with_their_shares_and_epochs() -> None:
+    sources = (SourcePlan("books", 0.7, 0.25), SourcePlan("code [/x]", 0.2, 1.5), SourcePlan("web", 0.1, 12.0))
+    (row,) = (line for line in shown(replace(PLAN, sources=sources)).splitlines() if line.startswith("sources"))
+    assert (
+        row.split("  ", 1)[1].strip()
+        == "books 70.0%, 0.25 epochs; code [/x] 20.0%, 1.50 epochs; web 10.0%, 12.00 epochs"
+    )

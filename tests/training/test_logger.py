@@ -7,7 +7,7 @@ import pytest
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.run_plan import CorpusFacts, MachineFacts, resolve
+from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.training.events import (
     CheckpointSaved,
@@ -26,7 +26,7 @@ from gpt.training.sinks.jsonl import JsonlSink
 PLAN = resolve(
     TrainConfig(max_steps=20, tokens_per_step=4096, model=GPTConfig(block_size=256), lr=LRConfig(schedule="cosine")),
     MachineFacts("cpu", "a CPU", has_bfloat16=False),
-    CorpusFacts(vocab_size=300, train_tokens=10**6, val_tokens=10, val_bytes=30, xz_bits_per_byte=1.75),
+    CorpusFacts(300, (StreamFacts("text", 10**6),), val_tokens=10, val_bytes=30, xz_bits_per_byte=1.75),
 )
 METRICS = {"train/loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 2048.0, "lr": 1e-3, "tokens": 40960}
 EVENTS: list[Event] = [

@@ -11,13 +11,19 @@ def test_a_report_has_every_loss_and_the_rate_of_its_window() -> None:
     meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"), clock=lambda: now[0])
     now[0] = 500.0  # set-up is not training
     meter.start_window()
-    for loss, norm in ((20.0, 1.0), (30.0, 2.0)):
-        meter.add(StepStats(torch.tensor(loss), torch.tensor(norm)))
+    for loss, norm, n_targets in ((20.0, 1.0, 10), (27.0, 2.0, 9)):  # a step of ten positions, one of them padding
+        meter.add(StepStats(torch.tensor(loss), torch.tensor(norm), n_targets))
     now[0] = 504.0
     metrics, losses = meter.report()
     assert losses == (2.0, 3.0)
     assert metrics == {"train/loss": 3.0, "grad_norm": 2.0, "tokens_per_second": pytest.approx(5.0)}
     meter.start_window()
-    meter.add(StepStats(torch.tensor(10.0), torch.tensor(1.0)))
+    meter.add(StepStats(torch.tensor(10.0), torch.tensor(1.0), 10))
     now[0] = 505.0
     assert meter.report() == ({"train/loss": 1.0, "grad_norm": 1.0, "tokens_per_second": 10.0}, (1.0,))
+
+
+def test_a_step_that_predicts_nothing_has_the_loss_zero() -> None:
+    meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"))
+    meter.add(StepStats(torch.tensor(0.0), torch.tensor(0.0), 0))
+    assert meter.report()[1] == (0.0,)

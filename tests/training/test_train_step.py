@@ -1,24 +1,32 @@
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.optimizer_config import OptimizerConfig
-from gpt.data.data_loader import MicroBatch
+from gpt.configs.run_plan import BatchPlan
+from gpt.data.data_loader import DataLoader, MicroBatch, StepBatch
+from gpt.data.packing import pack
+from gpt.data.sequences import PackedDocuments
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 from gpt.training.train_step import TrainStep
+from gpt.utils.helper import IGNORED
+from tests.conftest import write_stream
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=13)
 WINDOWS = torch.randint(13, (8, 9), generator=torch.Generator().manual_seed(0))
 
 
-def cut(size: int) -> list[MicroBatch]:
-    return [MicroBatch(i, c[:, :-1].contiguous(), c[:, 1:].contiguous()) for i, c in enumerate(WINDOWS.split(size))]
+def cut(size: int) -> StepBatch:
+    pieces = [MicroBatch(i, c[:, :-1].contiguous(), c[:, 1:].contiguous()) for i, c in enumerate(WINDOWS.split(size))]
+    return StepBatch(tuple(pieces), 64)
 
 
 def make(model: GPT, grad_clip: float = 1.0, **changes: Any) -> TrainStep:
@@ -27,8 +35,9 @@ def make(model: GPT, grad_clip: float = 1.0, **changes: Any) -> TrainStep:
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "skipped_updates": torch.zeros((), dtype=torch.int64),
         "autocast": nullcontext,
+        "world_size": 1,
     } | changes
-    return TrainStep(model, optimizer, loss_scale=1 / 64, grad_clip=grad_clip, seed=1, **settings)
+    return TrainStep(model, optimizer, grad_clip=grad_clip, seed=1, **settings)
 
 
 def test_a_step_is_the_plain_torch_loop() -> None:
@@ -76,9 +85,9 @@ def test_dropout_is_addressed_by_step_and_micro_batch_alone() -> None:
         losses.append([step(at, cut(4)).loss_sum.item() for at in (0, 1)])
     assert losses[0] == losses[1]
     model = GPT(CONFIG.model_copy(update={"dropout": 0.3}), seed=0)
-    batch = cut(4)[0]
+    batch = cut(4).micro_batches[0]
     draws = [
-        float(make(model)._accumulate(at, MicroBatch(i, batch.inputs, batch.targets), is_last=True))
+        float(make(model)._accumulate(at, MicroBatch(i, batch.inputs, batch.targets), 1 / 64, is_last=True))
         for at, i in ((0, 0), (1, 0), (0, 1), (0, 0))
     ]
     assert len(set(draws)) == 3
@@ -100,3 +109,64 @@ def test_float16_overflow_skips_the_update_and_is_counted() -> None:
     assert int(skipped) == 1
     assert stats.grad_norm.isfinite()
     assert not torch.equal(before[0], next(model.parameters()))
+
+
+@pytest.fixture
+def padded(tmp_path: Path) -> PackedDocuments:
+    """Documents packed in rows, of which some are padded more than others."""
+    generator = np.random.default_rng(0)
+    documents = [(generator.integers(1, 13, n), 1) for n in (5, 6, 7, 8, 1, 20, 5, 3, 5, 7, 6, 5, 1, 1)]
+    stream = write_stream(tmp_path, documents)
+    packing = pack(stream, 8, ends_are_targets=False)
+    return PackedDocuments(stream, packing, 8, seed=1, end_of_text=None, masked=False)
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(8, 1), (2, 1), (1, 1), (2, 2), (1, 4)])
+def test_the_loss_is_the_mean_over_real_targets_however_a_step_is_cut(
+    padded: PackedDocuments, size: int, ranks: int
+) -> None:
+    """Ranks are played one after the other; what DDP does with their gradients, averaging, is done by hand."""
+    rows = padded.read(0, 8)
+    inputs, targets = torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets)
+    counts = (targets != IGNORED).sum(dim=1)
+    assert len(set(counts.tolist())) > 2
+    theirs = GPT(CONFIG, seed=0)
+    loss = F.cross_entropy(theirs(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)  # torch's own mean
+    loss.backward()
+
+    plan = BatchPlan(micro_batch_size=size, block_size=8, world_size=ranks, grad_accum_steps=8 // size // ranks)
+    loss_sum = 0.0
+    gradients = [torch.zeros_like(parameter) for parameter in theirs.parameters()]
+    for rank in range(ranks):
+        model = GPT(CONFIG, seed=0)
+        step = make(model, grad_clip=0, world_size=ranks)
+        seen: list[torch.Tensor] = []
+        step._optimizer.register_step_pre_hook(lambda *_, m=model, s=seen: s.extend(p.grad for p in m.parameters()))
+        with DataLoader(padded, plan, rank=rank, device=torch.device("cpu")) as loader:
+            stats = step(0, loader.batch_of(0))
+        assert stats.n_targets == int(counts.sum())
+        loss_sum += float(stats.loss_sum)
+        gradients = [total + part / ranks for total, part in zip(gradients, seen, strict=True)]
+    assert loss_sum / int(counts.sum()) == pytest.approx(loss.item(), abs=1e-6)
+    for ours, parameter in zip(gradients, theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_documents_reach_the_model(padded: PackedDocuments) -> None:
+    rows = padded.read(0, 2)
+    documents = torch.arange(8).div(3, rounding_mode="floor").repeat(2, 1)
+    tensors = (torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets))
+    n_targets = int((rows.targets != IGNORED).sum())
+    losses = []
+    for batch in (MicroBatch(0, *tensors), MicroBatch(0, *tensors, documents)):
+        losses.append(float(make(GPT(CONFIG, seed=0))(0, StepBatch((batch,), n_targets)).loss_sum))
+    assert losses[1] == pytest.approx(GPT(CONFIG, seed=0)(*tensors, documents).item(), rel=1e-6)
+    assert losses[0] != losses[1]
+
+
+def test_a_step_that_predicts_nothing_leaves_finite_weights() -> None:
+    model = GPT(CONFIG, seed=0)
+    batch = MicroBatch(0, torch.zeros((2, 8), dtype=torch.int64), torch.full((2, 8), IGNORED))
+    stats = make(model)(0, StepBatch((batch,), 0))
+    assert (float(stats.loss_sum), float(stats.grad_norm)) == (0, 0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

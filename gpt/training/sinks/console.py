@@ -135,9 +135,9 @@ def plan_table(plan: RunPlan) -> Table:
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     for note in plan.notes:
-        table.add_row("note", note)
+        table.add_row("note", escape(note))
     return table
 
 
