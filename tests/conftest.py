@@ -16,7 +16,12 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
 from gpt.configs.train_config import TrainConfig
+from gpt.data.document import Document
+from gpt.data.formats import Records
+from gpt.data.parts import cut_into_parts, read_part
+from gpt.data.readers import find_source
 from gpt.data.shards import ShardWriter, TokenStream
+from gpt.data.tokenizer import Tokenizer
 from gpt.layout import lay_out
 from gpt.pipeline import build
 from gpt.training.observer import Observer
@@ -136,5 +141,20 @@ def write_stream(
                 writer.add(np.asarray(ids), n_bytes)
             info = writer.finish()
         assert info is not None
-        shards.append((folder / info.file, info))
+        shards.append((folder, info))
     return TokenStream(shards, vocab_size)
+
+
+def read_documents(
+    source: Path | str, records: Records | None = None, tokenizer: Tokenizer | None = None
+) -> list[Document]:
+    """Every document of a source, in order."""
+    records = records or Records("text", skip_bad=False)
+    files = find_source(str(source)).files
+    parts = cut_into_parts(files, records, val_fraction=0.0, role="train", tokenizer=tokenizer)
+    return [document for part in parts for document in read_part(part, records, tokenizer)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, to the byte."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

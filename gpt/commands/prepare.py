@@ -52,19 +52,20 @@ def _prepare(command: PrepareCommand) -> None:
 
 def _inspect(folder: Path) -> None:
     """Show the manifest and a text, and compare every shard with its digest."""
-    from gpt.data.manifest import read_manifest
+    from gpt.data.manifest import TOKENIZER, read_manifest
     from gpt.utils.helper import sha256_of_file
 
     manifest = read_manifest(folder)
     _show(folder)
-    for shard in (shard for source in manifest.sources for shard in (*source.train, *source.val)):
-        path = folder / shard.file
+    shards = [shard for source in manifest.sources for shard in (*source.train, *source.val)]
+    for name, expected in [(TOKENIZER, manifest.tokenizer_sha256), *((shard.file, shard.sha256) for shard in shards)]:
+        path = folder / name
         try:
             found = sha256_of_file(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; prepare the folder again") from error
-        if found != shard.sha256:
-            raise UserError(f"{path}: changed: its SHA-256 is {found}, not {shard.sha256}; prepare the folder again")
+        if found != expected:
+            raise UserError(f"{path}: changed: its SHA-256 is {found}, not {expected}; prepare the folder again")
     _print(_sample(folder))
 
 
@@ -104,7 +105,7 @@ def _sample(folder: Path) -> str:
 
     tokenizer = Tokenizer.from_file(folder / TOKENIZER)
     shards = [shard for source in read_manifest(folder).sources for shard in (*source.train, *source.val)]
-    stream = TokenStream([(folder / shard.file, shard) for shard in shards], tokenizer.vocab_size)
+    stream = TokenStream([(folder, shard) for shard in shards], tokenizer.vocab_size)
     return printable(tokenizer.decode(stream.read(0, min(SAMPLE_TOKENS, len(stream))).tolist()))
 
 

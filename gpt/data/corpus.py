@@ -79,7 +79,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     names = names_apart(entry.name for _, entry in entries)
 
     def stream(shards: Iterable[tuple[Path, ShardInfo]]) -> TokenStream:
-        return TokenStream([(folder / shard.file, shard) for folder, shard in shards], tokenizer.vocab_size)
+        return TokenStream(list(shards), tokenizer.vocab_size)
 
     each = {
         name: stream((folder, shard) for shard in entry.train)
@@ -87,6 +87,8 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
         if entry.train
     }
     together = {", ".join(each): stream((folder, shard) for folder, entry in entries for shard in entry.train)}
+    if config.weights and len(config.weights) != len(each):
+        raise UserError(f"--data.weights: {len(config.weights)} for the sources {', '.join(each)}; give one for each")
     train = each if config.weights else together
     val = {
         name: stream((folder, shard) for shard in entry.val)

@@ -31,8 +31,16 @@ GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 JSON_LINES = {".jsonl", ".ndjson"}
 
 # A place in UTF-8 text before which it may be cut: a space after a printable ASCII character, where every pattern of
-# the GPT-2 family begins a word; or a line's first character, unless it may be a space (the lead bytes left out).
-CUT = re.compile(rb"(?<=[!-~])(?= )|(?<=\n)(?=[!-~\xc3-\xe0\xe4-\xf4])")
+# the GPT-2 family begins a word; or a line's first character, unless it or what the line before ends with may be a
+# space (the lead bytes left out).
+CUT = re.compile(
+    rb"(?<=[!-~])(?= )"
+    rb"|(?:(?<=[!-~]\n)|(?<=[\xc3-\xdf][\x80-\xbf]\n)|(?<=[\xe0\xe4-\xef][\x80-\xbf][\x80-\xbf]\n)"
+    rb"|(?<=\xe3[\x81-\xbf][\x80-\xbf]\n)|(?<=\xe3\x80[\x81-\xbf]\n)"
+    rb"|(?<=[\xf0-\xf4][\x80-\xbf][\x80-\xbf][\x80-\xbf]\n))(?=[!-~\xc3-\xe0\xe4-\xf4])"
+)
+CUT_LOOKS_BACK = 5
+"""Bytes."""
 
 Format = Literal["text", "json-lines", "parquet", "tokens", "binary", "token-index"]
 
@@ -97,7 +105,7 @@ def format_of(path: Path) -> Format:
 
 def is_compressed(path: Path) -> bool:
     """Whether a file can only be read from its beginning."""
-    with path.open("rb") as file:
+    with told(path), path.open("rb") as file:
         magic = file.read(4)
     return magic.startswith(GZIP) or magic == ZSTD
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from gpt.configs.base import Config
 from gpt.data.shards import ShardInfo
 from gpt.errors import UserError
-from gpt.utils.atomic_io import write_json
+from gpt.utils.atomic_io import write_text
 
 FORMAT_VERSION = 2
 MANIFEST = "corpus.json"
@@ -47,15 +47,13 @@ class Manifest(Config):
     sources: tuple[SourceEntry, ...]
     xz_bits_per_byte: float | None
     """What `xz -9e` needs for the validation text; None where it was too long to compress."""
-
-    @property
-    def sha256(self) -> str:
-        """Its digest, and so that of everything in the folder."""
-        return _digest(self.model_dump(mode="json"))
+    sha256: str = ""
+    """Digest of the file up to this key, and so of everything in the folder; known when it was read."""
 
     def write(self, folder: Path) -> None:
         """Write it into `folder` in one step."""
-        write_json(folder / MANIFEST, self.model_dump(mode="json") | {"sha256": self.sha256})
+        content = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), indent=2).removesuffix("\n}")
+        write_text(folder / MANIFEST, f'{content}{_SEAL}{_sha256(content)}"\n}}\n')
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -67,15 +65,18 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     remedy = "delete the folder and prepare it again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        claimed = content.pop("sha256")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format {content.get('format_version')}, this program's is {FORMAT_VERSION}; {remedy}"
             )
-        found = _digest(content)
-        if found != claimed:
-            raise UserError(f"{path}: changed: its SHA-256 is {found}, not {claimed}; {remedy}")
+        sealed, _, rest = text.rpartition(_SEAL)
+        found = _sha256(sealed)
+        if found != content["sha256"]:
+            raise UserError(f"{path}: changed: its SHA-256 is {found}, not {content['sha256']}; {remedy}")
+        if rest != f'{found}"\n}}\n':
+            raise ValueError("a key that follows the digest would replace one that it covers")
         return Manifest.model_validate(content)
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared corpus here; do all machines read the same source?") from None
@@ -85,5 +86,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: damaged; {remedy}") from error
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+_SEAL = ',\n  "sha256": "'
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,9 +5,11 @@ user's main module, inherits no threads, and imports no torch.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -15,13 +17,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from gpt.configs.base import Config
 from gpt.data.document import Document
 from gpt.data.formats import Records
+from gpt.data.manifest import TOKENIZER
 from gpt.data.parts import PART_BYTES, Part, read_part
 from gpt.data.shards import ShardInfo, ShardWriter
 from gpt.data.split import batched, split
@@ -67,11 +71,18 @@ class Job:
 
     def digests_path(self, index: int) -> Path:
         """Where the digests of the part's documents lie."""
-        return Path(self.folder) / RECORDS / f"{index:06d}.digests.npy"
+        return Path(self.folder) / RECORDS / f"{index:06d}.digests"
 
     def kept_path(self, index: int) -> Path:
         """Where it is said which of the part's documents are not duplicates."""
-        return Path(self.folder) / RECORDS / f"{index:06d}.kept.npy"
+        return Path(self.folder) / RECORDS / f"{index:06d}.kept"
+
+
+def write_bytes(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array's bytes in one step: what is there is whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(array.tobytes())
+    temporary.replace(path)
 
 
 def is_deduplicated(part: Part) -> bool:
@@ -90,12 +101,24 @@ def split_batches(
             yield ([], batch) if part.role == "val" else (batch, [])
 
 
+def kept_documents(
+    job: Job, index: int, part: Part, records: Records, tokenizer: Tokenizer | None
+) -> tuple[Iterator[Document], int]:
+    """The documents of a part without the duplicates, and how many those are."""
+    documents = read_part(part, records, tokenizer)
+    if not (job.deduplicate and is_deduplicated(part)):
+        return documents, 0
+    kept = np.fromfile(job.kept_path(index), dtype=np.bool_)
+    return (document for document, keep in zip(documents, kept, strict=True) if keep), int((~kept).sum())
+
+
 class PartWorker:
     """Does what a job asks for, part by part."""
 
     def __init__(self, job: Job):
         self._job, self._folder = job, Path(job.folder)
-        self._tokenizer = Tokenizer.from_file(self._folder / "tokenizer.json")
+        path = self._folder / TOKENIZER
+        self._tokenizer = Tokenizer.from_file(path) if path.exists() else None  # duplicates are found without it
 
     def do(self, action: Action, index: int, part: Part, advance: Advance) -> None:
         """Carry out one task; its result is in the folder.
@@ -115,9 +138,10 @@ class PartWorker:
         for document in read_part(part, self._job.records(), self._tokenizer):
             digests += hashlib.sha256(document.content).digest()[:16]
             advance(document.size, 0)
-        np.save(self._job.digests_path(index), np.frombuffer(digests, dtype="<u8").reshape(-1, 2))
+        write_bytes(self._job.digests_path(index), np.frombuffer(digests, dtype=np.uint8))
 
     def _write_shards(self, index: int, part: Part, advance: Advance) -> None:
+        assert self._tokenizer is not None
         records = self._job.records()
         names = {role: self._folder / f"{role}-{index:06d}.safetensors" for role in ("train", "val")}
         size = self._tokenizer.vocab_size
@@ -125,29 +149,20 @@ class PartWorker:
             ShardWriter(names["train"], size, continues=part.continues) as train,
             ShardWriter(names["val"], size, continues=part.continues) as val,
         ):
-            documents, left_out = self._without_duplicates(index, part, records)
+            documents, duplicates = kept_documents(self._job, index, part, records, self._tokenizer)
             first = self._tokenizer.document_start
             continues = part.continues
             for batches in split_batches(self._job, part, documents):
                 for writer, batch in zip((train, val), batches, strict=True):
                     for document in batch:
                         ids, text_bytes = document.encode(self._tokenizer)
-                        writer.add(ids if continues else np.concatenate([first, ids]), text_bytes)
+                        writer.add(ids, text_bytes, start=None if continues else first)
                         advance(text_bytes, len(ids))
                         continues = False
             record = PartRecord(
-                train=train.finish(), val=val.finish(), skipped_records=records.skipped, duplicates=left_out()
+                train=train.finish(), val=val.finish(), skipped_records=records.skipped, duplicates=duplicates
             )
         write_text(self._job.record_path(index), record.model_dump_json())
-
-    def _without_duplicates(
-        self, index: int, part: Part, records: Records
-    ) -> tuple[Iterator[Document], Callable[[], int]]:
-        documents = read_part(part, records, self._tokenizer)
-        if not (self._job.deduplicate and is_deduplicated(part)):
-            return documents, lambda: 0
-        kept = np.load(self._job.kept_path(index))
-        return (document for document, keep in zip(documents, kept, strict=True) if keep), lambda: int((~kept).sum())
 
 
 def run_tasks(job: Job, action: Action, tasks: Sequence[tuple[int, Part]], workers: int, advance: Advance) -> None:
@@ -190,13 +205,22 @@ def run_tasks(job: Job, action: Action, tasks: Sequence[tuple[int, Part]], worke
         raise failures[0]
 
 
+# Ctrl-C reaches the whole group, also while a worker is still starting; who started it ends it.
+_START = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path.insert(0, sys.argv[1])
+from gpt.data.part_worker import main
+main()
+"""
+
+
 class _Process:
     """A worker process, on the side of those who give it tasks."""
 
     def __init__(self, job: Job):
         root = str(Path(__file__).parents[2])
-        code = "import sys; sys.path.insert(0, sys.argv[1]); from gpt.data.part_worker import main; main()"
-        command = [sys.executable, "-P", "-c", code, root]
+        command = [sys.executable, "-P", "-c", _START, root]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self._send(asdict(job))
 
@@ -212,7 +236,7 @@ class _Process:
                 stream.close()
 
     def do(self, action: Action, index: int, part: Part, advance: Advance) -> None:
-        """One task; raises what it raised."""
+        """One task; raises what it raised, and ChildProcessError if the process ends instead of answering."""
         self._send({"action": action, "index": index, "part": part.to_json()})
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -225,7 +249,9 @@ class _Process:
                     raise OSError(number, text, name)
                 case {"done": _}:
                     return
-        raise RuntimeError(f"a process that prepares data ended with status {self._process.wait()}")
+        status = self._process.wait()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        raise ChildProcessError(errno.ECHILD, f"a process that prepares data {how}")
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -254,7 +280,8 @@ class _Reporter:
 
 def main() -> None:
     """The worker process: a job, then tasks, as lines on stdin; answers on stdout until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started us ends us
+    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not look like an answer
 
@@ -263,14 +290,21 @@ def main() -> None:
         answers.flush()
 
     with contextlib.suppress(BrokenPipeError):  # who started us is gone
-        _serve(sys.stdin, send)
+        _serve(tasks, send)
 
 
-def _serve(tasks: IO[str], send: Callable[[dict[str, Any]], None]) -> None:
+def _listen(tasks: "queue.SimpleQueue[str]") -> None:
+    """Pass on what is asked; end at once when nobody is left to ask, for whoever is next writes the same files."""
+    for line in sys.stdin:
+        tasks.put(line)
+    os._exit(0)
+
+
+def _serve(tasks: "queue.SimpleQueue[str]", send: Callable[[dict[str, Any]], None]) -> None:
     worker: PartWorker | None = None
-    job = Job(**json.loads(tasks.readline()))
-    for line in tasks:
-        task = json.loads(line)
+    job = Job(**json.loads(tasks.get()))
+    while True:
+        task = json.loads(tasks.get())
         report = _Reporter(send)
         try:
             worker = worker or PartWorker(job)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from gpt.data.document import Document, TextDocument, TokenDocument
 from gpt.data.formats import (
     CUT,
+    CUT_LOOKS_BACK,
     Records,
     is_compressed,
     read_dataset,
@@ -25,10 +26,11 @@ from gpt.data.formats import (
     told,
 )
 from gpt.data.readers import File, Kind
+from gpt.data.split import held_out
 from gpt.data.token_files import open_tokens
 from gpt.data.tokenizer import Tokenizer
 
-PART_BYTES = 2**24
+PART_BYTES = 2**22
 """Bytes of a part: small enough to be held in memory, large enough for a shard."""
 MOST_PARTS = 2**14
 """Of a larger source each part is larger, so that files stay countable."""
@@ -78,26 +80,28 @@ def cut_into_parts(
         tokenizer: that of token files; it names what separates their documents.
     """
     limit = max(PART_BYTES, sum(file.size for file in files) // MOST_PARTS)
+    roles = _roles_of_texts(files, limit, val_fraction) if role is None else {}
     parts: list[Part] = []
-    together: list[File] = []
+    together: dict[Role | None, list[File]] = {}
 
-    def close() -> None:
-        if together:
-            named = tuple((file.name, str(file.path)) for file in together)
-            parts.append(Part(together[0].kind, named, sum(file.size for file in together), role=role))
-            together.clear()
+    def close(role: Role | None) -> None:
+        if group := together.pop(role, None):
+            named = tuple((file.name, str(file.path)) for file in group)
+            parts.append(Part(group[0].kind, named, sum(file.size for file in group), role=role))
 
     for file in files:
-        if file.kind in ("text", "python") and (file.size <= limit or is_compressed(file.path)):
-            if together and (
-                together[0].kind != file.kind or sum(other.size for other in together) + file.size > limit
-            ):
-                close()
-            together.append(file)
+        its_role = roles.get(file.name, role)
+        if _is_text(file) and (file.size <= limit or is_compressed(file.path)):
+            group = together.get(its_role, [])
+            if group and (group[0].kind != file.kind or sum(other.size for other in group) + file.size > limit):
+                close(its_role)
+            together.setdefault(its_role, []).append(file)
         else:
-            close()
-            parts += _ranges(file, records, limit, val_fraction, role, tokenizer)
-    close()
+            for each in list(together):
+                close(each)
+            parts += _ranges(file, records, limit, val_fraction, its_role, tokenizer)
+    for each in list(together):
+        close(each)
     return parts
 
 
@@ -138,6 +142,19 @@ def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) 
                 yield TokenDocument(f"{name}:{part.start}:{number}", ids)
         case kind:
             raise AssertionError(f"nothing reads {kind}")
+
+
+def _is_text(file: File) -> bool:
+    return file.kind in ("text", "python")
+
+
+def _roles_of_texts(files: Sequence[File], limit: int, val_fraction: float) -> dict[str, Role]:
+    """Where each text goes, if they are too many for one part: of a part with two of them half would be held out."""
+    texts = [file for file in files if _is_text(file)]
+    if not val_fraction or len(texts) < 2 or sum(file.size for file in texts) <= limit:
+        return {}
+    chosen = held_out(texts, val_fraction)
+    return {file.name: "val" if index in chosen else "train" for index, file in enumerate(texts)}
 
 
 def _ranges(
@@ -218,13 +235,14 @@ def _line_end(file: Any, target: int) -> int:
 
 def _word_start(file: Any, target: int) -> int:
     """The first place at or after `target` where the text may be cut: see CUT."""
-    file.seek(target - 1)
-    before = b""
+    at = max(0, target - CUT_LOOKS_BACK)
+    file.seek(at)
+    seen = b""
     while block := file.read(2**16):
-        found = CUT.search(before + block, 1)
-        if found:
-            return int(file.tell()) - len(block) - len(before) + found.start()
-        before = block[-1:]
+        seen += block
+        if found := CUT.search(seen, target - at):
+            return at + found.start()
+        at, seen = at + len(seen[:-CUT_LOOKS_BACK]), seen[-CUT_LOOKS_BACK:]
     return int(file.tell())
 
 

@@ -14,7 +14,7 @@ import logging
 import lzma
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from gpt.configs.data_config import PreparationConfig
-from gpt.data.document import TextDocument
+from gpt.data.document import Document, TextDocument
+from gpt.data.formats import is_compressed
 from gpt.data.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, SourceEntry
 from gpt.data.part_worker import (
     RECORDS,
@@ -32,10 +33,12 @@ from gpt.data.part_worker import (
     Job,
     PartRecord,
     is_deduplicated,
+    kept_documents,
     run_tasks,
     split_batches,
+    write_bytes,
 )
-from gpt.data.parts import Part, Role, cut_into_parts, read_part
+from gpt.data.parts import Part, Role, cut_into_parts
 from gpt.data.readers import Source, find_source
 from gpt.data.shards import ShardInfo, token_dtype
 from gpt.data.tokenizer import Tokenizer, build_tokenizer, char_tokenizer, train_bpe
@@ -73,6 +76,11 @@ class Found:
         """What decides the content of the prepared folder."""
         digests = [[source.sha256, role or "both"] for source, role in zip(self.sources, self.roles, strict=True)]
         return {"format": FORMAT_VERSION, "names": self.names, "sources": digests, "settings": self.settings}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading may fail for a while without anything being wrong with what is read."""
+        return any(file.kind == "hub" for source in self.sources for file in source.files)
 
     @property
     def key(self) -> str:
@@ -129,16 +137,17 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
             try:
                 preparation.run()
             except UserError:  # once its source is mended it is another preparation
-                shutil.rmtree(unfinished)
+                if not found.is_remote:
+                    shutil.rmtree(unfinished)
                 raise
             unfinished.rename(folder)
             fsync(folder.parent)
             with contextlib.suppress(OSError):  # Windows removes no open file
                 lock.unlink()  # whoever waits for it, or makes it anew, finds the folder complete
         except OSError as error:
+            what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
             raise UserError(
-                f"{flag} {folder}: cannot be written: {error.strerror}; the same command goes on where this one ended, "
-                f"or delete {unfinished}"
+                f"{flag} {folder}: {what}; the same command goes on where this one ended, or delete {unfinished}"
             ) from error
 
 
@@ -163,10 +172,8 @@ class _Preparation:
             UserError: what was begun there is another preparation.
         """
         identity = self._folder / IDENTITY
-        if (self._folder / MANIFEST).exists():
-            return  # complete but for its name
         if not identity.exists():
-            shutil.rmtree(self._folder, ignore_errors=True)  # killed before it said what it was
+            shutil.rmtree(self._folder, ignore_errors=True)  # killed before it said what it was, or just before its end
             (self._folder / RECORDS).mkdir(parents=True)
             write_json(identity, self._found.identity)
         elif json.loads(identity.read_text(encoding="utf-8")) != self._found.identity:
@@ -179,20 +186,21 @@ class _Preparation:
         """Leave in the folder what a prepared corpus consists of, all of it on the disk."""
         if not (self._folder / MANIFEST).exists():
             log.info("preparing %s: %s, %sB", *self._size())
-            tokenizer = self._tokenizer()
-            parts = [self._parts_of(source, role, tokenizer) for source, role in self._in_turn()]
+            given = self._given_tokenizer()
+            parts = [self._parts_of(source, role, given) for source, role in self._in_turn()]
             tasks = list(enumerate(part for group in parts for part in group))
             if self._config.deduplicate:
                 self._find_duplicates(tasks)
+            tokenizer = given or self._saved(lambda: self._learn_tokenizer(tasks))
             self._make_shards(tasks)
-            self._finish(tokenizer, parts, [self._record(index) for index, _ in tasks])
+            self._finish(tokenizer, parts, tasks)
         shutil.rmtree(self._folder / RECORDS, ignore_errors=True)
-        (self._folder / IDENTITY).unlink(missing_ok=True)
         for file in self._folder.iterdir():
             if file.suffix in (".tokens", ".tmp"):  # of a worker that was killed
                 file.unlink()
             else:
                 fsync(file)
+        (self._folder / IDENTITY).unlink()  # the last: without it nobody knows what else is here
         fsync(self._folder)
 
     def _in_turn(self) -> Iterator[tuple[Source, Role | None]]:
@@ -206,54 +214,62 @@ class _Preparation:
         fraction = self._config.val_fraction
         return cut_into_parts(source.files, self._job.records(), val_fraction=fraction, role=role, tokenizer=tokenizer)
 
-    def _tokenizer(self) -> Tokenizer:
+    def _documents(self, index: int, part: Part) -> Iterator[tuple[list[Document], list[Document]]]:
+        """(training, validation) documents of a part, as its worker has them."""
+        return split_batches(self._job, part, kept_documents(self._job, index, part, self._job.records(), None)[0])
+
+    def _saved(self, build: Callable[[], Tokenizer]) -> Tokenizer:
         path = self._folder / TOKENIZER
         if not path.exists():
-            write_text(path, self._build_tokenizer().definition)
+            write_text(path, build().definition)
         return Tokenizer.from_file(path)
 
-    def _build_tokenizer(self) -> Tokenizer:
+    def _given_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that is asked for; None if it is to be learnt."""
         kind = self._config.tokenizer
         if kind not in ("char", "bpe"):
-            return build_tokenizer(kind)
+            return self._saved(lambda: build_tokenizer(kind))
         for file in (file for source in self._found.sources for file in source.files):
             if file.kind == "tokens":
                 raise UserError(
                     f"{file.path} holds tokens, of which no tokenizer can be learnt; "
                     "name theirs: --data.tokenizer gpt2, or a tokenizer.json"
                 )
-        parts = [part for source, role in self._in_turn() for part in self._parts_of(source, role, None)]
-        if kind == "char":
-            return self._char_tokenizer(parts)
-        with progress_bar(
-            "learning the tokenizer", total=min(SAMPLE_BYTES, sum(part.size for part in parts))
-        ) as advance:
-            return train_bpe(_told(self._sample(parts), advance), self._config.vocab_size)
+        return None
 
-    def _char_tokenizer(self, parts: Sequence[Part]) -> Tokenizer:
+    def _learn_tokenizer(self, tasks: Sequence[tuple[int, Part]]) -> Tokenizer:
+        if self._config.tokenizer == "char":
+            return self._char_tokenizer(tasks)
+        total = min(SAMPLE_BYTES, sum(part.size for _, part in tasks))
+        with progress_bar("learning the tokenizer", total) as advance:
+            return train_bpe(_told(self._sample(tasks), advance), self._config.vocab_size)
+
+    def _char_tokenizer(self, tasks: Sequence[tuple[int, Part]]) -> Tokenizer:
         """Every character of the corpus; end-of-text too, if either split has several documents to separate."""
         characters: set[str] = set()
         counts = [0, 0]
-        with progress_bar("finding the characters", total=sum(part.size for part in parts)) as advance:
-            for part in parts:
-                for split in split_batches(self._job, part, read_part(part, self._job.records())):
+        with progress_bar("finding the characters", total=sum(part.size for _, part in tasks)) as advance:
+            for number, part in tasks:
+                for split in self._documents(number, part):
                     for index, documents in enumerate(split):
                         counts[index] += 0 if part.continues else len(documents)
                         for document in documents:
                             assert isinstance(document, TextDocument)
                             characters.update(document.text)
                             advance(document.size, 0)
+        if not characters:
+            raise UserError(_no_text(", ".join(self._found.names)))
         return char_tokenizer(characters, has_documents=max(counts) > 1)
 
-    def _sample(self, parts: Sequence[Part]) -> Iterator[str]:
+    def _sample(self, tasks: Sequence[tuple[int, Part]]) -> Iterator[str]:
         """Training texts: all, or the beginnings of parts so that together they make up SAMPLE_BYTES."""
-        parts = [part for part in parts if part.role != "val"]
-        each = max(2**20, SAMPLE_BYTES // max(1, len(parts)))
-        chosen = parts[:: max(1, len(parts) * each // SAMPLE_BYTES)]
-        unlimited = sum(part.size for part in parts) <= SAMPLE_BYTES and all(part.size for part in parts)
-        for part in chosen:
+        tasks = [(index, part) for index, part in tasks if part.role != "val"]
+        each = max(2**20, SAMPLE_BYTES // max(1, len(tasks)))
+        chosen = tasks[:: max(1, -(-len(tasks) * each // SAMPLE_BYTES))]
+        unlimited = sum(part.size for _, part in tasks) <= SAMPLE_BYTES and all(_tells_size(part) for _, part in tasks)
+        for index, part in chosen:
             taken = 0
-            for train, _ in split_batches(self._job, part, read_part(part, self._job.records())):
+            for train, _ in self._documents(index, part):
                 for document in train:
                     assert isinstance(document, TextDocument)
                     taken += document.size
@@ -268,7 +284,7 @@ class _Preparation:
         tasks = [(index, part) for index, part in tasks if is_deduplicated(part)]
         todo = [(index, part) for index, part in tasks if not self._job.digests_path(index).exists()]
         self._run("looking for duplicates", "digests", todo)
-        digests = [np.load(self._job.digests_path(index)) for index, _ in tasks]
+        digests = [np.fromfile(self._job.digests_path(index), np.uint64).reshape(-1, 2) for index, _ in tasks]
         together = np.concatenate([np.zeros((0, 2), np.uint64), *digests])
         order = np.lexsort((together[:, 0], together[:, 1]))  # stable: equal ones stay in the order of the documents
         repeats = (together[order[1:]] == together[order[:-1]]).all(axis=1)
@@ -276,7 +292,7 @@ class _Preparation:
         kept[order[1:][repeats]] = False
         start = 0
         for (index, _), digest in zip(tasks, digests, strict=True):
-            np.save(self._job.kept_path(index), kept[start : start + len(digest)])
+            write_bytes(self._job.kept_path(index), kept[start : start + len(digest)])
             start += len(digest)
 
     def _make_shards(self, tasks: Sequence[tuple[int, Part]]) -> None:
@@ -309,13 +325,13 @@ class _Preparation:
         except (OSError, ValidationError):
             return False
 
-    def _finish(self, tokenizer: Tokenizer, parts: Sequence[Sequence[Part]], records: Sequence[PartRecord]) -> None:
-        entries, rest = [], iter(records)
+    def _finish(self, tokenizer: Tokenizer, parts: Sequence[Sequence[Part]], tasks: Sequence[tuple[int, Part]]) -> None:
+        entries, rest = [], iter([self._record(index) for index, _ in tasks])
         for source, name, group in zip(self._found.sources, self._found.names, parts, strict=True):
             entries.append(_source_entry(name, source.sha256, [next(rest) for _ in group]))
         for entry in entries:
-            if not any(shard.text_bytes for shard in (*entry.train, *entry.val)):
-                raise UserError(f"{entry.name}: no document has any text; name a source with text in it")
+            if not any(shard.text_bytes for shard in (*entry.train, *entry.val)) and not entry.duplicates:
+                raise UserError(_no_text(entry.name))
             if entry.skipped_records:
                 log.warning("%s: left out %s", entry.name, plural(entry.skipped_records, "bad record"))
             if entry.duplicates:
@@ -333,19 +349,19 @@ class _Preparation:
             tokens=sum(shard.tokens for shard in shards),
             text_bytes=sum(shard.text_bytes for shard in shards),
             sources=tuple(entries),
-            xz_bits_per_byte=self._xz_bits_per_byte(entries, [part for group in parts for part in group]),
+            xz_bits_per_byte=self._xz_bits_per_byte(entries, tasks),
         ).write(self._folder)
 
-    def _xz_bits_per_byte(self, entries: Sequence[SourceEntry], parts: Sequence[Part]) -> float | None:
+    def _xz_bits_per_byte(self, entries: Sequence[SourceEntry], tasks: Sequence[tuple[int, Part]]) -> float | None:
         """Bits per byte of `xz -9e` on the validation texts as one stream: what a compressor has without learning."""
         size = sum(shard.text_bytes for entry in entries for shard in entry.val)
-        is_simple = not self._config.deduplicate and all(part.kind not in ("tokens", "hub") for part in parts)
+        is_simple = all(part.kind not in ("tokens", "hub") for _, part in tasks)
         if not (is_simple and 0 < size <= XZ_LIMIT):
             return None
         compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
         compressed = 0
-        for part in parts:
-            for _, val in split_batches(self._job, part, read_part(part, self._job.records())):
+        for index, part in ((index, part) for index, part in tasks if part.role != "train"):
+            for _, val in self._documents(index, part):
                 compressed += sum(len(compressor.compress(document.content)) for document in val)
         return 8 * (compressed + len(compressor.flush())) / size
 
@@ -362,6 +378,15 @@ def _source_entry(name: str, sha256: str, records: Sequence[PartRecord]) -> Sour
         skipped_records=sum(record.skipped_records for record in records),
         duplicates=sum(record.duplicates for record in records),
     )
+
+
+def _no_text(name: str) -> str:
+    return f"{name}: no document has any text; name a source with text in it"
+
+
+def _tells_size(part: Part) -> bool:
+    """Whether the part's size is that of its texts."""
+    return part.size > 0 and not any(is_compressed(Path(path)) for _, path in part.files)
 
 
 def _told(texts: Iterator[str], advance: Any) -> Iterator[str]:

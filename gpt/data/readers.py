@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +103,20 @@ def _fingerprint(files: Sequence[File]) -> str:
 
 
 def _content_sha256(file: File) -> str:
-    if file.kind != "dataset":
-        try:
-            return sha256_of_file(file.path)
-        except OSError as error:
-            raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
+    try:
+        if file.kind == "dataset":
+            return _sha256_of_files(_files_below(file.path))
+        index = file.path.with_suffix(".idx")
+        if file.kind == "tokens" and index.is_file():  # Megatron's: it says where documents begin
+            return _sha256_of_files([file.path, index])
+        return sha256_of_file(file.path)
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
+
+
+def _sha256_of_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in _files_below(file.path):
+    for path in paths:
         digest.update(bytes.fromhex(sha256_of_file(path)))
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,9 @@ from gpt.data.packing import Packing
 from gpt.data.sampler import Mixture, shuffled, window_starts
 from gpt.data.shards import TokenStream
 from gpt.utils.helper import IGNORED
+
+STRETCH = 512
+"""Windows whose places are computed together."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -56,13 +60,13 @@ class Windows:
 
     def __init__(self, stream: TokenStream, block_size: int, *, seed: int, masked: bool):
         self._stream, self._block_size, self._seed, self._masked = stream, block_size, seed, masked
+        self._stretch = lru_cache(2)(self._starts_of_stretch)
 
     def read(self, first: int, count: int) -> Rows:
         """Sequences `first` ... `first + count - 1`."""
         size = self._block_size
         rows = Rows.empty(count, size, masked=self._masked)
-        starts = window_starts(self._seed, first, count, len(self._stream), size)
-        for row, start in enumerate(starts.tolist()):
+        for row, start in enumerate(self._starts(first, count)):
             tokens = self._stream.read(start, size + 1)
             rows.inputs[row], rows.targets[row] = tokens[:-1], tokens[1:]
             if rows.documents is not None:
@@ -72,6 +76,18 @@ class Windows:
     def count_targets(self, first: int, count: int) -> int:
         """One for every position."""
         return count * self._block_size
+
+    def _starts(self, first: int, count: int) -> list[int]:
+        """Where windows begin; computed for a stretch of them at once, for it is the calls that take the time."""
+        stretches = range(first // STRETCH, (first + count - 1) // STRETCH + 1)
+        starts = [start for stretch in stretches for start in self._stretch(stretch)]
+        skipped = first - stretches.start * STRETCH
+        return starts[skipped : skipped + count]
+
+    def _starts_of_stretch(self, index: int) -> list[int]:
+        starts = window_starts(self._seed, index * STRETCH, STRETCH, len(self._stream), self._block_size)
+        found: list[int] = starts.tolist()
+        return found
 
 
 class PackedDocuments:
@@ -177,7 +193,7 @@ class MixedSources:
 
 
 def document_numbers(stream: TokenStream, start: int, length: int) -> Int64s:
-    """For `length` tokens from position `start` the number of each one's document, counted from 0 there."""
+    """For `length` tokens from position `start` a number for each one's document, ascending along them."""
     begins = np.zeros(length, dtype=np.int64)
     begins[stream.document_starts(start, length)] = 1
     return np.cumsum(begins)

@@ -15,6 +15,7 @@ without reading the corpus.
 
 import hashlib
 import json
+import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,9 @@ Tokens = npt.NDArray[np.integer[Any]]
 
 BLOCK_BYTES = 2**14
 """What is verified at once: small, for a window of a large corpus is mostly the first that is read of its block."""
+
+LARGEST_HEADER = 2**16
+"""Bytes; a few tensors need some hundreds."""
 
 _DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"U16": np.uint16, "U32": np.uint32, "U64": np.uint64}
 
@@ -100,21 +104,26 @@ class ShardWriter:
             self._spool.unlink(missing_ok=True)
             self._unfinished.unlink(missing_ok=True)
 
-    def add(self, ids: Tokens, text_bytes: int) -> None:
-        """Append a document.
+    def add(self, ids: Tokens, text_bytes: int, *, start: Tokens | None = None) -> None:
+        """Append a document, after the token that `start` may hold.
 
         Raises:
             UserError: an id is not below `vocab_size`; written into a smaller type it would silently become another.
         """
+        pieces = [ids] if start is None else [start, ids]
+        for piece in pieces:
+            self._check(piece)
+            self._file.write(piece.astype(self._dtype).data)
+        self._lengths.append(sum(map(len, pieces)))
+        self._text_bytes.append(text_bytes)
+
+    def _check(self, ids: Tokens) -> None:
         if len(ids):
             largest, smallest = int(ids.max()), int(ids.min())
             if largest >= self._vocab_size or smallest < 0:
                 wrong = smallest if smallest < 0 else largest
                 raise UserError(f"token {wrong} is not in a vocabulary of {self._vocab_size}")
             self._largest = max(self._largest, largest)
-        self._file.write(ids.astype(self._dtype).tobytes())
-        self._lengths.append(len(ids))
-        self._text_bytes.append(text_bytes)
 
     def finish(self) -> ShardInfo | None:
         """Write the file, to the disk; None, and no file, if there was no document."""
@@ -164,7 +173,7 @@ class TokenStream:
     """The tokens of some shards as one long sequence, memory-mapped and verified as they are first read.
 
     Args:
-        shards: their paths and entries, in order.
+        shards: the folder and the entry of each, in order.
         vocab_size: every id is below it.
     """
 
@@ -174,10 +183,10 @@ class TokenStream:
         Raises:
             UserError: a file is missing or has not the size that the manifest gives, or an id is beyond the vocabulary.
         """
-        for path, shard in shards:
-            _check_size(path, shard.size)
+        for folder, shard in shards:
+            _check_size(folder, shard)
             if shard.largest_id >= vocab_size:
-                raise UserError(_beyond(_Shard(path, shard, vocab_size), vocab_size))
+                raise UserError(_beyond(_Shard(folder / shard.file, shard, vocab_size), vocab_size))
         self._shards, self._vocab_size = shards, vocab_size
         self._opened: dict[int, _Shard] = {}
         self._starts = [0, *accumulate(shard.tokens for _, shard in shards)]
@@ -195,6 +204,9 @@ class TokenStream:
             UserError: they are not what was prepared.
         """
         assert 0 <= start <= start + length <= len(self)
+        index = bisect_right(self._starts, start) - 1
+        if length and start + length <= self._starts[index + 1]:  # nearly always
+            return self._shard(index).read(start - self._starts[index], start - self._starts[index] + length)
         pieces = [self._shard(index).read(first, stop) for index, first, stop in self._span(start, length)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.array([], np.uint16), *pieces])
 
@@ -207,7 +219,8 @@ class TokenStream:
         found = [np.array([], np.int64)]
         for index, first, stop in self._span(start, length):
             begins = self._shard(index).begins
-            inside = begins[np.searchsorted(begins, first) : np.searchsorted(begins, stop)]
+            # As the array's own type: to compare with Python's integers numpy would make floats of all of it.
+            inside = begins[slice(*np.searchsorted(begins, np.array([first, stop], begins.dtype)))]
             found.append(inside.astype(np.int64) + (self._starts[index] - start))
         return np.concatenate(found)
 
@@ -230,7 +243,8 @@ class TokenStream:
     def _shard(self, index: int) -> "_Shard":
         shard = self._opened.get(index)
         if shard is None:
-            shard = self._opened[index] = _Shard(*self._shards[index], self._vocab_size)
+            folder, info = self._shards[index]
+            shard = self._opened[index] = _Shard(folder / info.file, info, self._vocab_size)
         return shard
 
 
@@ -240,11 +254,8 @@ class _Shard:
     def __init__(self, path: Path, info: ShardInfo, vocab_size: int):
         self._path, self._vocab_size = path, vocab_size
         try:
+            header, header_size, found = _read_index(path)
             content = np.asarray(np.memmap(path, mode="r"))  # a plain array is sliced several times faster
-            header_size = int.from_bytes(content[:8].tobytes(), "little")
-            header = json.loads(content[8 : 8 + header_size].tobytes())
-            end = 8 + header_size + int(header["tokens"]["data_offsets"][0])
-            found = hashlib.sha256(content[:end].tobytes()).hexdigest()
             arrays = {name: _tensor(content, header_size, header[name]) for name in _TENSORS}
         except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: damaged; {_remedy(path)}") from error
@@ -257,21 +268,21 @@ class _Shard:
         self.begins = arrays["document_offsets"][int(info.continues) : -1]
         """Where documents begin."""
         self._digests = arrays["block_digests"]
-        self._verified = np.zeros(len(self._digests), dtype=np.bool_)
+        self._verified = bytearray(len(self._digests))
         self._per_block = BLOCK_BYTES // self.tokens.itemsize
 
     def read(self, first: int, stop: int) -> Tokens:
         """tokens[first:stop], verified."""
-        blocks = slice(first // self._per_block, (stop - 1) // self._per_block + 1)
-        if not self._verified[blocks].all():
+        blocks = range(first // self._per_block, (stop - 1) // self._per_block + 1)
+        if 0 in self._verified[blocks.start : blocks.stop]:
             self._verify(blocks)
         return self.tokens[first:stop]
 
-    def _verify(self, blocks: slice) -> None:
-        for block in range(blocks.start, blocks.stop):
+    def _verify(self, blocks: range) -> None:
+        for block in blocks:
             first = block * self._per_block
             tokens = self.tokens[first : first + self._per_block]
-            found = _digest(tokens.tobytes())
+            found = _digest(tokens.data)
             if found != self._digests[block]:
                 beyond = _first_beyond(tokens, self._vocab_size)
                 told = "" if beyond is None else f", token {beyond[1]} at offset {first + beyond[0]} is no token at all"
@@ -279,7 +290,7 @@ class _Shard:
                     f"{self._path}: changed since it was prepared: tokens {first} to {first + len(tokens) - 1} have "
                     f"digest {found:016x}, not {int(self._digests[block]):016x}{told}; {_remedy(self._path)}"
                 )
-            self._verified[block] = True
+            self._verified[block] = 1
 
     def first_beyond(self, vocab_size: int) -> tuple[int, int] | None:
         """(offset, id) of the first token that is not below `vocab_size`."""
@@ -287,6 +298,23 @@ class _Shard:
 
 
 _TENSORS = ("document_offsets", "block_digests", "tokens")
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], int, str]:
+    """Header, its size, and the digest of all that comes before the tokens; read, not mapped, to leave memory free."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_size = int.from_bytes(prefix, "little")
+        if header_size > LARGEST_HEADER:
+            raise ValueError(f"a header of {header_size} bytes")
+        text = file.read(header_size)
+        header = json.loads(text)
+        digest = hashlib.sha256(prefix + text)
+        left = int(header["tokens"]["data_offsets"][0])
+        while left > 0 and (block := file.read(min(left, 2**20))):
+            digest.update(block)
+            left -= len(block)
+    return header, header_size, digest.hexdigest()
 
 
 def _tensor(content: npt.NDArray[np.uint8], header_size: int, entry: dict[str, Any]) -> npt.NDArray[Any]:
@@ -300,7 +328,7 @@ def _block_digests(tokens: Path) -> npt.NDArray[np.uint64]:
         return np.array([_digest(block) for block in iter(lambda: file.read(BLOCK_BYTES), b"")], dtype=np.uint64)
 
 
-def _digest(block: bytes) -> int:
+def _digest(block: bytes | memoryview) -> int:
     return int.from_bytes(hashlib.sha256(block).digest()[:8], "little")
 
 
@@ -316,10 +344,15 @@ def _beyond(shard: _Shard, vocab_size: int) -> str:
     return f"{shard._path}: {place} is not in the tokenizer's vocabulary of {vocab_size}; {_remedy(shard._path)}"
 
 
-def _check_size(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.exists() else None
-    if found != size:
-        state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+def _check_size(folder: Path, shard: ShardInfo) -> None:
+    try:
+        # There may be ten thousands of them, and pathlib takes ten times as long.
+        found = os.stat(os.path.join(folder, shard.file)).st_size  # noqa: PTH116, PTH118
+    except FileNotFoundError:
+        found = None
+    if found != shard.size:
+        path = folder / shard.file
+        state = "is missing" if found is None else f"has {found} bytes instead of {shard.size}"
         raise UserError(f"{path}: the prepared shard {state}; {_remedy(path)}")
 
 

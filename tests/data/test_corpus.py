@@ -1,15 +1,25 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from gpt.configs.data_config import DataConfig
-from gpt.data.corpus import LARGEST_SHARE, open_corpus, prepare, split
-from gpt.data.formats import Document, Records
-from gpt.data.readers import read_source
+from gpt.configs.train_config import TrainConfig
+from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_note
 from gpt.errors import UserError
-from tests.conftest import small_files
+from gpt.layout import lay_out
+from gpt.pipeline import build
+from tests.conftest import make_text, small_files
+
+BLOCK = 16
+
+
+def opened(config: DataConfig) -> Corpus:
+    return open_corpus(prepare(config), config, BLOCK)
 
 
 def folder_of(path: Path, sizes: list[int]) -> Path:
@@ -19,103 +29,86 @@ def folder_of(path: Path, sizes: list[int]) -> Path:
     return path
 
 
-def test_stdlib_is_split_by_document_and_no_document_rules_the_val_set() -> None:
-    documents = read_source("stdlib", Records("text", skip_bad=False))
-    train, val = split(documents, 0.1)
-    assert sorted(d.name for d in train + val) == sorted(d.name for d in documents)
-    total = sum(d.n_bytes for d in val)
-    assert 0.1 <= total / sum(d.n_bytes for d in documents) < 0.106
-    assert max(d.n_bytes for d in val) <= LARGEST_SHARE * total
-
-
-def test_the_split_does_not_depend_on_order() -> None:
-    documents = [Document(str(index), "x" * (index + 1)) for index in range(50)]
-    assert {d.name for d in split(documents, 0.1)[1]} == {d.name for d in split(documents[::-1], 0.1)[1]}
-
-
-def test_one_file_loses_its_tail_as_nanogpt_splits() -> None:
-    text = "".join(chr(97 + index % 26) for index in range(1001))
-    train, val = split([Document("t", text)], 0.1)
-    assert (train[0].text, val[0].text) == (text[: int(1001 * 0.9)], text[int(1001 * 0.9) :])
-
-
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_few_documents_are_split_whole_and_one_is_left_to_train_on(count: int) -> None:
-    documents = [Document(str(index), "x" * 100 * (index + 1)) for index in range(count)]
-    train, val = split(documents, 0.1)
-    assert train
-    assert val
-    assert sorted(train + val, key=lambda d: int(d.name)) == documents
-
-
-def test_large_documents_wait_until_no_other_is_left() -> None:
-    documents = [Document(f"large{index}", "x" * 1000) for index in range(30)] + [Document("small", "y" * 10)]
-    _, val = split(documents, 0.1)
-    assert "small" in {d.name for d in val}
-    assert sum(d.n_bytes for d in val) >= 0.1 * 30_010
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    """A small text, prepared as bytes into a cache of its own."""
+    (tmp_path / "t.txt").write_text("some text " * 50)
+    return DataConfig(source=str(tmp_path / "t.txt"), cache_dir=tmp_path / "c", tokenizer="byte")
 
 
 def test_documents_begin_with_end_of_text_and_keep_their_byte_counts(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "s", [30] * 25)
     (source / "000.txt").write_text("é" * 30)
-    folder = prepare(DataConfig(source=str(source), cache_dir=tmp_path / "cache", tokenizer="byte"))
-    corpus = open_corpus(folder)
-    arrays = load_file(folder / "train-00000.safetensors")
+    config = DataConfig(source=str(source), cache_dir=tmp_path / "cache", tokenizer="byte")
+    (folder,) = prepare(config)
+    corpus = open_corpus([folder], config, BLOCK)
+    arrays = load_file(folder / "train-000000.safetensors")
     starts = arrays["document_offsets"][:-1].astype(int)
     assert set(arrays["tokens"][starts].tolist()) == {corpus.tokenizer.end_of_text}
     assert np.all(np.diff(arrays["document_offsets"].astype(int)) - 1 == arrays["document_bytes"])
     assert corpus.facts.val_tokens == corpus.facts.val_bytes + corpus.facts.val_documents
-    assert corpus.facts.train_tokens == len(corpus.train)
-
-
-def test_bpe_never_sees_the_validation_text(tmp_path: Path) -> None:
-    source = tmp_path / "t.txt"
-    source.write_text("abab" * 1000 + "zqzq" * 111)
-    corpus = open_corpus(prepare(DataConfig(source=str(source), cache_dir=tmp_path / "c", vocab_size=260)))
-    assert len(corpus.tokenizer.encode("ababab")) < 6
-    assert len(corpus.tokenizer.encode("zqzqzq")) == 6
+    assert corpus.facts.train_tokens == len(corpus.train["s"])
 
 
 def test_a_separate_validation_source_leaves_the_training_text_whole(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a" * 100)
     (tmp_path / "val.txt").write_text("b" * 50)
-    config = DataConfig(
-        source=str(tmp_path / "train.txt"), val_source=str(tmp_path / "val.txt"), cache_dir=tmp_path, tokenizer="char"
+    corpus = opened(
+        DataConfig(
+            source=str(tmp_path / "train.txt"),
+            val_source=str(tmp_path / "val.txt"),
+            cache_dir=tmp_path / "c",
+            tokenizer="char",
+        )
     )
-    corpus = open_corpus(prepare(config))
-    assert corpus.train.read(0, 100).tolist() == [0] * 100
-    assert corpus.val.read(0, 50).tolist() == [1] * 50
+    assert corpus.train["train"].read(0, 100).tolist() == [0] * 100
+    assert corpus.val["val"].read(0, 50).tolist() == [1] * 50
 
 
-def test_a_second_preparation_reads_the_cache(tmp_path: Path) -> None:
-    source = tmp_path / "t.txt"
-    source.write_text("some text " * 50)
-    config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
-    folder = prepare(config)
+def test_a_second_preparation_reads_the_cache(config: DataConfig) -> None:
+    (folder,) = prepare(config)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare(config) == folder
+    assert prepare(config) == [folder]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_the_cache_is_keyed_by_content_and_settings(tmp_path: Path) -> None:
-    source = tmp_path / "t.txt"
-    source.write_text("some text " * 50)
-    config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
-    variants = [
-        config,
-        config.model_copy(update={"val_fraction": 0.2}),
-        config.model_copy(update={"tokenizer": "char"}),
+def test_the_cache_is_keyed_by_content_and_settings(config: DataConfig) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"val_fraction": 0.2},
+        {"tokenizer": "char"},
+        {"tokenizer": "bpe", "vocab_size": 260},
+        {"tokenizer": "bpe", "vocab_size": 261},
+        {"deduplicate": True},
+        {"on_error": "skip"},
+        {"text_field": "body"},
+        {"val_source": config.source},
+        {"source": config.source * 2},
     ]
-    folders = [prepare(variant) for variant in variants]
-    source.write_text("other text " * 50)
-    folders.append(prepare(config))
-    assert len(set(folders)) == 4
+    folders = [prepare(config.model_copy(update=change))[0] for change in changes]
+    Path(config.source[0]).write_text("other text " * 50)
+    folders += prepare(config)
+    assert len(set(folders)) == len(changes) + 1
+    same = {"workers": 3, "weights": (1.0,), "packing": "best-fit", "vocab_size": 500}
+    assert prepare(config.model_copy(update=same)) == folders[-1:]
+
+
+def test_the_cache_is_keyed_by_the_content_of_a_tokenizer_file(config: DataConfig, tmp_path: Path) -> None:
+    (folder,) = prepare(config)
+    path = tmp_path / "mine.json"
+    shutil.copy(folder / "tokenizer.json", path)
+    first = prepare(config.model_copy(update={"tokenizer": str(path)}))
+    path.write_text(path.read_text().replace("<|endoftext|>", "</s>"))
+    second = prepare(config.model_copy(update={"tokenizer": str(path)}))
+    assert first != second
+    shutil.copy(path, tmp_path / "moved.json")
+    assert prepare(config.model_copy(update={"tokenizer": str(tmp_path / "moved.json")})) == second
 
 
 def test_xz_is_told_for_the_validation_text(tmp_path: Path) -> None:
     source = tmp_path / "t.txt"
     source.write_text("a" * 9000 + "".join(chr(97 + (i * i) % 23) for i in range(1000)))
-    facts = open_corpus(prepare(DataConfig(source=str(source), cache_dir=tmp_path, tokenizer="byte"))).facts
+    facts = opened(DataConfig(source=str(source), cache_dir=tmp_path, tokenizer="byte")).facts
     assert facts.xz_bits_per_byte is not None
     assert 0 < facts.xz_bits_per_byte < 8
 
@@ -130,34 +123,105 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     assert [path for path in (tmp_path / "c").iterdir() if path.is_dir()] == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"splits": {"train": [{}]}}'])
-def test_a_damaged_manifest_says_what_to_delete(tmp_path: Path, content: str) -> None:
-    (tmp_path / "corpus.json").write_text(content)
-    with pytest.raises(UserError, match=r"corpus.json: damaged; delete the folder"):
-        open_corpus(tmp_path)
-
-
-def test_a_cache_without_its_manifest_is_made_again(tmp_path: Path) -> None:
-    source = tmp_path / "t.txt"
-    source.write_text("some text " * 50)
-    config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
-    folder = prepare(config)
+def test_a_cache_without_its_manifest_is_made_again(config: DataConfig) -> None:
+    (folder,) = prepare(config)
     (folder / "corpus.json").unlink()
-    assert len(open_corpus(prepare(config)).train) == 451
+    assert len(opened(config).train["t"]) == 451
 
 
-def test_a_full_disk_names_the_cache_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_names_the_cache_and_nothing_looks_finished(tmp_path: Path) -> None:
     source = tmp_path / "t.txt"
     source.write_text("some text " * 5000)
-    with small_files(20_000), pytest.raises(UserError, match=r"--data.cache-dir .*: cannot be written: .*too large"):
-        prepare(DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte"))
-    assert [path for path in (tmp_path / "c").iterdir() if path.is_dir()] == []
+    config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
+    with (
+        small_files(20_000),
+        pytest.raises(
+            UserError, match=r"--data.cache-dir .*: cannot be written: .*too large; the same command goes on"
+        ),
+    ):
+        prepare(config)
+    assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir() and not path.name.startswith(".")]
+    assert len(opened(config).train["t"]) == 45_001
 
 
-def test_a_changed_cache_says_what_to_delete(tmp_path: Path) -> None:
-    source = tmp_path / "t.txt"
-    source.write_text("some text " * 50)
-    folder = prepare(DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte"))
-    (folder / "train-00000.safetensors").unlink()
-    with pytest.raises(UserError, match=f"is missing; delete the folder {folder}"):
-        open_corpus(folder)
+def test_a_changed_cache_says_what_to_delete(config: DataConfig) -> None:
+    (folder,) = prepare(config)
+    (folder / "train-000000.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"is missing; delete the folder {folder}"):
+        open_corpus([folder], config, BLOCK)
+
+
+def test_another_tokenizer_of_the_same_size_is_found_by_its_digest(config: DataConfig) -> None:
+    (folder,) = prepare(config)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"A":65,', '"A":66,').replace('"B":66,', '"B":65,'))
+    with pytest.raises(UserError, match=rf"{path}: not the tokenizer of this corpus: its SHA-256 is .*; restore it"):
+        open_corpus([folder], config, BLOCK)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path}: cannot be read"):
+        open_corpus([folder], config, BLOCK)
+
+
+def prepared(tmp_path: Path, name: str, **settings: Any) -> Path:
+    """A folder as gpt prepare leaves it."""
+    (tmp_path / f"{name}.txt").write_text(make_text(800, seed=len(name)))
+    cache = tmp_path / f"cache-{name}"
+    config = {"source": str(tmp_path / f"{name}.txt"), "cache_dir": cache, "tokenizer": "byte", **settings}
+    return prepare(DataConfig(**config))[0].rename(tmp_path / name)
+
+
+def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
+    one = prepared(tmp_path, "one")
+    (tmp_path / "one.txt").unlink()
+    config = tiny(tmp_path / "run", max_steps=2, data={"source": str(one), "tokenizer": "bpe"})  # the default
+    layout = lay_out(config)
+    assert layout.corpus.facts.vocab_size == 257
+    assert [*layout.corpus.train] == [*layout.corpus.val] == ["one"]
+    build(layout).train()
+
+
+def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
+    folders = [str(prepared(tmp_path, name)) for name in ("one", "second")]
+    base = {"source": folders, "tokenizer": "bpe"}
+    layout = lay_out(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
+    assert [*layout.corpus.train] == [*layout.corpus.val] == ["one", "second"]
+    build(layout).train()
+    together = open_corpus([Path(folder) for folder in folders], DataConfig(**base), BLOCK)
+    assert [len(stream) for stream in together.train.values()] == [sum(map(len, layout.corpus.train.values()))]
+    with pytest.raises(UserError, match=r"--data.weights: 3 for the sources one, second; give one for each"):
+        lay_out(tiny(tmp_path / "other", data={**base, "weights": [1, 1, 1]}))
+
+
+def test_folders_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
+    folders = [prepared(tmp_path, "one"), prepared(tmp_path, "second", tokenizer="char")]
+    with pytest.raises(UserError, match=rf"{folders[1]} was prepared with another tokenizer than {folders[0]}"):
+        open_corpus(folders, DataConfig(), BLOCK)
+
+
+def test_prepared_and_other_sources_are_not_mixed(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, "one")
+    with pytest.raises(UserError, match=rf"--data.source {folder} is prepared and others are not; .*gpt prepare"):
+        prepare(DataConfig(source=(str(folder), str(tmp_path / "one.txt")), cache_dir=tmp_path / "c"))
+    with pytest.raises(UserError, match=rf"--data.source {folder} is prepared and others are not"):
+        prepare(DataConfig(source=str(folder), val_source=str(tmp_path / "one.txt"), cache_dir=tmp_path / "c"))
+
+
+def test_a_wrong_tokenizer_for_a_prepared_folder_is_told_by_its_digest(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, "one")
+    corpus = open_corpus([folder], DataConfig(), BLOCK)
+    same = tmp_path / "same.json"
+    shutil.copy(folder / "tokenizer.json", same)
+    for right in ("byte", str(same), "bpe"):
+        assert tokenizer_note(DataConfig(source=str(folder), tokenizer=right), corpus) is None
+    assert tokenizer_note(DataConfig(source="stdlib", tokenizer="gpt2"), corpus) is None
+    note = tokenizer_note(DataConfig(source=str(folder), tokenizer="gpt2"), corpus)
+    assert note == f"the tokenizer is that of {folder}, not gpt2"
+    other = tmp_path / "other.json"
+    other.write_text(same.read_text().replace("<|endoftext|>", "</s>"))
+    with pytest.raises(UserError, match=rf"--data.tokenizer {other}: .* another one, of SHA-256 [0-9a-f]{{64}}; leave"):
+        tokenizer_note(DataConfig(source=str(folder), tokenizer=str(other)), corpus)
+
+
+def test_weights_are_as_many_as_sources(config: DataConfig) -> None:
+    with pytest.raises(UserError, match=r"--data.weights: 2 for 1 sources; give one for each"):
+        prepare(config.model_copy(update={"weights": (1.0, 2.0)}))

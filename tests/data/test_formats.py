@@ -1,6 +1,6 @@
 import gzip
 import json
-import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +12,19 @@ import pytest
 import zstandard
 
 from gpt.configs.data_config import DataConfig
+from gpt.data import formats
 from gpt.data.corpus import open_corpus, prepare
-from gpt.data.formats import Document, Records
-from gpt.data.readers import read_source
+from gpt.data.document import TextDocument
+from gpt.data.formats import Records
+from gpt.data.readers import find_source
 from gpt.errors import UserError
+from tests.conftest import read_documents
 
 TEXTS = ["first text\n", "zweiter Text: é🙂\u2028", "third\r\n{}"]
 
 
-def read(path: Path, text_field: str = "text", *, skip_bad: bool = False) -> list[str]:
-    return [document.text for document in read_source(str(path), Records(text_field, skip_bad=skip_bad))]
+def read(path: Path | str, text_field: str = "text") -> list[str]:
+    return [document.content.decode() for document in read_documents(path, Records(text_field, skip_bad=False))]
 
 
 def json_lines(field: str = "text") -> bytes:
@@ -70,6 +73,64 @@ def test_a_compressed_text_is_one_document(tmp_path: Path) -> None:
     assert read(tmp_path / "t.txt.gz") == ["Käse"]
 
 
+def test_an_empty_text_is_no_document(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('\n{"text": ""}\n\n{"text": "one"}\n')
+    assert read(tmp_path / "t.jsonl") == ["one"]
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b""))
+    assert read(tmp_path / "t.txt.gz") == []
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders as a dataset of the hub has them, of several files."""
+    root = tmp_path_factory.mktemp("hub")
+    for name in ("json", "parquet"):
+        (root / name).mkdir()
+    for index in range(3):
+        rows = [{"id": number, "text": f"document {index}.{number} é"} for number in range(4)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (root / "json" / f"train-{index:05d}-of-00003.jsonl").write_text(lines)
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), root / "parquet" / f"train-{index:05d}-of-00003.parquet"
+        )
+    (root / "parquet" / "validation-00000-of-00001.parquet").write_bytes(
+        (root / "parquet" / "train-00002-of-00003.parquet").read_bytes()
+    )
+    return root
+
+
+STREAMED = [f"document {index}.{number} é" for index in range(3) for number in range(4)]
+
+
+@pytest.mark.parametrize("name", ["json", "parquet"])
+def test_a_stream_gives_the_rows_of_its_files(hub: Path, name: str) -> None:
+    address = f"hf:{hub / name}"
+    assert find_source(address).files[0].size == 3  # files, each a part
+    assert read(address) == STREAMED == datasets.load_dataset(str(hub / name), split="train")["text"][:]
+    assert find_source(address).name == name
+
+
+def test_a_streams_configuration_and_split_can_be_named(hub: Path) -> None:
+    assert read(f"hf:{hub / 'parquet'}:default:validation") == STREAMED[-4:]
+    with pytest.raises(UserError, match=r"hf:.*parquet:default:nothing: cannot be read"):
+        read(f"hf:{hub / 'parquet'}:default:nothing")
+
+
+def test_a_streams_bad_record_is_named(hub: Path) -> None:
+    with pytest.raises(UserError, match=r"hf:.*json: row 0 of shard 0: no text under 'body'; .* another of: id, text"):
+        read(f"hf:{hub / 'json'}", "body")
+
+
+def test_a_stream_is_told_by_its_files_and_settings(hub: Path, tmp_path: Path) -> None:
+    shutil.copytree(hub / "parquet", tmp_path / "parquet")
+    digests = [
+        find_source(f"hf:{address}").sha256
+        for address in (hub / "parquet", f"{hub / 'parquet'}:default:validation", tmp_path / "parquet", hub / "json")
+    ]
+    assert digests[0] == digests[2]
+    assert len(set(digests)) == 3
+
+
 def test_a_datasets_train_split_is_taken(tmp_path: Path) -> None:
     one, two = (datasets.Dataset.from_dict({"text": [text]}) for text in ("one", "two"))
     datasets.DatasetDict({"test": one, "train": two}).save_to_disk(str(tmp_path / "both"))
@@ -107,12 +168,21 @@ def test_a_bad_record_names_file_and_line(tmp_path: Path, line: bytes, message: 
         read(path)
 
 
-def test_bad_records_are_left_out_and_counted_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_records_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"\n".join(line for line, _ in BAD) + b"\n" + json_lines())
-    with caplog.at_level(logging.WARNING):
-        assert read(path, skip_bad=True) == TEXTS
-    assert caplog.messages == [f"{path}: left out 6 bad records"]
+    records = Records("text", skip_bad=True)
+    assert [document.content.decode() for document in read_documents(path, records)] == TEXTS
+    assert records.skipped == 6
+
+
+def test_a_line_that_is_too_long_is_one_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "LONGEST_LINE", 100)
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * 500 + b'"}\n' + b'{"text": "short"}\n')
+    with pytest.raises(UserError, match=rf"{path}: line 1: not valid JSON: a line of 100 bytes or more"):
+        read(path)
+    assert [d.content for d in read_documents(path, Records("text", skip_bad=True))] == [b"short"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +192,6 @@ def test_bad_records_are_left_out_and_counted_when_asked(tmp_path: Path, caplog:
         ("late.jsonl.gz", gzip.compress(json_lines() * 9000)[:-20], "cannot be read"),
         ("late.jsonl.zst", zstandard.compress(json_lines() * 9000)[:-20] + b"x" * 20, "cannot be read"),
         ("t.parquet", b"PAR1 and no more", "cannot be read"),
-        ("t.jsonl", b"\n\n", "the file is empty"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -154,12 +223,15 @@ def test_records_are_documents_of_the_corpus(tmp_path: Path) -> None:
     config = DataConfig(
         source=str(tmp_path / "t.jsonl"), text_field="body", tokenizer="byte", cache_dir=tmp_path / "cache"
     )
-    facts = open_corpus(prepare(config)).facts
+    facts = open_corpus(prepare(config), config, 8).facts
     assert 3 <= facts.val_documents <= 20
     assert facts.val_tokens == facts.val_bytes + facts.val_documents
 
 
-def test_documents_are_named_by_line_and_row(tmp_path: Path) -> None:
+def test_documents_are_named_by_the_place_where_they_begin(tmp_path: Path) -> None:
     WRITERS["t.jsonl"](tmp_path / "t.jsonl")
-    documents = read_source(str(tmp_path), Records("text", skip_bad=False))
-    assert documents[1] == Document("t.jsonl:2", TEXTS[1])
+    write_parquet(tmp_path / "t.parquet")
+    second = json_lines().index(b"\n") + 1
+    documents = read_documents(tmp_path)
+    assert documents[1] == TextDocument(f"t.jsonl:{second}", TEXTS[1])
+    assert documents[4] == TextDocument("t.parquet:1", TEXTS[1])

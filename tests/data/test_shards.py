@@ -98,16 +98,16 @@ def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
     info = write(path, DOCUMENTS)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"{path}: the prepared shard has .* bytes instead of {info.size}"):
-        TokenStream([(path, info)], 2**16)
+        TokenStream([(tmp_path, info)], 2**16)
     path.write_bytes(b"")
     with pytest.raises(UserError, match=f"{path}: the prepared shard has 0 bytes"):
-        TokenStream([(path, info)], 2**16)
+        TokenStream([(tmp_path, info)], 2**16)
     path.write_bytes(b"\xff" * info.size)
     with pytest.raises(UserError, match=f"{path}: damaged"):
-        TokenStream([(path, info)], 2**16).read(0, 1)
+        TokenStream([(tmp_path, info)], 2**16).read(0, 1)
     path.unlink()
     with pytest.raises(UserError, match=f"{path}: the prepared shard is missing"):
-        TokenStream([(path, info)], 2**16)
+        TokenStream([(tmp_path, info)], 2**16)
 
 
 def test_every_flipped_bit_is_found_where_it_is_read_and_only_there(tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_every_flipped_bit_is_found_where_it_is_read_and_only_there(tmp_path: Pa
         changed = bytearray(sound)
         changed[place] ^= 1 << (place % 8)
         path.write_bytes(changed)
-        stream = TokenStream([(path, info)], 2**16)
+        stream = TokenStream([(tmp_path, info)], 2**16)
         with pytest.raises(UserError, match=rf"{path}: (damaged|changed)"):
             stream.read(0, len(stream))
         block = (place - first_token) // BLOCK_BYTES
         others = [start for start in range(0, info.tokens, PER_BLOCK) if start // PER_BLOCK != block]
         if place >= first_token:
             for start in others:
-                assert TokenStream([(path, info)], 2**16).read(start, 1) == sound_token(sound, first_token, start)
+                assert TokenStream([(tmp_path, info)], 2**16).read(start, 1) == sound_token(sound, first_token, start)
 
 
 def sound_token(content: bytes, first_token: int, index: int) -> int:
@@ -141,7 +141,7 @@ def test_a_changed_token_beyond_the_vocabulary_is_named_with_its_offset(tmp_path
     content[-2 * 5000 :][:2] = b"\xff\xff"
     content[len(content) - 10_000 : len(content) - 9_998] = (60_000).to_bytes(2, "little")
     path.write_bytes(content)
-    stream = TokenStream([(path, info)], 300)
+    stream = TokenStream([(tmp_path, info)], 300)
     assert stream.read(0, 10).tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
     with pytest.raises(UserError, match=f"{path}: changed since .* token 60000 at offset 25000 is no token at all"):
         stream.read(24_990, 20)
@@ -151,4 +151,4 @@ def test_a_shard_of_a_larger_vocabulary_is_refused_with_the_token(tmp_path: Path
     path = tmp_path / "train-0.safetensors"
     info = write(path, [([1, 2, 400, 3], 1)])
     with pytest.raises(UserError, match=f"{path}: token 400 at offset 2 is not in the tokenizer's vocabulary of 300"):
-        TokenStream([(path, info)], 300)
+        TokenStream([(tmp_path, info)], 300)

@@ -12,6 +12,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt.data import tokenizer as module
+from gpt.data.formats import CUT
 from gpt.data.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
@@ -26,7 +27,7 @@ from gpt.errors import UserError
 TEXT = "def main():\n    return 'héllo 🙂'  # 12345 it's\r\n\n\n\tx = y\n" * 20
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte": byte_tokenizer,
-    "char": lambda: char_tokenizer([fuzz_text()]),
+    "char": lambda: char_tokenizer(fuzz_text()),
     "bpe": lambda: train_bpe([TEXT, Path(module.__file__).read_text()], 400),
     "gpt2": gpt2_tokenizer,
 }
@@ -83,10 +84,10 @@ def test_bytes_are_their_own_ids() -> None:
 
 
 def test_characters_are_in_code_point_order_as_nanogpt_has_them() -> None:
-    tokenizer = char_tokenizer(["banana\n", "🙂"])
+    tokenizer = char_tokenizer("banana\n🙂")
     assert tokenizer.encode("\nabn🙂").tolist() == [0, 1, 2, 3, 4]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (5, None)
-    assert char_tokenizer(["a", "b", "c"], has_documents=True).end_of_text == 3
+    assert char_tokenizer("abc", has_documents=True).end_of_text == 3
     with pytest.raises(UserError, match="the character 'x' is not among the tokenizer's"):
         tokenizer.encode("bax")
 
@@ -129,7 +130,7 @@ def test_other_tokenizers_go_through_the_library(tmp_path: Path) -> None:
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "model": 2}, unk_token="[UNK]"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     library.save(str(tmp_path / "words.json"))
-    tokenizer = build_tokenizer(str(tmp_path / "words.json"), 0, [], [], has_documents=False)
+    tokenizer = build_tokenizer(str(tmp_path / "words.json"))
     assert tokenizer.encode("the model is").tolist() == [1, 2, 0]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (3, None)
 
@@ -186,6 +187,32 @@ def test_a_million_repeated_characters_have_the_librarys_ids(run: str) -> None:
     assert tokenizer.encode(text).tolist() == tokenizers.Tokenizer.from_str(tokenizer.definition).encode(text).ids
 
 
+def test_a_text_that_is_cut_has_the_ids_of_the_whole() -> None:
+    draw = random.Random(0)
+    pieces = [
+        *"ab1!.é字。あ\ue000🙂\u0301",
+        "'s",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "\u3000",
+        "\u0301",
+        "\u2028",
+        "\x85",
+    ]
+    tokenizer = gpt2_tokenizer()
+    assert isinstance(tokenizer._encode, module._TiktokenEncoder)
+    theirs = tokenizer._encode._encoding
+    for text in ("".join(draw.choices(pieces, k=draw.randrange(1, 20))) for _ in range(1500)):
+        assert tokenizer._encode._in_pieces(text, 1).tolist() == theirs.encode_ordinary(text)
+        cuts = [match.start() for match in CUT.finditer(text.encode())]
+        assert cuts == [len(text[: match.start()].encode()) for match in module.CUT.finditer(text)]
+
+
 @pytest.mark.parametrize("merges", [["b c", "a b", "ab c"], ["a b", "c d", "b c", "a bcd", "bc d"]])
 def test_merges_that_tiktoken_would_not_make_are_left_to_the_library(merges: list[str]) -> None:
     definition = json.loads(byte_tokenizer().definition)
@@ -240,7 +267,7 @@ def test_text_that_cannot_be_encoded_is_one_line() -> None:
 
 def test_an_empty_prompt_starts_a_document() -> None:
     assert byte_tokenizer().encode_prompt("") == [256]
-    assert char_tokenizer(["ab"]).encode_prompt("") == [0]
+    assert char_tokenizer("ab").encode_prompt("") == [0]
     assert byte_tokenizer().encode_prompt("a") == [97]
 
 
@@ -252,5 +279,5 @@ def test_a_bad_tokenizer_file_is_named(tmp_path: Path, content: str | None, mess
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        build_tokenizer(str(path), 0, [], [], has_documents=False)
+        build_tokenizer(str(path))
     assert str(path) in str(error.value)

@@ -1,0 +1,144 @@
+"""How soon a run has its first batch at token 10^12 of a corpus of 4 * 10^12 tokens, and what memory that takes.
+
+    python -m benchmarks.seek
+    python -m benchmarks.seek --shard-tokens 2147483648
+
+The corpus is real but for its tokens, which are all 0: one sparse shard, under as many names as it takes, with the
+offsets of documents and the digests of blocks, a manifest and a tokenizer. It needs a file system with sparse files and
+hard links, and a few megabytes of it. A fresh process opens it; what is measured begins when everything is imported.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import spread, verdict, write_manifest
+from gpt.configs.data_config import DataConfig
+from gpt.configs.run_plan import BatchPlan
+from gpt.data.corpus import open_corpus, sequences_of
+from gpt.data.data_loader import DataLoader
+from gpt.data.shards import BLOCK_BYTES, ShardInfo
+
+POSITION = 10**12
+TOKENS = 4 * 10**12
+BLOCK_SIZE, BATCH = 1024, 16
+DOCUMENT = 1024
+"""Tokens of each document."""
+MOST_SECONDS, MOST_MEGABYTES = 1.0, 100
+
+
+def main() -> None:
+    """Make the corpus, open it in fresh processes, print medians."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--shard-tokens", type=int, default=2**28, help="what gpt prepare makes of so many tokens")
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--open", type=Path, help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.open:
+        print(json.dumps(_first_batch(given.open)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        n_shards = _write_corpus(folder, given.shard_tokens)
+        used = sum({file.stat().st_ino: file.stat().st_blocks * 512 for file in folder.iterdir()}.values())
+        print(f"{n_shards:,} shards of {given.shard_tokens:,} tokens; {used / 1e6:.0f} MB on the disk")
+        command = [sys.executable, "-m", "benchmarks.seek", "--open", name]
+        runs = [json.loads(subprocess.check_output(command)) for _ in range(given.repeats)]
+    required = {"both": MOST_SECONDS, "memory": MOST_MEGABYTES}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        kept = verdict(statistics.median(values), required[name], at_least=False) if name in required else ""
+        print(f"  {name:32} {spread(values, ' MB' if 'memory' in name else ' s', 3):40} {kept}")
+
+
+def _first_batch(folder: Path) -> dict[str, float]:
+    """Seconds, and megabytes above what the imports take."""
+    before, start, cpu = _resident_bytes(), time.perf_counter(), time.process_time()
+    config = DataConfig(source=(str(folder),))
+    corpus = open_corpus([folder], config, BLOCK_SIZE)
+    sequences = sequences_of(corpus, config, BLOCK_SIZE, seed=0)
+    opened = time.perf_counter()
+    batch = BatchPlan(micro_batch_size=BATCH, block_size=BLOCK_SIZE, world_size=1, grad_accum_steps=1)
+    with DataLoader(sequences, batch, rank=0, device=torch.device("cpu")) as loader:
+        inputs = loader.batch_of(POSITION // batch.tokens_per_step).micro_batches[0].inputs
+        done, memory, cpu = time.perf_counter(), _peak_bytes() - before, time.process_time() - cpu
+    assert inputs.shape == (BATCH, BLOCK_SIZE)
+    return {
+        "open": opened - start,
+        "first batch": done - opened,
+        "both": done - start,
+        "both, CPU time": cpu,
+        "memory": memory / 1e6,
+        "memory, the second batch fetched": (_peak_bytes() - before) / 1e6,
+    }
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _write_corpus(folder: Path, shard_tokens: int) -> int:
+    """One sparse shard under many names, and the manifest of them all; returns how many."""
+    first = folder / "train-000000.safetensors"
+    index_sha256 = _write_sparse_shard(first, shard_tokens)
+    shards = []
+    for number in range(-(-TOKENS // shard_tokens)):
+        path = folder / f"train-{number:06d}.safetensors"
+        if number:
+            path.hardlink_to(first)
+        shards.append(
+            ShardInfo(
+                file=path.name,
+                sha256="0" * 64,  # of the whole file, which opening does not read
+                index_sha256=index_sha256,
+                size=first.stat().st_size,
+                tokens=shard_tokens,
+                documents=shard_tokens // DOCUMENT,
+                text_bytes=shard_tokens,
+                largest_id=0,
+            )
+        )
+    write_manifest(folder, shards)
+    return len(shards)
+
+
+def _write_sparse_shard(path: Path, n_tokens: int) -> str:
+    """A shard as `gpt.data.shards` describes it whose tokens are a hole in the file; returns its index's digest."""
+    block_digest = int.from_bytes(hashlib.sha256(bytes(BLOCK_BYTES)).digest()[:8], "little")
+    offsets = np.arange(0, n_tokens + 1, DOCUMENT, dtype=np.uint64)
+    assert offsets[-1] == n_tokens and 2 * n_tokens % BLOCK_BYTES == 0, f"give a multiple of {BLOCK_BYTES} tokens"
+    arrays = {
+        "document_offsets": offsets,
+        "document_bytes": np.diff(offsets),
+        "block_digests": np.full(2 * n_tokens // BLOCK_BYTES, block_digest, dtype=np.uint64),
+    }
+    header, at = {}, 0
+    for name, array in arrays.items():
+        header[name] = {"dtype": "U64", "shape": [len(array)], "data_offsets": [at, at := at + array.nbytes]}
+    header["tokens"] = {"dtype": "U16", "shape": [n_tokens], "data_offsets": [at, at + 2 * n_tokens]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    index = b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())])
+    with path.open("wb") as file:
+        file.write(index)
+        file.truncate(len(index) + 2 * n_tokens)
+    return hashlib.sha256(index).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt.commands.prepare import run
+from gpt.data import parts
+from gpt.data.manifest import read_manifest
+from gpt.errors import UserError
+from gpt.main import main
+from tests.conftest import contents, make_text
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
+    path.write_text("".join(json.dumps({"body": make_text(50, seed=index)}) + "\n" for index in range(40)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(lines: Path) -> Path:
+    out = lines.parent / "prepared"
+    assert run([str(lines), "--out", str(out), "--text-field", "body", "--tokenizer", "byte"]) == 0
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """What is said, in one line, by a command that ends with status 2."""
+    capsys.readouterr()
+    assert main(["prepare", *map(str, argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gpt: error: ")
+    assert error.count("\n") == 1
+    assert "--data." not in error
+    return error
+
+
+def test_it_shows_what_it_made(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--text-field", "body", "--tokenizer", "byte", "--workers", "1"]
+    assert main(["prepare", str(lines), str(lines), "--out", str(tmp_path / "new" / "out"), *flags]) == 0
+    out = capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "new" / "out")
+    for fact in (
+        manifest.sha256,
+        "257 tokens, end_of_text 256",
+        "80 documents",
+        "lines train",
+        "lines-2 val",
+        "uint16",
+    ):
+        assert fact in out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_inspect_shows_the_facts_and_a_text(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "--inspect", str(prepared)]) == 0
+    out = capsys.readouterr().out
+    assert read_manifest(prepared).sha256 in out
+    assert "<|endoftext|>" in out
+    assert any(make_text(50, seed=index)[:60].split("\n")[0] in out for index in range(40))
+
+
+def test_inspect_finds_a_flipped_bit_in_any_file(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(prepared, tmp_path / "out")
+    draw = random.Random(0)
+    for path in sorted((tmp_path / "out").iterdir()):
+        sound = path.read_bytes()
+        for place in (0, len(sound) - 2, *(draw.randrange(len(sound)) for _ in range(10))):
+            changed = bytearray(sound)
+            changed[place] ^= 1 << draw.randrange(7)
+            path.write_bytes(changed)
+            assert str(path) in refused(capsys, "--inspect", tmp_path / "out")
+        path.write_bytes(sound)
+    assert main(["prepare", "--inspect", str(tmp_path / "out")]) == 0
+    (tmp_path / "out" / "train-000000.safetensors").unlink()
+    assert "train-000000.safetensors: cannot be read: No such file" in refused(capsys, "--inspect", tmp_path / "out")
+
+
+def test_inspect_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{tmp_path}: no prepared corpus here" in refused(capsys, "--inspect", tmp_path)
+
+
+def test_a_mistake_is_one_line_with_the_flags_of_this_command(
+    lines: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", tmp_path / "out", "--tokenizer", "byte")
+    assert "usage: gpt prepare SOURCE... --out DIR" in refused(capsys)
+    assert "usage: gpt prepare SOURCE... --out DIR" in refused(capsys, lines)
+    assert "usage: gpt prepare SOURCE... --out DIR" in refused(capsys, *out)
+    error = refused(capsys, lines, *out)
+    assert error.startswith(f"gpt: error: {lines}: line 1: no text under 'text'; --text-field names another of: body")
+    assert "(--on-error skip leaves such records out)" in error
+    assert refused(capsys, "none.txt", *out).startswith("gpt: error: none.txt: no such file or folder")
+    error = refused(capsys, lines, *out, "--text-field", "body", "--val-source", "none.txt")
+    assert error.startswith("gpt: error: --val-source none.txt: no such file or folder")
+    assert "--tokenizer none.json: no such file" in refused(
+        capsys, lines, "--text-field", "body", "--out", tmp_path / "out", "--tokenizer", "none.json"
+    )
+    assert f"--out {prepared} is there already; gpt prepare --inspect" in refused(capsys, lines, "--out", prepared)
+    assert f"--out {lines}: cannot write there" in refused(capsys, lines, "--out", lines / "out")
+    assert "unknown flag --text-feild; did you mean --text-field?" in refused(capsys, lines, "--text-feild", "x")
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_bad_text_is_told_with_file_and_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--out", tmp_path / "out", "--tokenizer", "byte")
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"good \xff")
+    assert f"{path}: not UTF-8 at byte offset 5 (0xff)" in refused(capsys, path, *flags)
+    path.write_bytes(b"")
+    assert f"{path}: the file is empty; name one with text in it" in refused(capsys, path, *flags)
+    path.write_text('{"text": "\\ud800"}\n{"text": "b"}\n')
+    assert f"{path}: line 1: not valid Unicode: a lone surrogate" in refused(capsys, path, *flags)
+
+
+def test_a_missing_library_names_its_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    error = refused(capsys, tmp_path / "t.parquet", "--out", tmp_path / "out", "--tokenizer", "byte")
+    assert "t.parquet: needs pyarrow.parquet; pip install 'gpt-training-pipeline[parquet]'" in error
+
+
+def test_bad_records_of_any_part_are_counted(
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    (tmp_path / "t.jsonl").write_bytes(b"nonsense\n" + lines.read_bytes() + b'{"body": 7}\n')
+    flags = ["--out", str(tmp_path / "out"), "--tokenizer", "byte", "--text-field", "body"]
+    error = refused(capsys, tmp_path / "t.jsonl", *flags, "--workers", "1")
+    assert f"{tmp_path / 't.jsonl'}: line 1: not valid JSON" in error
+    assert run([str(tmp_path / "t.jsonl"), *flags, "--on-error", "skip", "--workers", "2"]) == 0
+    assert "2 bad records, 0 duplicates" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "out").sources[0].skipped_records == 2
+
+
+def test_one_very_long_line_is_prepared_in_bounded_memory(tmp_path: Path) -> None:
+    size = 8_000_000
+    (tmp_path / "line.txt").write_text(make_text(1000).replace("\n", " ") * (size // 5000))
+    code = (
+        "import sys; from gpt.main import main; status = main(); import resource;"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(status)"
+    )
+    flags = ["--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1"]
+    command = [sys.executable, "-c", code, "prepare", str(tmp_path / "line.txt"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stderr.split()[-1]) * unit < 600 * 2**20
+    assert read_manifest(tmp_path / "out").text_bytes == (tmp_path / "line.txt").stat().st_size
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_repeated_characters_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["a" * 100_000, " " * 100_000, "\n" * 100_000, "b c"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ["--out", str(tmp_path / "out"), "--vocab-size", "300"]
+    assert run([str(tmp_path / "t.jsonl"), *flags]) == 0
+    assert read_manifest(tmp_path / "out").text_bytes == sum(map(len, texts))
+
+
+FULL = """
+mount -t tmpfs -o size=1m none "$1" || exit 99
+"$2" -m gpt.main prepare "$3" --out "$1/out" --text-field body --tokenizer byte --workers 1 2> "$4/error"
+echo $? > "$4/status"
+ls -A "$1" > "$4/left"
+mount -o remount,size=50m "$1"
+"$2" -m gpt.main prepare "$3" --out "$1/out" --text-field body --tokenizer byte --workers 1 && cp -r "$1/out" "$4/out"
+"""
+
+
+def test_on_a_full_disk_the_same_command_finishes_when_there_is_room(lines: Path, tmp_path: Path) -> None:
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    source, disk = tmp_path / "lines.jsonl", tmp_path / "disk"
+    source.write_bytes(lines.read_bytes() * 100)
+    disk.mkdir()
+    command = ["unshare", "-rm", "sh", "-c", FULL, "sh", str(disk), sys.executable, str(source), str(tmp_path)]
+    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
+    if done.returncode == 99:
+        pytest.skip("no file system may be mounted here")
+    assert done.returncode == 0
+    error = (tmp_path / "error").read_text()
+    assert error.startswith(
+        f"gpt: error: --out {disk / 'out'}: cannot be written: No space left on device; the same command"
+    )
+    assert error.count("\n") == 1
+    assert (tmp_path / "status").read_text() == "2\n"
+    assert "out" not in (tmp_path / "left").read_text().split()
+    flags = ["--text-field", "body", "--tokenizer", "byte", "--workers", "1"]
+    assert run([str(source), "--out", str(tmp_path / "whole"), *flags]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_message_of_another_command_is_not_changed() -> None:
+    with pytest.raises(UserError, match=r"^--val-fraction 0.9: must be at most 0.5"):
+        run(["x", "--out", "y", "--val-fraction", "0.9"])
