@@ -1,21 +1,14 @@
-"""One part -> shards, and the process that does it: `run_tasks` hands parts to as many of them as there are cores.
-
-A worker is this module, started as a program of its own and spoken to in lines of JSON: it needs no guard in the
-user's main module, inherits no threads, and imports no torch.
-"""
+"""One part -> shards, and the program that a worker process runs: see `gpt.data.worker_pool`."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import queue
-import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +52,8 @@ class Job:
     text_field: str
     skip_bad: bool
     val_fraction: float
+    size: int
+    """Bytes of all sources."""
     deduplicate: bool
 
     def records(self) -> Records:
@@ -96,7 +91,7 @@ def split_batches(
     """(training, validation) documents of a part, some mebibytes at a time."""
     for batch in batched(documents, PART_BYTES):
         if part.role is None:
-            yield split(batch, job.val_fraction)
+            yield split(batch, job.val_fraction, corpus_size=job.size)
         else:
             yield ([], batch) if part.role == "val" else (batch, [])
 
@@ -117,8 +112,7 @@ class PartWorker:
 
     def __init__(self, job: Job):
         self._job, self._folder = job, Path(job.folder)
-        path = self._folder / TOKENIZER
-        self._tokenizer = Tokenizer.from_file(path) if path.exists() else None  # duplicates are found without it
+        self._loaded: Tokenizer | None = None
 
     def do(self, action: Action, index: int, part: Part, advance: Advance) -> None:
         """Carry out one task; its result is in the folder.
@@ -132,6 +126,14 @@ class PartWorker:
         else:
             self._write_shards(index, part, advance)
 
+    @property
+    def _tokenizer(self) -> Tokenizer | None:
+        """None while it is not known: duplicates are found before it is learnt."""
+        path = self._folder / TOKENIZER
+        if self._loaded is None and path.exists():
+            self._loaded = Tokenizer.from_file(path)
+        return self._loaded
+
     def _write_digests(self, index: int, part: Part, advance: Advance) -> None:
         """SHA-256 of every document, cut to 128 bits: enough that no two differing texts of a corpus ever share it."""
         digests = bytearray()
@@ -141,21 +143,22 @@ class PartWorker:
         write_bytes(self._job.digests_path(index), np.frombuffer(digests, dtype=np.uint8))
 
     def _write_shards(self, index: int, part: Part, advance: Advance) -> None:
-        assert self._tokenizer is not None
+        tokenizer = self._tokenizer
+        assert tokenizer is not None
         records = self._job.records()
         names = {role: self._folder / f"{role}-{index:06d}.safetensors" for role in ("train", "val")}
-        size = self._tokenizer.vocab_size
+        size = tokenizer.vocab_size
         with (
             ShardWriter(names["train"], size, continues=part.continues) as train,
             ShardWriter(names["val"], size, continues=part.continues) as val,
         ):
-            documents, duplicates = kept_documents(self._job, index, part, records, self._tokenizer)
-            first = self._tokenizer.document_start
+            documents, duplicates = kept_documents(self._job, index, part, records, tokenizer)
+            first = tokenizer.document_start
             continues = part.continues
             for batches in split_batches(self._job, part, documents):
                 for writer, batch in zip((train, val), batches, strict=True):
                     for document in batch:
-                        ids, text_bytes = document.encode(self._tokenizer)
+                        ids, text_bytes = document.encode(tokenizer)
                         writer.add(ids, text_bytes, start=None if continues else first)
                         advance(text_bytes, len(ids))
                         continues = False
@@ -163,101 +166,6 @@ class PartWorker:
                 train=train.finish(), val=val.finish(), skipped_records=records.skipped, duplicates=duplicates
             )
         write_text(self._job.record_path(index), record.model_dump_json())
-
-
-def run_tasks(job: Job, action: Action, tasks: Sequence[tuple[int, Part]], workers: int, advance: Advance) -> None:
-    """Do `action` to every (index, part), by as many processes as `workers`; by this one if that is one.
-
-    Raises:
-        UserError, OSError: what the first failing part raised; the others are stopped.
-    """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        worker = PartWorker(job) if tasks else None
-        for index, part in tasks:
-            assert worker is not None
-            worker.do(action, index, part, advance)
-        return
-    queue = iter(tasks)
-    lock = threading.Lock()
-    failures: list[BaseException] = []
-    with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(_Process(job)) for _ in range(workers)]
-
-        def serve(process: _Process) -> None:
-            try:
-                while not failures:
-                    with lock:
-                        task = next(queue, None)
-                    if task is None:
-                        return
-                    process.do(action, *task, advance)
-            except BaseException as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=serve, args=(process,), daemon=True) for process in processes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive() and not failures:  # so that Ctrl-C is heard, and a failure ends the others
-                thread.join(0.1)
-    if failures:
-        raise failures[0]
-
-
-# Ctrl-C reaches the whole group, also while a worker is still starting; who started it ends it.
-_START = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.path.insert(0, sys.argv[1])
-from gpt.data.part_worker import main
-main()
-"""
-
-
-class _Process:
-    """A worker process, on the side of those who give it tasks."""
-
-    def __init__(self, job: Job):
-        root = str(Path(__file__).parents[2])
-        command = [sys.executable, "-P", "-c", _START, root]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
-        self._send(asdict(job))
-
-    def __enter__(self) -> "_Process":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()  # what it was doing is done again, or was done
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                assert stream is not None
-                stream.close()
-
-    def do(self, action: Action, index: int, part: Part, advance: Advance) -> None:
-        """One task; raises what it raised, and ChildProcessError if the process ends instead of answering."""
-        self._send({"action": action, "index": index, "part": part.to_json()})
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            match json.loads(line):
-                case {"advance": [size, tokens]}:
-                    advance(size, tokens)
-                case {"mistake": message}:
-                    raise UserError(message)
-                case {"failure": [number, text, name]}:
-                    raise OSError(number, text, name)
-                case {"done": _}:
-                    return
-        status = self._process.wait()
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        raise ChildProcessError(errno.ECHILD, f"a process that prepares data {how}")
-
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its status is told where its answer is awaited
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
 
 
 class _Reporter:
@@ -301,13 +209,11 @@ def _listen(tasks: "queue.SimpleQueue[str]") -> None:
 
 
 def _serve(tasks: "queue.SimpleQueue[str]", send: Callable[[dict[str, Any]], None]) -> None:
-    worker: PartWorker | None = None
-    job = Job(**json.loads(tasks.get()))
+    worker = PartWorker(Job(**json.loads(tasks.get())))
     while True:
         task = json.loads(tasks.get())
         report = _Reporter(send)
         try:
-            worker = worker or PartWorker(job)
             worker.do(task["action"], task["index"], Part.from_json(task["part"]), report)
             report.flush()
             send({"done": task["index"]})

@@ -34,14 +34,14 @@ from gpt.data.part_worker import (
     PartRecord,
     is_deduplicated,
     kept_documents,
-    run_tasks,
     split_batches,
     write_bytes,
 )
-from gpt.data.parts import Part, Role, cut_into_parts
+from gpt.data.parts import PART_BYTES, Part, Role, cut_into_parts
 from gpt.data.readers import Source, find_source
 from gpt.data.shards import ShardInfo, token_dtype
 from gpt.data.tokenizer import Tokenizer, build_tokenizer, char_tokenizer, train_bpe
+from gpt.data.worker_pool import WorkerPool
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
 from gpt.utils.cpu_runtime import usable_cores
@@ -162,6 +162,7 @@ class _Preparation:
             text_field=config.text_field,
             skip_bad=config.on_error == "skip",
             val_fraction=config.val_fraction,
+            size=sum(file.size for source in found.sources for file in source.files),
             deduplicate=config.deduplicate,
         )
 
@@ -186,13 +187,14 @@ class _Preparation:
         """Leave in the folder what a prepared corpus consists of, all of it on the disk."""
         if not (self._folder / MANIFEST).exists():
             log.info("preparing %s: %s, %sB", *self._size())
-            given = self._given_tokenizer()
-            parts = [self._parts_of(source, role, given) for source, role in self._in_turn()]
-            tasks = list(enumerate(part for group in parts for part in group))
-            if self._config.deduplicate:
-                self._find_duplicates(tasks)
-            tokenizer = given or self._saved(lambda: self._learn_tokenizer(tasks))
-            self._make_shards(tasks)
+            with WorkerPool(self._job, self._n_workers()) as pool:  # they start while the tokenizer is built
+                given = self._given_tokenizer()
+                parts = [self._parts_of(source, role, given) for source, role in self._in_turn()]
+                tasks = list(enumerate(part for group in parts for part in group))
+                if self._config.deduplicate:
+                    self._find_duplicates(pool, tasks)
+                tokenizer = given or self._saved(lambda: self._learn_tokenizer(tasks))
+                self._make_shards(pool, tasks)
             self._finish(tokenizer, parts, tasks)
         shutil.rmtree(self._folder / RECORDS, ignore_errors=True)
         for file in self._folder.iterdir():
@@ -202,6 +204,13 @@ class _Preparation:
                 fsync(file)
         (self._folder / IDENTITY).unlink()  # the last: without it nobody knows what else is here
         fsync(self._folder)
+
+    def _n_workers(self) -> int:
+        """As many as are wanted, and no more than there will be parts, where files tell."""
+        files = [file for source in self._found.sources for file in source.files]
+        if any(file.kind in ("dataset", "hub") for file in files):
+            return self._workers
+        return min(self._workers, -(-self._job.size // PART_BYTES))
 
     def _in_turn(self) -> Iterator[tuple[Source, Role | None]]:
         return zip(self._found.sources, self._found.roles, strict=True)
@@ -220,9 +229,11 @@ class _Preparation:
 
     def _saved(self, build: Callable[[], Tokenizer]) -> Tokenizer:
         path = self._folder / TOKENIZER
-        if not path.exists():
-            write_text(path, build().definition)
-        return Tokenizer.from_file(path)
+        if path.exists():
+            return Tokenizer.from_file(path)
+        tokenizer = build()
+        write_text(path, tokenizer.definition)
+        return tokenizer
 
     def _given_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that is asked for; None if it is to be learnt."""
@@ -279,11 +290,11 @@ class _Preparation:
                 if taken >= each and not unlimited:
                     break
 
-    def _find_duplicates(self, tasks: Sequence[tuple[int, Part]]) -> None:
+    def _find_duplicates(self, pool: WorkerPool, tasks: Sequence[tuple[int, Part]]) -> None:
         """Of documents that are equal the first is kept, in the order of the sources."""
         tasks = [(index, part) for index, part in tasks if is_deduplicated(part)]
         todo = [(index, part) for index, part in tasks if not self._job.digests_path(index).exists()]
-        self._run("looking for duplicates", "digests", todo)
+        self._run(pool, "looking for duplicates", "digests", todo)
         digests = [np.fromfile(self._job.digests_path(index), np.uint64).reshape(-1, 2) for index, _ in tasks]
         together = np.concatenate([np.zeros((0, 2), np.uint64), *digests])
         order = np.lexsort((together[:, 0], together[:, 1]))  # stable: equal ones stay in the order of the documents
@@ -295,13 +306,13 @@ class _Preparation:
             write_bytes(self._job.kept_path(index), kept[start : start + len(digest)])
             start += len(digest)
 
-    def _make_shards(self, tasks: Sequence[tuple[int, Part]]) -> None:
+    def _make_shards(self, pool: WorkerPool, tasks: Sequence[tuple[int, Part]]) -> None:
         todo = [(index, part) for index, part in tasks if not self._is_done(index)]
         if 0 < len(todo) < len(tasks):
             log.info("%d of %d parts are prepared already", len(tasks) - len(todo), len(tasks))
-        self._run("tokenizing", "shards", todo)
+        self._run(pool, "tokenizing", "shards", todo)
 
-    def _run(self, what: str, action: Action, tasks: Sequence[tuple[int, Part]]) -> None:
+    def _run(self, pool: WorkerPool, what: str, action: Action, tasks: Sequence[tuple[int, Part]]) -> None:
         started, done = time.perf_counter(), np.zeros(2, dtype=np.int64)
         with progress_bar(what, total=sum(part.size for _, part in tasks)) as advance:
 
@@ -309,7 +320,7 @@ class _Preparation:
                 done[:] += (size, tokens)
                 advance(size, tokens)
 
-            run_tasks(self._job, action, tasks, self._workers, count)
+            pool.run(action, tasks, count)
         seconds = time.perf_counter() - started
         if done[1] and seconds > 10:
             log.info("tokenized %sB/s, %s tokens/s", si(done[0] / seconds), si(done[1] / seconds))

@@ -24,8 +24,10 @@ END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names under which published tokenizers carry the token that separates documents."""
 
-# GPT-2's split of text into words: openai/gpt-2, encoder.py. tiktoken and `tokenizers` know it under this form.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# GPT-2's split of text into words: openai/gpt-2, encoder.py. No two of the first four alternatives can begin with the
+# same characters but that contractions come before other signs, so letters may come first; and in a group of their own
+# they are left to a plain automaton, for it is the look-ahead alone that needs tiktoken's slower engine. A third faster.
+GPT2_PATTERN = r"""(?: ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"""
 
 BPE_VARIANTS = (
     *("dropout", "continuing_subword_prefix", "end_of_word_suffix"),
@@ -44,6 +46,9 @@ PROBE = "".join(
     ]
 )
 """Text of every kind, on which two ways of encoding are compared before the faster one is trusted."""
+
+PROVED = frozenset({"cec27cb89f428497695f4e2a90118d636a594654897a44c0fb11b8f185521820"})
+"""SHA-256 of definitions of which it is known that tiktoken makes the very same merges: GPT-2's. A test proves it."""
 
 PIECE = 2**18
 """Characters that are encoded at once. What a piece cannot have from the fast path costs the slow one no more memory
@@ -89,7 +94,8 @@ class Tokenizer:
 
     @cached_property
     def _encode(self) -> Encoder:
-        return _encoder(json.loads(self.definition), self._library)  # half a second, and not everyone encodes
+        # Not everyone encodes, and to build this takes half a second.
+        return _encoder(json.loads(self.definition), self._library, is_proved=self.sha256 in PROVED)
 
     @cached_property
     def _is_byte_level(self) -> bool:
@@ -272,7 +278,7 @@ def _short_pieces(text: str) -> Iterator[str]:
         yield from (piece[start : start + LONGEST_WORD] for start in range(0, len(piece), LONGEST_WORD))
 
 
-def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> Encoder:
+def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer, *, is_proved: bool) -> Encoder:
     """For byte-level BPE tiktoken, which is several times faster, for characters a table, else the library itself."""
     model, pre_tokenizer = definition["model"], definition.get("pre_tokenizer")
 
@@ -287,7 +293,7 @@ def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> Encod
     if not plain_bpe:
         return by_library
     pattern = _tiktoken_pattern(pre_tokenizer)
-    if pattern is not None and _is_tiktokens(model["vocab"], model["merges"]):
+    if pattern is not None and (is_proved or _is_tiktokens(model["vocab"], model["merges"])):
         return _checked(lambda: _TiktokenEncoder(model["vocab"], pattern, library.normalizer, by_library), by_library)
     is_characters = not model["merges"] and all(len(token) == 1 for token in model["vocab"])
     if pre_tokenizer is None and library.normalizer is None and is_characters:

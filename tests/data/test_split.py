@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 
 from gpt.data.document import Document, TextDocument
@@ -65,3 +67,21 @@ def test_batches_keep_every_document_in_order(limit: int) -> None:
     assert all(batches)
     assert all(sum(d.size for d in batch[:-1]) < limit for batch in batches)
     assert all(sum(d.size for d in batch) >= limit for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("size", [100, 30_000, 500_000])
+def test_pieces_that_are_split_by_themselves_hold_out_the_fraction_of_the_whole(size: int) -> None:
+    """However large the documents are in relation to a piece: of four, half a document is wanted."""
+    pieces = [[Sized(f"{piece}:{index}", size) for index in range(4)] for piece in range(500)]
+    held = [split(piece, 0.125, corpus_size=2000 * size)[1] for piece in pieces]
+    assert sum(map(len, held)) == pytest.approx(250, abs=45)  # three standard deviations of drawing
+    assert {len(documents) for documents in held} == {0, 1}
+
+
+@dataclass(frozen=True)
+class Sized:
+    name: str
+    size: int
+
+    def halves(self, fraction: float) -> "tuple[Sized, Sized]":
+        raise AssertionError("only a single document is cut")

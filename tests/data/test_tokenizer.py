@@ -98,6 +98,22 @@ def test_gpt2_has_tiktokens_ids_and_the_published_ones() -> None:
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
 
 
+def test_what_is_taken_for_proved_is_true() -> None:
+    gpt2 = gpt2_tokenizer()
+    model = json.loads(gpt2.definition)["model"]
+    assert {gpt2.sha256} == module.PROVED
+    assert module._is_tiktokens(model["vocab"], model["merges"])
+
+
+@pytest.mark.parametrize("text", [END_OF_TEXT, f"a{END_OF_TEXT}{END_OF_TEXT}\n{END_OF_TEXT[:-1]}", END_OF_TEXT[1:] * 9])
+def test_the_name_of_a_special_token_in_a_text_is_text(text: str) -> None:
+    tokenizer = gpt2_tokenizer()
+    library = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    library.encode_special_tokens = True
+    assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
+    assert tokenizer.end_of_text not in tokenizer.encode(text)
+
+
 def test_gpt2_from_tiktokens_ranks_is_gpt2_from_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     from_files = gpt2_tokenizer()
     assert isinstance(from_files._encode, module._TiktokenEncoder)
