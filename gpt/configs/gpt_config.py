@@ -57,18 +57,19 @@ class GPTConfig(Config):
         return 4 * self.n_embd
 
     @property
-    def mlp_inputs(self) -> int:
+    def mlp_parts(self) -> tuple[int, ...]:
         """Channels that the MLP's first layer makes: a gated activation takes two for each that it gives."""
-        return (2 if self.mlp == "swiglu" else 1) * self.mlp_width
+        return (self.mlp_width,) * (2 if self.mlp == "swiglu" else 1)
 
     @property
     def n_parameters(self) -> int:
         """Trained numbers of a GPT of these sizes; the tied head counts once."""
         norm = 2 if self.bias and self.norm == "layernorm" else 1  # for each channel: a weight, perhaps a bias
         qkv = self.n_embd + 2 * self.kv_heads * self.head_width
-        block = self.n_embd * (qkv + self.n_embd + self.mlp_inputs + self.mlp_width)
+        fc = sum(self.mlp_parts)
+        block = self.n_embd * (qkv + self.n_embd + fc + self.mlp_width)
         if self.bias:
-            block += qkv + self.n_embd + self.mlp_inputs + self.n_embd
+            block += qkv + self.n_embd + fc + self.n_embd
         block += 2 * norm * self.n_embd + (2 * norm * self.head_width if self.qk_norm else 0)
         embedded = self.vocab_size + (self.block_size if self.position == "learned" else 0)
         return (embedded + norm) * self.n_embd + self.n_layer * block

@@ -13,7 +13,7 @@ from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.attention import DocumentMask, attend, positions_in_documents
-from gpt.models.layers import ACTIVATIONS, Rotation, make_norm, rotate, rotation, soft_cap
+from gpt.models.layers import ACTIVATIONS, FusedLinear, Rotation, make_norm, rotate, rotation, soft_cap
 from gpt.models.loss import head_loss
 
 INIT_STD = 0.02
@@ -25,10 +25,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_width = config.n_head, config.kv_heads, config.head_width
+        self.head_width = config.head_width
+        self.group_size = config.n_head // config.kv_heads
         self.dropout = config.dropout
-        heads = self.n_head + 2 * self.n_kv_head  # of queries, keys and values
-        self.c_attn = nn.Linear(config.n_embd, heads * self.head_width, bias=config.bias)
+        kv_width = config.kv_heads * config.head_width
+        self.c_attn = FusedLinear(config.n_embd, (config.n_embd, kv_width, kv_width), bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
@@ -37,16 +38,17 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, mask: DocumentMask | None, turn: Rotation | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
-        D, kv_width = self.head_width, self.n_kv_head * self.head_width
-        q, k, v = self.c_attn(x).split([C, kv_width, kv_width], dim=2)
-        # Normalised queries and keys bound the scores (Dehghani et al. 2023, section 2; without it this is no layer).
+        D = self.head_width
+        q, k, v = self.c_attn(x).split(self.c_attn.parts, dim=2)
+        # Without qk_norm these two are identities; with it the scores are bounded (Dehghani et al. 2023, section 2).
         q = self.q_norm(q.view(B, T, -1, D)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(k.view(B, T, -1, D)).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        if self.n_kv_head < self.n_head:  # grouped queries (Ainslie et al. 2023): H / K heads for each of k and v
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, H, T, D)
+        if self.group_size > 1:  # heads of a group share keys and values (Ainslie et al. 2023, "GQA")
+            k = k.repeat_interleave(self.group_size, dim=1)  # (B, H, T, D)
+            v = v.repeat_interleave(self.group_size, dim=1)  # (B, H, T, D)
         y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         out: torch.Tensor = self.resid_dropout(self.c_proj(y))
@@ -59,7 +61,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_inputs, bias=config.bias)
+        self.c_fc = FusedLinear(config.n_embd, config.mlp_parts, bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -147,6 +149,11 @@ class GPT(nn.Module):
         if targets is not None:
             return head_loss(x, self.wte.weight, targets, softcap=self.config.logit_softcap)
         return soft_cap(F.linear(x, self.wte.weight), self.config.logit_softcap)  # (B, T, V)
+
+    def hidden_matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
+        """The weights of the blocks' linear layers, each with the rows of the layers that are fused in it."""
+        layers = [module for module in self.h.modules() if isinstance(module, nn.Linear)]
+        return {m.weight: m.parts if isinstance(m, FusedLinear) else (m.out_features,) for m in layers}
 
     def _init_weights(self, generator: torch.Generator) -> None:
         # GPT-2 report, section 2.3: residual projections are scaled by 1/sqrt(N), N = 2 * n_layer residual additions.

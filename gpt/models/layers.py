@@ -20,6 +20,20 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines for each position: (T, D), or (B, 1, T, D) where rows differ."""
 
 
+class FusedLinear(nn.Linear):
+    """Several linear layers with one input, in one product: the rows of their weights lie one below the other.
+
+    Args:
+        n_in: channels of the input.
+        parts: channels that each layer makes.
+        bias: whether they have biases.
+    """
+
+    def __init__(self, n_in: int, parts: tuple[int, ...], *, bias: bool):
+        super().__init__(n_in, sum(parts), bias=bias)
+        self.parts = parts
+
+
 class RMSNorm(nn.RMSNorm):
     """Division by the root mean square (Zhang and Sennrich 2019), in float32 also under autocast, as layer norm is."""
 

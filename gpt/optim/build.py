@@ -1,5 +1,7 @@
 """The optimizer of a configuration: AdamW with decay on matrices only, or Muon for the matrices of hidden layers."""
 
+from collections.abc import Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +12,12 @@ from gpt.optim.muon import Muon
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, max_lr: float, *, precision: torch.dtype = torch.float32
+    model: nn.Module,
+    config: OptimizerConfig,
+    max_lr: float,
+    *,
+    hidden: Mapping[torch.Tensor, tuple[int, ...]] = MappingProxyType({}),
+    precision: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), as one fused kernel, which cpu, cuda and mps all have; or Muon with it.
 
@@ -20,16 +27,25 @@ def build_optimizer(
         model: whose parameters it updates.
         config: which optimizer, and how.
         max_lr: highest rate of AdamW.
-        precision: type in which Muon computes.
+        hidden: the matrices that Muon takes, each with the rows of those that are fused in it.
+        precision: type in which Muon orthogonalises.
     """
     betas = (config.beta1, config.beta2)
     if config.name == "adamw":
         return torch.optim.AdamW(decay_groups(model, config.weight_decay, max_lr), lr=max_lr, betas=betas, fused=True)
-    return Muon(muon_groups(model, config, max_lr), betas=betas, precision=precision)
+    matrices: dict[str, Any] = {
+        "params": list(hidden),
+        "parts": list(hidden.values()),
+        "weight_decay": config.weight_decay,
+        "max_lr": config.muon_lr,
+        "momentum": config.muon_momentum,
+    }
+    others = decay_groups(model, config.weight_decay, max_lr, without=hidden.keys())
+    return Muon(matrices, others, betas=betas, precision=precision)
 
 
 def decay_groups(
-    model: nn.Module, weight_decay: float, max_lr: float, without: frozenset[torch.Tensor] = frozenset()
+    model: nn.Module, weight_decay: float, max_lr: float, without: Set[torch.Tensor] = frozenset()
 ) -> list[dict[str, Any]]:
     """Matrices, which decay, and vectors (biases, norms), which do not: GPT-3 paper, appendix B, and nanoGPT."""
     parameters = [p for p in model.parameters() if p.requires_grad and p not in without]
@@ -38,17 +54,6 @@ def decay_groups(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "max_lr": max_lr},
     )
     return [group for group in groups if group["params"]]
-
-
-def muon_groups(model: nn.Module, config: OptimizerConfig, max_lr: float) -> list[dict[str, Any]]:
-    """The weights of linear layers, which are Muon's, and AdamW's groups of the rest.
-
-    The embedding, which is the head too, is no linear layer's: its rows are looked up, and orthogonal they need not be.
-    """
-    hidden = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    matrices = {"params": hidden, "weight_decay": config.weight_decay, "max_lr": config.muon_lr, "orthogonal": True}
-    rest = decay_groups(model, config.weight_decay, max_lr, without=frozenset(hidden))
-    return [matrices, *({**group, "orthogonal": False} for group in rest)]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:

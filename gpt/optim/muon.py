@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients that grow small singular values fastest; they end between 0.7 and 1.2, not at 1 (Jordan et al. 2024)."""
 ITERATIONS = 5
@@ -21,54 +20,56 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
     A matrix's update is the nearest one whose singular values are all about 1, so that every direction is learnt at the
-    same rate. An update of a matrix of A x B is scaled by sqrt(max(1, A / B)), and weight decay is decoupled: as in the
-    authors' code and `torch.optim.Muon`, which the tests compare with. Unlike these it orthogonalises all matrices of
-    a shape at once, which takes a fraction of the time where they are small. Every process computes the same from the
-    same averaged gradient: there is nothing to exchange.
+    same rate. The update of a matrix of A x B is scaled by sqrt(max(1, A / B)), and weight decay is decoupled: as in
+    the authors' code and in `torch.optim.Muon`, with which the tests compare. Unlike these it orthogonalises all
+    matrices of a shape at once, and fused ones each by itself. Every process computes the same from the same averaged
+    gradient: there is nothing to exchange.
 
     Args:
-        groups: each with `params`, `lr`, `weight_decay` and `orthogonal`: whether they are matrices for Muon, or for
-            AdamW.
+        matrices: a group with `params`, `weight_decay`, `momentum` and `parts`: of each parameter the rows of the
+            matrices that are fused in it.
+        others: groups for AdamW, with `params` and `weight_decay`.
         betas: of AdamW.
         precision: type in which matrices are orthogonalised; bfloat16 serves, for what is lost is noise.
     """
 
-    def __init__(self, groups: list[Group], *, betas: tuple[float, float], precision: torch.dtype):
-        super().__init__(groups, {"betas": betas})
+    def __init__(self, matrices: Group, others: list[Group], *, betas: tuple[float, float], precision: torch.dtype):
+        super().__init__([matrices, *others], {"lr": 0.0, "betas": betas})
         self._precision = precision
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if group["orthogonal"]:
-                self._update_matrices(group, params)
-            else:
-                self._update_by_adamw(group, params)
+        assert closure is None, "no part of this program has one"
+        matrices, *others = self.param_groups
+        self._update_matrices(matrices)
+        for group in others:
+            self._update_by_adamw(group)
 
-    def _update_matrices(self, group: Group, params: list[torch.Tensor]) -> None:
-        by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
-        for p in params:
-            by_shape[p.shape].append(p)
+    def _update_matrices(self, group: Group) -> None:
+        by_shape: dict[torch.Size, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+        for p, parts in zip(group["params"], group["parts"], strict=True):
+            if p.grad is not None:
+                momentum = self._state(p, "momentum_buffer")["momentum_buffer"]
+                for views in zip(p.split(parts), p.grad.split(parts), momentum.split(parts), strict=True):
+                    by_shape[views[0].shape].append(views)
         for (rows, columns), same in by_shape.items():
-            buffers = [self._state(p, "momentum_buffer")["momentum_buffer"] for p in same]
-            grads = _gradients(same)
-            torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
-            ahead = torch._foreach_lerp(grads, buffers, MOMENTUM)  # Nesterov's: the gradient, moved to the mean
-            updates = orthogonalize(torch.stack(ahead).to(self._precision))  # (N, rows, columns)
-            torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(same, updates.float().unbind(), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+            weights, grads, momenta = (list(tensors) for tensors in zip(*same, strict=True))
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+            updates = orthogonalize(torch.stack(ahead).to(self._precision)).float()  # (N, rows, columns)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
-    def _update_by_adamw(self, group: Group, params: list[torch.Tensor]) -> None:
+    def _update_by_adamw(self, group: Group) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
         states = [self._state(p, "exp_avg", "exp_avg_sq") for p in params]
         for p, state in zip(params, states, strict=True):
             if "step" not in state:
                 state["step"] = torch.zeros((), device=p.device)
         adamw(
             params,
-            _gradients(params),
+            [p.grad for p in params],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -107,7 +108,3 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
-
-
-def _gradients(params: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [p.grad for p in params if p.grad is not None]

@@ -44,7 +44,9 @@ def test_an_update_is_torchs_plain_adamw() -> None:
 
 
 def test_every_group_follows_the_one_schedule_from_a_peak_of_its_own() -> None:
-    optimizer = build_optimizer(GPT(MODEL, seed=0), OptimizerConfig(name="muon", muon_lr=0.02), max_lr=1e-3)
+    model, config = GPT(MODEL, seed=0), OptimizerConfig(name="muon", muon_lr=0.02)
+    hidden = model.hidden_matrices()
+    optimizer = build_optimizer(model, config, max_lr=1e-3, hidden=hidden)
     for multiplier in (1.0, 0.5, 0.0):
         set_learning_rate(optimizer, multiplier)
         rates = [group["lr"] for group in optimizer.param_groups]
