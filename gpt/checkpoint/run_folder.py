@@ -13,7 +13,7 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
-NOT_OF_WEIGHTS = frozenset({"vocab_size", "dropout", "zero_init"})
+NOT_OF_WEIGHTS = frozenset({"vocab_size", "dropout"})
 """Fields of a model that trained weights do not depend on; the vocabulary is compared as the tokenizer's."""
 
 

@@ -36,8 +36,6 @@ class GPTConfig(Config):
     """Normalise the queries and keys of each head."""
     logit_softcap: float = Field(0.0, ge=0, le=1e6)
     """Bound of the logits, reached smoothly: cap * tanh(logits / cap); 0: none."""
-    zero_init: bool = False
-    """Start the last layer of each residual branch at zero, so that a block begins as the identity."""
 
     @property
     def head_width(self) -> int:

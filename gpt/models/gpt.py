@@ -157,8 +157,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, generator: torch.Generator) -> None:
         # GPT-2 report, section 2.3: residual projections are scaled by 1/sqrt(N), N = 2 * n_layer residual additions.
-        # At zero instead, every block starts as the identity (Zhang et al. 2019, "Fixup", section 3).
-        residual_std = 0.0 if self.config.zero_init else INIT_STD / math.sqrt(2 * self.config.n_layer)
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 std = residual_std if name.endswith("c_proj.weight") else INIT_STD

@@ -6,16 +6,15 @@ import torch.nn.functional as F
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.gpt import GPT, INIT_STD
-from gpt.models.layers import rotation
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50)
 MODERN = CONFIG.model_copy(
     update={"bias": False, "position": "rotary", "norm": "rmsnorm", "mlp": "relu2", "qk_norm": True}
-    | {"logit_softcap": 15.0, "zero_init": True}
+    | {"logit_softcap": 15.0}
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, MODERN.model_copy(update={"zero_init": False, "n_kv_head": 1})])
+@pytest.mark.parametrize("config", [CONFIG, MODERN.model_copy(update={"n_kv_head": 1})])
 def test_a_token_sees_only_what_came_before_it(config: GPTConfig) -> None:
     model = GPT(config, seed=0).eval()
     tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -72,13 +71,6 @@ def test_without_bias_there_is_none() -> None:
 def test_the_configuration_knows_the_number_of_parameters(bias: bool, change: dict[str, object]) -> None:
     config = CONFIG.model_copy(update={"bias": bias, **change})
     assert config.n_parameters == sum(parameter.numel() for parameter in GPT(config, seed=0).parameters())
-
-
-def test_with_its_residual_branches_at_zero_a_block_is_the_identity() -> None:
-    model = GPT(MODERN, seed=0)
-    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
-    turn = rotation(torch.arange(16), MODERN.head_width)
-    assert all(torch.equal(block(x, None, turn), x) for block in model.h)
 
 
 def test_the_loss_is_that_of_the_capped_logits() -> None:
