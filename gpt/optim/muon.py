@@ -22,9 +22,9 @@ class Muon(torch.optim.Optimizer):
     A matrix's update is the nearest one whose singular values are all about 1, so that every direction is learnt at the
     same rate. The update of a matrix of A x B is scaled by sqrt(max(1, A / B)), and weight decay is decoupled: as in
     the authors' code and in `torch.optim.Muon`, with which the tests compare. Unlike these it orthogonalises all
-    matrices of a shape at once, and fused ones each by itself: queries, keys and values are three maps, and the largest
-    of them would leave the others little (docs/EXPERIMENTS.md has what it is worth). Every process computes the same from the same averaged
-    gradient: there is nothing to exchange.
+    matrices of a shape at once, and fused ones each by itself: of queries, keys and values in one, those with the
+    largest gradient would leave the others little. Every process computes the same from the same averaged gradient:
+    there is nothing to exchange.
 
     Args:
         matrices: a group with `params`, `weight_decay`, `momentum` and `parts`: of each parameter the rows of the
