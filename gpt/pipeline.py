@@ -62,7 +62,13 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     prompts = _prompts(config, corpus.tokenizer)
 
     model = GPT(plan.model, seed=plan.seed).to(dist.device)
-    optimizer = build_optimizer(model, config.optimizer, plan.lr.max_lr)
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        plan.lr.max_lr,
+        hidden=model.hidden_matrices(),
+        precision=torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32,
+    )
     scaler = torch.amp.GradScaler(dist.device.type, enabled=plan.dtype == "float16")
     skipped_updates = torch.zeros((), dtype=torch.int64, device=dist.device)
     state = AppState(model, optimizer, scaler, skipped_updates, plan.identity)

@@ -72,11 +72,20 @@ def test_init_from_takes_the_weights_alone(tiny: Configure, finished_run: Path, 
     trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_head": 4}, "n-head is 2 there and 4 here"),
+        ({"position": "rotary"}, "position is learned there and rotary here"),
+        ({"mlp": "relu2"}, "mlp is gelu there and relu2 here"),
+        ({"logit_softcap": 5}, "logit-softcap is 0.0 there and 5.0 here"),
+    ],
+)
 def test_init_from_another_architecture_is_told_before_the_corpus_is_read(
-    tiny: Configure, finished_run: Path, tmp_path: Path
+    tiny: Configure, finished_run: Path, tmp_path: Path, change: dict[str, object], told: str
 ) -> None:
-    config = tiny(tmp_path, init_from=finished_run, model={"n_head": 4}, data={"source": "/no/such/file"})
-    with pytest.raises(UserError, match=r"another architecture: --model.n-head is 2 there and 4 here"):
+    config = tiny(tmp_path, init_from=finished_run, model=change, data={"source": "/no/such/file"})
+    with pytest.raises(UserError, match=f"another architecture: --model.{told}"):
         lay_out(config)
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 
 from gpt.checkpoint.store import MANIFEST, PROGRESS, read_json
 from gpt.configs.cli import load_config
+from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
+
+NOT_OF_WEIGHTS = frozenset({"vocab_size", "dropout"})
+"""Fields of a model that trained weights do not depend on; the vocabulary is compared as the tokenizer's."""
 
 
 class RunFolder:
@@ -102,15 +106,15 @@ def run_of(checkpoint: Path) -> RunFolder:
 
 
 def require_same_architecture(config: TrainConfig, checkpoint: Path) -> None:
-    """Compare the sizes of `--init-from`'s model with the configuration's.
+    """Compare `--init-from`'s model with the configuration's, in all that decides what its weights mean.
 
     Raises:
         UserError: names the first that differs.
     """
     saved = load_config(checkpoint / "config.json").model
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+    for name in GPTConfig.model_fields:
         there, here = getattr(saved, name), getattr(config.model, name)
-        if there != here:
+        if there != here and name not in NOT_OF_WEIGHTS:
             flag = f"--model.{name.replace('_', '-')}"
             raise UserError(
                 f"--init-from {checkpoint} is of another architecture: {flag} is {there} there and {here} here"

@@ -47,6 +47,36 @@ def shakespeare_char() -> TrainConfig:
     )
 
 
+def speedrun_char() -> TrainConfig:
+    """The loss of nanoGPT's documented CPU setting on tinyshakespeare, several times as fast; docs/EXPERIMENTS.md."""
+    return TrainConfig(
+        run_dir=Path("runs/speedrun-char"),
+        max_steps=240,
+        micro_batch_size=8,
+        tokens_per_step=8 * 128,
+        grad_clip=0,
+        model=GPTConfig(
+            n_layer=2,
+            n_head=4,
+            n_embd=128,
+            block_size=128,
+            bias=False,
+            position="rotary",
+            norm="rmsnorm",
+            mlp="relu2",
+            qk_norm=True,
+            logit_softcap=15,
+        ),
+        data=DataConfig(source=("tinyshakespeare.txt",), tokenizer="char"),
+        lr=LRConfig(schedule="wsd", max_lr=2e-2, warmup_steps=0, decay_steps=144),
+        optimizer=OptimizerConfig(name="muon", muon_lr=2e-2, muon_momentum=0.7, weight_decay=0),  # a short memory
+        log=LogConfig(interval=20),
+        eval=EvalConfig(interval=0),
+        checkpoint=CheckpointConfig(interval=0),
+        sample=TextSampleConfig(prompts=()),
+    )
+
+
 def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> TrainConfig:
     """GPT-2's sizes (GPT-2 report, table 2) with GPT-3's rates and half-million-token batch (table 2.1)."""
     return TrainConfig(
@@ -92,6 +122,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "quickstart": TrainConfig,
     "shakespeare-char": shakespeare_char,
+    "speedrun-char": speedrun_char,
     "gpt2-124m": gpt2_124m,
     "gpt2-355m": gpt2_355m,
     "gpt2-774m": gpt2_774m,

@@ -24,9 +24,9 @@ END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names under which published tokenizers carry the token that separates documents."""
 
-# GPT-2's split of text into words: openai/gpt-2, encoder.py. No two of the first four alternatives can begin with the
-# same characters but that contractions come before other signs, so letters may come first; and in a group of their own
-# they are left to a plain automaton, for it is the look-ahead alone that needs tiktoken's slower engine. A third faster.
+# GPT-2's split of text into words: openai/gpt-2, encoder.py. Of its first four alternatives only contractions and other
+# signs can begin alike, so letters may come first; and in a group of their own they are left to a plain automaton, a
+# third faster, for it is the look-ahead alone that needs tiktoken's slower engine.
 GPT2_PATTERN = r"""(?: ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"""
 
 BPE_VARIANTS = (

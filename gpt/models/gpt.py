@@ -1,7 +1,8 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), exactly.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), exactly, and its descendants.
 
-Shapes: B sequences, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size. Parameter names are those of the
-released weights.
+The configuration's defaults are GPT-2; its other values are what later models changed (`gpt/models/layers.py` cites
+them). Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, F = mlp_width, V = vocab_size.
+Parameter names are those of the released weights.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.attention import DocumentMask, attend, positions_in_documents
+from gpt.models.layers import ACTIVATIONS, FusedLinear, Rotation, make_norm, rotate, rotation, soft_cap
 from gpt.models.loss import head_loss
 
 INIT_STD = 0.02
@@ -19,23 +21,34 @@ INIT_STD = 0.02
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal self-attention, in which several heads may share their keys and values."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        self.head_width = config.head_width
+        self.group_size = config.n_head // config.kv_heads
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        kv_width = config.kv_heads * config.head_width
+        self.c_attn = FusedLinear(config.n_embd, (config.n_embd, kv_width, kv_width), bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: DocumentMask | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: DocumentMask | None, turn: Rotation | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        D = self.head_width
+        q, k, v = self.c_attn(x).split(self.c_attn.parts, dim=2)
+        # Without qk_norm these two are identities; with it the scores are bounded (Dehghani et al. 2023, section 2).
+        q = self.q_norm(q.view(B, T, -1, D)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(k.view(B, T, -1, D)).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        if self.group_size > 1:  # heads of a group share keys and values (Ainslie et al. 2023, "GQA")
+            k = k.repeat_interleave(self.group_size, dim=1)  # (B, H, T, D)
+            v = v.repeat_interleave(self.group_size, dim=1)  # (B, H, T, D)
         y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         out: torch.Tensor = self.resid_dropout(self.c_proj(y))
@@ -43,18 +56,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with GPT-2's gelu in between."""
+    """Two layers with an activation in between."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
+        self.c_fc = FusedLinear(config.n_embd, config.mlp_parts, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # The tanh form of gelu is what GPT-2 was trained with (Hendrycks and Gimpel 2016, section 2).
-        out: torch.Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = self.activation(self.c_fc(x))  # (B, T, F)
+        out: torch.Tensor = self.dropout(self.c_proj(x))
         return out
 
 
@@ -63,14 +77,14 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: DocumentMask | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: DocumentMask | None, turn: Rotation | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask)
+        x = x + self.attn(self.ln_1(x), mask, turn)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -89,10 +103,10 @@ class GPT(nn.Module):
             raise ValueError("vocab_size=0 stands for the tokenizer's: set it before a model is built")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = make_norm(config, config.n_embd)
         self._init_weights(torch.Generator().manual_seed(seed))
 
     def forward(
@@ -119,16 +133,27 @@ class GPT(nn.Module):
             mask = DocumentMask(
                 documents,
                 dropout=self.config.dropout if self.training else 0.0,
-                head_width=self.config.n_embd // self.config.n_head,
+                head_width=self.config.head_width,
             )
             positions = positions_in_documents(documents)  # (B, T)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        x = self.wte(tokens)  # (B, T, C)
+        turn = None
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        else:
+            turn = rotation(positions, self.config.head_width)
+        x = self.drop(x)
         for block in self.h:
-            x = block(x, mask)
+            x = block(x, mask, turn)
         x = self.ln_f(x)
         if targets is not None:
-            return head_loss(x, self.wte.weight, targets)
-        return F.linear(x, self.wte.weight)  # (B, T, V)
+            return head_loss(x, self.wte.weight, targets, softcap=self.config.logit_softcap)
+        return soft_cap(F.linear(x, self.wte.weight), self.config.logit_softcap)  # (B, T, V)
+
+    def hidden_matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
+        """The weights of the blocks' linear layers, each with the rows of the layers that are fused in it."""
+        layers = [module for module in self.h.modules() if isinstance(module, nn.Linear)]
+        return {m.weight: m.parts if isinstance(m, FusedLinear) else (m.out_features,) for m in layers}
 
     def _init_weights(self, generator: torch.Generator) -> None:
         # GPT-2 report, section 2.3: residual projections are scaled by 1/sqrt(N), N = 2 * n_layer residual additions.

@@ -1,35 +1,62 @@
-"""AdamW with decay on matrices only."""
+"""The optimizer of a configuration: AdamW with decay on matrices only, or Muon for the matrices of hidden layers."""
+
+from collections.abc import Mapping, Set
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
 from gpt.configs.optimizer_config import OptimizerConfig
+from gpt.optim.muon import Muon
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, max_lr: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), as one fused kernel, which cpu, cuda and mps all have.
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    max_lr: float,
+    *,
+    hidden: Mapping[torch.Tensor, tuple[int, ...]] = MappingProxyType({}),
+    precision: torch.dtype = torch.float32,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), as one fused kernel, which cpu, cuda and mps all have; or Muon with it.
 
-    The rate of the groups is set before every update by `set_learning_rate`.
+    Each group holds its highest rate as `max_lr`; `set_learning_rate` sets the rate before every update.
+
+    Args:
+        model: whose parameters it updates.
+        config: which optimizer, and how.
+        max_lr: highest rate of AdamW.
+        hidden: the matrices that Muon takes, each with the rows of those that are fused in it.
+        precision: type in which Muon orthogonalises.
     """
-    return torch.optim.AdamW(
-        decay_groups(model, config.weight_decay),
-        lr=max_lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+    betas = (config.beta1, config.beta2)
+    if config.name == "adamw":
+        return torch.optim.AdamW(decay_groups(model, config.weight_decay, max_lr), lr=max_lr, betas=betas, fused=True)
+    matrices: dict[str, Any] = {
+        "params": list(hidden),
+        "parts": list(hidden.values()),
+        "weight_decay": config.weight_decay,
+        "max_lr": config.muon_lr,
+        "momentum": config.muon_momentum,
+    }
+    others = decay_groups(model, config.weight_decay, max_lr, without=hidden.keys())
+    return Muon(matrices, others, betas=betas, precision=precision)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def decay_groups(
+    model: nn.Module, weight_decay: float, max_lr: float, without: Set[torch.Tensor] = frozenset()
+) -> list[dict[str, Any]]:
     """Matrices, which decay, and vectors (biases, norms), which do not: GPT-3 paper, appendix B, and nanoGPT."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in without]
     groups = (
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "max_lr": max_lr},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "max_lr": max_lr},
     )
     return [group for group in groups if group["params"]]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next update."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    """The rates of the next update: each group's own highest times the schedule's multiplier."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = group["max_lr"] * multiplier

@@ -33,7 +33,7 @@ class Trainer(Subject):
         state: what the step changes; holds the progress.
         loader: global step -> batch.
         train_step: batch -> update.
-        schedule: steps taken -> factor of the plan's max_lr.
+        schedule: steps taken -> factor of every highest rate.
         meter: statistics -> metrics.
         checkpoints: writes the state.
         resumed_from: the checkpoint that `state` was loaded from, for those who watch.
@@ -86,8 +86,9 @@ class Trainer(Subject):
     def _advance(self) -> None:
         """One step, and everything that is due after it."""
         batch = self._loader.batch_of(self._step)
-        rate = self._plan.lr.max_lr * self._schedule(self._step)
-        set_learning_rate(self._state.optimizer, rate)
+        multiplier = self._schedule(self._step)
+        rate = self._plan.lr.max_lr * multiplier
+        set_learning_rate(self._state.optimizer, multiplier)
         self._meter.add(self._train_step(self._step, batch))
         self._state.progress = self._state.progress.advance(self._plan.batch.tokens_per_step)
 

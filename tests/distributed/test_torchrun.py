@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gpt.configs.cli import parse_train
+from gpt.configs.train_config import TrainConfig
 from gpt.layout import lay_out
 from gpt.pipeline import build
 from tests.conftest import make_text
@@ -22,11 +24,11 @@ FLAGS = [
 ]
 
 
-def torchrun(*flags: str, processes: int = 2) -> subprocess.Popen[str]:
+def torchrun(*flags: str, processes: int = 2, script: Path | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, str(MAIN), *FLAGS, *flags],
+        [*command, *([str(script)] if script else [str(MAIN), *FLAGS]), *flags],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -139,3 +141,31 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(text_file: Path, cach
     assert len(saved) == 1, output
     assert saved[0].startswith("step_"), output
     assert "SIGTERM at step" in output
+
+
+MUON = """
+import hashlib, sys
+from pathlib import Path
+from gpt.configs.train_config import TrainConfig
+from gpt.layout import lay_out
+from gpt.pipeline import build
+
+layout = lay_out(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+trainer = build(layout)
+trainer.train()
+digest = hashlib.sha256()
+for tensor in trainer._state.model.state_dict().values():
+    digest.update(tensor.numpy().tobytes())
+print("weights", digest.hexdigest(), flush=True)
+"""
+
+
+def test_every_process_makes_muons_update_to_the_same_bit(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(MUON)
+    config = tiny(tmp_path / "run", optimizer={"name": "muon"}, micro_batch_size=2, dtype="bfloat16")
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    process = torchrun(str(tmp_path / "config.json"), script=tmp_path / "script.py")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    first, second = (line for line in output.splitlines() if line.startswith("weights"))
+    assert first == second

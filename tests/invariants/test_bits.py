@@ -41,6 +41,20 @@ def test_a_run_of_2n_steps_is_a_run_of_n_resumed_for_n_more(
         assert (finals[0] / file).read_bytes() == (finals[1] / file).read_bytes()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resuming_is_exact_with_muon_too(tiny: Configure, record: Record, tmp_path: Path, dtype: str) -> None:
+    model = {"position": "rotary", "norm": "rmsnorm", "mlp": "relu2", "qk_norm": True, "logit_softcap": 15}
+    settings = {"dtype": dtype, "model": model, "optimizer": {"name": "muon"}, "eval": {"interval": 0}}
+    whole, weights = record(tiny(tmp_path / "whole", max_steps=6, **settings))
+    first, _ = record(tiny(tmp_path / "parts", max_steps=3, **settings))
+    second, resumed = record(tiny(tmp_path / "parts", max_steps=6, **settings))
+    assert first + second == whole
+    assert same(weights, resumed)
+    finals = [(tmp_path / name / "checkpoints/step_00000006") for name in ("whole", "parts")]
+    for file in ("model.safetensors", "optimizer.safetensors", "progress.json"):
+        assert (finals[0] / file).read_bytes() == (finals[1] / file).read_bytes()
+
+
 def test_resuming_is_exact_with_several_threads_too(tiny: Configure, record: Record, tmp_path: Path) -> None:
     sizes = {"n_embd": 64, "n_head": 2, "block_size": 64}
     settings = {"model": sizes, "micro_batch_size": 8, "tokens_per_step": 512, "eval": {"interval": 0}}

@@ -2,15 +2,21 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.gpt import GPT, INIT_STD
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50)
+MODERN = CONFIG.model_copy(
+    update={"bias": False, "position": "rotary", "norm": "rmsnorm", "mlp": "relu2", "qk_norm": True}
+    | {"logit_softcap": 15.0}
+)
 
 
-def test_a_token_sees_only_what_came_before_it() -> None:
-    model = GPT(CONFIG, seed=0).eval()
+@pytest.mark.parametrize("config", [CONFIG, MODERN.model_copy(update={"n_kv_head": 1})])
+def test_a_token_sees_only_what_came_before_it(config: GPTConfig) -> None:
+    model = GPT(config, seed=0).eval()
     tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % 50
@@ -52,9 +58,30 @@ def test_without_bias_there_is_none() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_configuration_knows_the_number_of_parameters(bias: bool) -> None:
-    config = CONFIG.model_copy(update={"bias": bias})
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"position": "rotary", "mlp": "relu2"},
+        {"norm": "rmsnorm", "mlp": "swiglu"},
+        {"qk_norm": True, "n_kv_head": 1},
+        {"norm": "rmsnorm", "qk_norm": True},
+    ],
+)
+def test_the_configuration_knows_the_number_of_parameters(bias: bool, change: dict[str, object]) -> None:
+    config = CONFIG.model_copy(update={"bias": bias, **change})
     assert config.n_parameters == sum(parameter.numel() for parameter in GPT(config, seed=0).parameters())
+
+
+def test_the_loss_is_that_of_the_capped_logits() -> None:
+    model = GPT(MODERN, seed=0)
+    with torch.no_grad():
+        model.wte.weight.mul_(100)
+    tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens)
+    assert 14 < logits.abs().max() <= 15
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
+    torch.testing.assert_close(model(tokens, tokens), expected)
 
 
 @pytest.mark.parametrize("dropped", ["drop", "attn.resid_dropout", "mlp.dropout"])

@@ -16,13 +16,19 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, head, targets
 
 
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("rows", [1, 4, 15, 100])
-def test_it_is_torchs_cross_entropy_however_it_is_cut(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_torchs_cross_entropy_however_it_is_cut(
+    rows: int, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LEAST_ROWS", rows)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 0)
     hidden, head, targets = inputs()
-    ours = head_loss(hidden, head, targets)
-    theirs = F.cross_entropy((hidden @ head.t()).flatten(0, 1), targets.flatten(), reduction="sum")
+    ours = head_loss(hidden, head, targets, softcap=softcap)
+    logits = hidden @ head.t()
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    theirs = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(ours, theirs)
     for mine, other in zip(
         torch.autograd.grad(ours, (hidden, head)), torch.autograd.grad(theirs, (hidden, head)), strict=True

@@ -10,7 +10,7 @@ MODEL = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=11)
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = GPT(MODEL, seed=0)
-    decayed, plain = decay_groups(model, 0.1)
+    decayed, plain = decay_groups(model, 0.1, max_lr=1e-2)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(names[p].endswith(("bias", "ln_1.weight", "ln_2.weight", "ln_f.weight")) for p in plain["params"])
@@ -21,8 +21,8 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 def test_an_update_is_torchs_plain_adamw() -> None:
     ours, theirs = GPT(MODEL, seed=0), GPT(MODEL, seed=0)
     config = OptimizerConfig(weight_decay=0.2, beta1=0.8, beta2=0.9)
-    optimizer = build_optimizer(ours, config, max_lr=1.0)
-    set_learning_rate(optimizer, 1e-2)
+    optimizer = build_optimizer(ours, config, max_lr=4e-2)
+    set_learning_rate(optimizer, 0.25)
     reference = torch.optim.AdamW(
         [
             {"params": [p for p in theirs.parameters() if p.dim() >= 2], "weight_decay": 0.2},
@@ -41,3 +41,13 @@ def test_an_update_is_torchs_plain_adamw() -> None:
         reference.step()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_every_group_follows_the_one_schedule_from_a_peak_of_its_own() -> None:
+    model, config = GPT(MODEL, seed=0), OptimizerConfig(name="muon", muon_lr=0.02)
+    hidden = model.hidden_matrices()
+    optimizer = build_optimizer(model, config, max_lr=1e-3, hidden=hidden)
+    for multiplier in (1.0, 0.5, 0.0):
+        set_learning_rate(optimizer, multiplier)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == [0.02 * multiplier, 1e-3 * multiplier, 1e-3 * multiplier]

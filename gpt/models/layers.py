@@ -1,0 +1,103 @@
+"""What the layers of a GPT are made of: norms, activations, rotary positions, the cap on logits.
+
+Shapes: B rows, H heads, T tokens, C channels, D = width of a head.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpt.configs.gpt_config import GPTConfig
+
+RMS_EPSILON = 1e-6
+"""As in Llama and Qwen 3."""
+ROTARY_BASE = 10_000.0
+"""RoFormer, Su et al. 2021, section 3.2.2: the slowest pair of channels turns once in 2 * pi * 10,000 positions."""
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines for each position: (T, D), or (B, 1, T, D) where rows differ."""
+
+
+class FusedLinear(nn.Linear):
+    """Several linear layers with one input, in one product: the rows of their weights lie one below the other.
+
+    Args:
+        n_in: channels of the input.
+        parts: channels that each layer makes.
+        bias: whether they have biases.
+    """
+
+    def __init__(self, n_in: int, parts: tuple[int, ...], *, bias: bool):
+        super().__init__(n_in, sum(parts), bias=bias)
+        self.parts = parts
+
+
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square (Zhang and Sennrich 2019), in float32 also under autocast, as layer norm is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., C), float32."""
+        return super().forward(x.float())
+
+
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    """The norm of `config` over the last dimension, `width` wide."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(width, eps=RMS_EPSILON)
+    return nn.LayerNorm(width, bias=config.bias)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """The tanh form, which GPT-2 was trained with (Hendrycks and Gimpel 2016, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """Squared ReLU (So et al. 2021, "Primer", section 4)."""
+    return F.relu(x).square()
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """(..., 2F) -> (..., F): the first half, through SiLU, gates the second (Shazeer 2020, equation 6)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}
+
+
+def rotation(positions: torch.Tensor, head_width: int) -> Rotation:
+    """How far each position turns each pair of channels; made once in a forward pass, for all its layers.
+
+    Args:
+        positions: (T,) or (B, T) int64.
+        head_width: D, even.
+    """
+    pairs = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)  # (D/2,)
+    angles = positions[..., None] * ROTARY_BASE ** (-pairs / head_width)  # (T, D/2) or (B, T, D/2), float32
+    angles = torch.cat([angles, angles], dim=-1)
+    if angles.dim() == 3:
+        angles = angles[:, None]  # (B, 1, T, D): the same for every head
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
+    """Rotary positions (RoFormer, equation 34), so that a score depends on the distance of query and key alone.
+
+    Channel i is paired with channel i + D/2, as in GPT-NeoX and in transformers' Llama. Computed in float32: bfloat16
+    would round the angles of far positions away.
+
+    Args:
+        x: (B, H, T, D), queries or keys.
+        by: of the positions of x.
+    """
+    cos, sin = by
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
+
+
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Bounded to -cap ... cap, smoothly (Gemma 2, 2024, section 2); 0 leaves them as they are."""
+    return cap * torch.tanh(logits / cap) if cap else logits

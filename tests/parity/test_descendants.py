@@ -1,0 +1,146 @@
+"""The same weights in transformers' Llama and Qwen 3 and here: same logits, same loss, same gradients."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from gpt.configs.gpt_config import GPTConfig
+from gpt.models.gpt import GPT
+
+TOLERANCE = 1e-5
+SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
+Pair = tuple[GPT, nn.Module]
+Tensors = dict[str, torch.Tensor]
+
+FAMILIES = {
+    "llama": (GPTConfig(n_kv_head=4, n_embd=48), LlamaForCausalLM, LlamaConfig),
+    "llama, grouped queries": (GPTConfig(n_kv_head=2, n_embd=32), LlamaForCausalLM, LlamaConfig),
+    "qwen3": (GPTConfig(n_kv_head=1, n_embd=48, qk_norm=True), Qwen3ForCausalLM, Qwen3Config),
+}
+
+
+def make_pair(family: str) -> Pair:
+    base, architecture, configuration = FAMILIES[family]
+    config = GPTConfig.model_validate(
+        base.model_dump()
+        | {"n_layer": 2, "n_head": 4, "block_size": 20, "vocab_size": 101, "bias": False}
+        | {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}
+    )
+    torch.manual_seed(0)
+    theirs = architecture(
+        configuration(
+            **SIZES,
+            hidden_size=config.n_embd,
+            intermediate_size=config.mlp_width,
+            num_key_value_heads=config.n_kv_head,
+            head_dim=config.head_width,
+            rms_norm_eps=1e-6,
+            attn_implementation="eager",
+        )
+    )
+    with torch.no_grad():  # larger than at init, so that every path matters
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ours = GPT(config, seed=1)
+    ours.load_state_dict(in_our_layout(dict(theirs.named_parameters())))
+    return ours, theirs
+
+
+def in_our_layout(theirs: Tensors) -> Tensors:
+    """Their tensors under our names: queries, keys and values in one matrix, and the gate before what it gates."""
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "wte.weight", theirs["model.embed_tokens.weight"]
+        yield "ln_f.weight", theirs["model.norm.weight"]
+        for layer in range(2):
+            their, our = f"model.layers.{layer}", f"h.{layer}"
+            yield f"{our}.ln_1.weight", theirs[f"{their}.input_layernorm.weight"]
+            yield f"{our}.ln_2.weight", theirs[f"{their}.post_attention_layernorm.weight"]
+            qkv = [theirs[f"{their}.self_attn.{name}_proj.weight"] for name in "qkv"]
+            yield f"{our}.attn.c_attn.weight", torch.cat(qkv)
+            yield f"{our}.attn.c_proj.weight", theirs[f"{their}.self_attn.o_proj.weight"]
+            for name in ("q_norm", "k_norm"):
+                if f"{their}.self_attn.{name}.weight" in theirs:
+                    yield f"{our}.attn.{name}.weight", theirs[f"{their}.self_attn.{name}.weight"]
+            gate_and_value = [theirs[f"{their}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+            yield f"{our}.mlp.c_fc.weight", torch.cat(gate_and_value)
+            yield f"{our}.mlp.c_proj.weight", theirs[f"{their}.mlp.down_proj.weight"]
+
+    return dict(named())
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return make_pair(request.param)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(101, (3, 20), generator=torch.Generator().manual_seed(2))
+
+
+def test_every_parameter_has_its_twin(pair: Pair) -> None:
+    ours, theirs = pair
+    assert ours.config.n_parameters == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+def test_logits(pair: Pair, tokens: torch.Tensor) -> None:
+    torch.testing.assert_close(pair[0](tokens), pair[1](tokens).logits, atol=TOLERANCE, rtol=0)
+
+
+def test_logits_of_documents_packed_in_a_row(pair: Pair, tokens: torch.Tensor) -> None:
+    ours, theirs = pair
+    lengths = [6, 1, 10, 3]
+    documents = torch.arange(4).repeat_interleave(torch.tensor(lengths)).expand_as(tokens)
+    alone = [theirs(document).logits for document in tokens.split(lengths, dim=1)]
+    torch.testing.assert_close(ours(tokens, documents=documents), torch.cat(alone, dim=1), atol=TOLERANCE, rtol=0)
+
+
+def test_loss_and_gradients(pair: Pair, tokens: torch.Tensor) -> None:
+    ours, theirs = pair
+    for model in pair:
+        model.zero_grad()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = ours(inputs, targets) / targets.numel()
+    their_loss = theirs(tokens, labels=tokens).loss
+    assert abs(loss.item() - their_loss.item()) < TOLERANCE
+    loss.backward()
+    their_loss.backward()
+    expected = in_our_layout({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=TOLERANCE, rtol=0)
+
+
+def test_capped_logits_and_their_loss_are_gemma_2s(tokens: torch.Tensor) -> None:
+    config = GPTConfig(n_layer=1, n_embd=32, block_size=20, vocab_size=101, logit_softcap=3.0)
+    ours = GPT(config, seed=0)
+    with torch.no_grad():
+        ours.wte.weight.mul_(50)  # so that the cap matters
+    gemma = Gemma2Config(**SIZES, hidden_size=32, intermediate_size=32, num_key_value_heads=4, head_dim=8)
+    gemma.final_logit_softcapping = 3.0
+    theirs = Gemma2ForCausalLM(gemma)
+    hidden: list[torch.Tensor] = []
+    ours.ln_f.register_forward_hook(lambda module, args, output: hidden.append(output))
+    logits = ours(tokens)
+    theirs.lm_head.weight = ours.wte.weight
+    theirs.model = Given(hidden[0])  # Gemma 2's blocks have norms that ours have not: its head alone is compared
+    expected = theirs(tokens, labels=tokens)
+    assert logits.abs().max() > 2.5
+    torch.testing.assert_close(logits, expected.logits, atol=TOLERANCE, rtol=0)
+    loss = ours(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+    torch.testing.assert_close(loss, expected.loss, atol=TOLERANCE, rtol=0)
+
+
+class Given(nn.Module):
+    """In the place of transformers' blocks: what they would give."""
+
+    def __init__(self, hidden: torch.Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: object, **kwargs: object) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.hidden, past_key_values=None, hidden_states=None, attentions=None)
