@@ -4,6 +4,7 @@ Shapes: B rows, H heads, T tokens, D = width of a head. `documents` is (B, T) in
 document, non-decreasing along the row; padding at a row's end has a number of its own.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether FlexAttention's kernels can be compiled; torch for Windows comes without Triton."""
+MATMUL_LONGEST = {torch.bfloat16: 1024}
+"""On a CPU, up to which length plain matrix products beat SDPA, by type; in others they do not."""
 FLEX_LEAST_WIDTH = 16
 """Narrower heads than Triton's product of matrices takes (torch/_inductor/kernel/flex/flex_attention.py)."""
 
@@ -40,10 +43,12 @@ class DocumentMask:
     def __init__(self, documents: torch.Tensor, *, dropout: float, head_width: int):
         self.blocks: BlockMask | None = None
         self.visible: torch.Tensor | None = None  # (B, 1, T, T) bool, the same for every head
+        self.hidden: torch.Tensor | None = None  # its opposite
         if _flex_serves(documents.device, dropout=dropout, head_width=head_width):
             self.blocks = _block_mask(documents)
         else:
             self.visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+            self.hidden = ~self.visible
 
 
 def attend(
@@ -61,12 +66,70 @@ def attend(
     Returns:
         (B, H, T, D).
     """
+    out: torch.Tensor
+    q, k, v = _as_autocast_would(q, k, v)
+    if dropout == 0 and _matmul_wins(q) and (mask is None or mask.blocks is None):
+        out = _MatmulAttention.apply(q, k, v, _future(q) if mask is None else mask.hidden)  # type: ignore[no-untyped-call]
+        return out
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     if mask.blocks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, dropout_p=dropout)
-    out: torch.Tensor = _compiled(flex_attention)(q, k, v, block_mask=mask.blocks)
+    out = _compiled(flex_attention)(q, k, v, block_mask=mask.blocks)
     return out
+
+
+def _as_autocast_would(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """In the type that autocast would have; a function of our own is not on its list."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def _matmul_wins(q: torch.Tensor) -> bool:
+    """Whether plain matrix products beat SDPA: see MATMUL_LONGEST."""
+    return q.device.type == "cpu" and q.shape[2] <= MATMUL_LONGEST.get(q.dtype, 0)
+
+
+def _future(q: torch.Tensor) -> torch.Tensor:
+    """(T, T) bool: what a position must not see."""
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+
+
+def _scaled_bmm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """The product of a and b times `scale`, which is applied before it is rounded."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+class _MatmulAttention(torch.autograd.Function):
+    """Attention as matrix products, with the probabilities kept for the backward pass.
+
+    Scores and probabilities are rounded to the inputs' type, sums are made in float32, as transformers' eager attention
+    has them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        B, H, T, D = q.shape
+        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+        scores = _scaled_bmm(q, k.transpose(1, 2), D**-0.5)  # (B * H, T, T)
+        scores.view(B, H, T, T).masked_fill_(hidden, -math.inf)
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, weights)
+        return torch.bmm(weights, v).view(B, H, T, D)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        q, k, v, weights = ctx.saved_tensors
+        B, H, T, D = grad.shape
+        grad = grad.reshape(B * H, T, D)
+        v_grad = torch.bmm(weights.transpose(1, 2), grad)
+        weight_grad = torch.bmm(grad, v.transpose(1, 2))
+        score_grad = torch._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
+        q_grad = _scaled_bmm(score_grad, k, D**-0.5)
+        k_grad = _scaled_bmm(score_grad.transpose(1, 2), q, D**-0.5)
+        return q_grad.view(B, H, T, D), k_grad.view(B, H, T, D), v_grad.view(B, H, T, D), None
 
 
 def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:

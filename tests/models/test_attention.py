@@ -8,9 +8,9 @@ from torch.nn.attention.flex_attention import create_mask
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models import attention
-from gpt.models.attention import DocumentMask, positions_in_documents
+from gpt.models.attention import DocumentMask, attend, positions_in_documents
 from gpt.models.gpt import GPT
-from gpt.models.loss import IGNORED
+from gpt.utils.helper import IGNORED
 
 CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=1024, vocab_size=50)
 
@@ -181,3 +181,29 @@ def test_on_cuda_the_loss_and_the_gradients_are_the_same(dropout: float) -> None
         loss.backward()
     for mine, other in zip(cpu.parameters(), cuda.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad.cpu(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 257])
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_products_are_sdpa_to_within_rounding(length: int, masked: bool) -> None:
+    """In bfloat16 on a CPU; values and gradients against float32's."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, length, 16, requires_grad=True) for _ in range(3)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    documents = torch.arange(length).div(5, rounding_mode="floor").expand(2, -1)
+    mask = DocumentMask(documents, dropout=0.0, head_width=16) if masked else None
+    results = []
+    for tensors in (exact, rounded):
+        out = attend(*tensors, mask, dropout=0.0)
+        weight = torch.linspace(-1, 1, 16)
+        results.append([out, *torch.autograd.grad((out.float() * weight).sum(), tensors)])
+    assert attention._matmul_wins(rounded[0]) and not attention._matmul_wins(exact[0])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (expected - found.float()).norm() <= 0.02 * expected.norm() + 1e-6
+
+
+def test_long_rows_are_left_to_sdpa() -> None:
+    longest = attention.MATMUL_LONGEST[torch.bfloat16]
+    assert attention._matmul_wins(torch.empty(1, 1, longest, 1, dtype=torch.bfloat16))
+    assert not attention._matmul_wins(torch.empty(1, 1, longest + 1, 1, dtype=torch.bfloat16))
