@@ -122,7 +122,7 @@ def test_a_document_that_goes_on_in_other_shards_is_one_document(tmp_path: Path,
                 at += length
             info = writer.finish()
         assert info is not None
-        shards.append((path, info))
+        shards.append((path.parent, info))
     apart = pack(TokenStream(shards, 100), 8, ends_are_targets=has_end)
     assert equal(apart, pack(numbered(tmp_path / "one", [4, 26, 3, 2, 30]), 8, ends_are_targets=has_end))
 

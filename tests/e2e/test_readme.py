@@ -76,6 +76,9 @@ def test_the_readmes_commands(desk: Path) -> None:
         "shakespeare-char",
         "two",
         "records",
+        "prepared",
+        "mixed",
+        "packed",
     }
     assert runs == named
 

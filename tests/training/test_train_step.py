@@ -51,7 +51,8 @@ def test_a_step_is_the_plain_torch_loop() -> None:
     torch.testing.assert_close(stats.loss_sum / 64, loss.detach())
     torch.testing.assert_close(stats.grad_norm, norm)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
+        # The biases of keys have no gradient but rounding, which AdamW divides by its own size.
+        torch.testing.assert_close(mine, other, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
