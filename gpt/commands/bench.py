@@ -80,11 +80,11 @@ def _bench_step(command: BenchCommand) -> int:
     keep_freed_memory()
     device = find_device(command.device)
     dist = DistContext(device)
-    config = command.as_train_config()
+    config = _without_sources(command.as_train_config())
     corpus = CorpusFacts(_vocabulary(config), (StreamFacts("made-up tokens", 10**12),))
     machine = MachineFacts(**dist.broadcast(asdict(machine_facts(device, dist.world_size))))
     plan = resolve(config, machine, corpus)
-    rate, seconds = _measure(command, plan, dist)
+    rate, seconds = _measure(config, plan, dist, command.steps)
     memory = peak_memory(device)
 
     # Last, for what is multiplied here does not belong to the step's memory.
@@ -118,6 +118,11 @@ def _bench_step(command: BenchCommand) -> int:
     return 0
 
 
+def _without_sources(config: TrainConfig) -> TrainConfig:
+    """There is one source, made up, and it has no weight."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"weights": ()})})
+
+
 def _vocabulary(config: TrainConfig) -> int:
     """The size that the configured tokenizer has, or, where only a text would tell, a likely one."""
     from gpt.data.tokenizer import build_tokenizer
@@ -127,7 +132,7 @@ def _vocabulary(config: TrainConfig) -> int:
     return config.model.vocab_size or learnt.get(kind) or build_tokenizer(kind).vocab_size
 
 
-def _measure(command: BenchCommand, plan: RunPlan, dist: "DistContext") -> tuple[float, dict[str, float]]:
+def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int) -> tuple[float, dict[str, float]]:
     """Tokens per second over all processes, and the median seconds of each phase of a step."""
     from gpt.data.data_loader import DataLoader
     from gpt.data.made_up import MadeUpTokens
@@ -138,11 +143,11 @@ def _measure(command: BenchCommand, plan: RunPlan, dist: "DistContext") -> tuple
     from gpt.utils.custom_scheduler import build_schedule
 
     stopwatch = Stopwatch(dist.device)
-    state = build_state(command, plan, dist)
+    state = build_state(config, plan, dist)
     state.scaler = TimedScaler(dist.device.type, enabled=state.scaler.is_enabled(), stopwatch=stopwatch)
-    train_step = build_train_step(command, plan, dist, state, stopwatch.around(autocast_of(plan)))
+    train_step = build_train_step(config, plan, dist, state, stopwatch.around(autocast_of(plan)))
     schedule = build_schedule(plan.lr, plan.max_steps)
-    tokens = MadeUpTokens(plan.model.vocab_size, plan.batch.block_size, masked=command.data.document_mask)
+    tokens = MadeUpTokens(plan.model.vocab_size, plan.batch.block_size, masked=config.data.document_mask)
 
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
 
@@ -162,13 +167,13 @@ def _measure(command: BenchCommand, plan: RunPlan, dist: "DistContext") -> tuple
             advance(step)
         synchronize(dist.device)
         start = time.perf_counter()
-        for step in range(WARM_UP, WARM_UP + command.steps):
+        for step in range(WARM_UP, WARM_UP + steps):
             advance(step)
         synchronize(dist.device)
         seconds = time.perf_counter() - start
-        laps = [advance_timed(step) for step in range(WARM_UP + command.steps, WARM_UP + 2 * command.steps)]
+        laps = [advance_timed(step) for step in range(WARM_UP + steps, WARM_UP + 2 * steps)]
     medians = {phase: statistics.median(lap[phase] for lap in laps) for phase in laps[0]}
-    return command.steps * plan.batch.tokens_per_step / seconds, medians
+    return steps * plan.batch.tokens_per_step / seconds, medians
 
 
 def _rows(figures: Mapping[str, Any]) -> dict[str, str]:

@@ -18,7 +18,9 @@ def measured(tmp_path: Path, *argv: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("flags", [[], ["--data.document-mask"], ["--dtype", "float16"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--data.document-mask"], "--dtype float16 --data.source a b --data.weights 1 2".split()]
+)
 def test_a_step_is_measured(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
