@@ -29,11 +29,14 @@ from gpt.layout import Layout, restore, write_run_files
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 from gpt.parallel.apply import make_ready
+from gpt.planning.flops import flops_per_token
 from gpt.planning.hardware import find_device
+from gpt.planning.peak import matmul_peak
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
 from gpt.training.observer import Sink
+from gpt.training.profiler import Profiler
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.stop_signal import StopSignal
@@ -41,6 +44,7 @@ from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
+from gpt.utils.distributed import DistContext
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -56,24 +60,13 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         UserError: a checkpoint that is damaged or does not fit.
     """
     config, dist, plan, corpus = layout.config, layout.dist, layout.plan, layout.corpus
-    if dist.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not autocast
-    autocast = partial(torch.autocast, dist.device.type, getattr(torch, plan.dtype), enabled=plan.dtype != "float32")
     prompts = _prompts(config, corpus.tokenizer)
+    autocast = autocast_of(plan)
 
-    model = GPT(plan.model, seed=plan.seed).to(dist.device)
-    optimizer = build_optimizer(
-        model,
-        config.optimizer,
-        plan.lr.max_lr,
-        hidden=model.hidden_matrices(),
-        precision=torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32,
-    )
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=plan.dtype == "float16")
-    skipped_updates = torch.zeros((), dtype=torch.int64, device=dist.device)
-    state = AppState(model, optimizer, scaler, skipped_updates, plan.identity)
+    state = build_state(config, plan, dist)
     restore(layout, state)
     dist.on_main(lambda: write_run_files(layout, state.progress.step))
+    peak = dist.on_main(lambda: matmul_peak(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir))
 
     trainer = Trainer(
         plan,
@@ -84,33 +77,70 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             rank=dist.rank,
             device=dist.device,
         ),
-        train_step=TrainStep(
-            make_ready(
-                model,
-                dist,
-                compiled=config.compile,
-                trial=partial(_trial, plan, autocast, dist.device, config.data.document_mask),
-            ),
-            optimizer,
-            scaler,
-            skipped_updates,
-            autocast=autocast,
-            world_size=dist.world_size,
-            grad_clip=config.grad_clip,
-            seed=plan.seed,
-        ),
+        train_step=build_train_step(config, plan, dist, state, autocast),
         schedule=build_schedule(plan.lr, plan.max_steps),
-        meter=Meter(plan.batch.tokens_per_step, skipped_updates, dist),
+        meter=Meter(
+            plan.batch.tokens_per_step,
+            state.skipped_updates,
+            dist,
+            flops_per_token=flops_per_token(plan.model),
+            peak=peak * dist.world_size,
+        ),
         checkpoints=CheckpointManager(layout.folder, config.checkpoint.keep, config.model_dump_json(indent=2), dist),
         resumed_from=str(layout.origin) if layout.origin else None,
     )
     trainer.attach(StopSignal(dist))
+    if config.profile.steps:
+        trainer.attach(Profiler(config.profile, layout.folder.trace if dist.is_main else None))
     if corpus.val:
-        trainer.attach(Evaluator(model, [_val_loss(layout, autocast)], plan))
+        trainer.attach(Evaluator(state.model, [_val_loss(layout, autocast)], plan))
     if prompts:
-        trainer.attach(TextSampler(model, corpus.tokenizer, prompts, config.sample, plan))
+        trainer.attach(TextSampler(state.model, corpus.tokenizer, prompts, config.sample, plan))
     trainer.attach(Logger(_sinks(layout, console)))
     return trainer
+
+
+def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppState:
+    """The model and its optimizer, at the beginning."""
+    if dist.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not autocast
+    model = GPT(plan.model, seed=plan.seed).to(dist.device)
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        plan.lr.max_lr,
+        hidden=model.hidden_matrices(),
+        precision=torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32,
+    )
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=plan.dtype == "float16")
+    skipped_updates = torch.zeros((), dtype=torch.int64, device=dist.device)
+    return AppState(model, optimizer, scaler, skipped_updates, plan.identity)
+
+
+def build_train_step(
+    config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
+) -> TrainStep:
+    """What updates `state`; compiles the model where that is asked for, and joins the processes."""
+    return TrainStep(
+        make_ready(
+            state.model,
+            dist,
+            compiled=config.compile,
+            trial=partial(_trial, plan, autocast, dist.device, config.data.document_mask),
+        ),
+        state.optimizer,
+        state.scaler,
+        state.skipped_updates,
+        autocast=autocast,
+        world_size=dist.world_size,
+        grad_clip=config.grad_clip,
+        seed=plan.seed,
+    )
+
+
+def autocast_of(plan: RunPlan) -> Autocast:
+    """The context of a forward pass, which computes in the plan's type."""
+    return partial(torch.autocast, plan.machine.device, getattr(torch, plan.dtype), enabled=plan.dtype != "float32")
 
 
 def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:

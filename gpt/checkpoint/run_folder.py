@@ -1,6 +1,7 @@
 """The folder of a run: what lies where, and whether a configuration may go on in it.
 
 config.json  environment.json  tokenizer.json  metrics.jsonl  samples.jsonl  checkpoints/step_XXXXXXXX/
+and, where steps were profiled, trace.json
 """
 
 import re
@@ -27,6 +28,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
+        self.trace = path / "trace.json"
         self.checkpoints = path / "checkpoints"
 
     def checkpoint_at(self, step: int) -> Path:

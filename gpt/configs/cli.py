@@ -39,20 +39,39 @@ VERBS = {
     "train": "train a model, or continue a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "let a trained model continue a text",
+    "bench": "measure the speed of a training step, or of a whole run",
 }
 
 
-class TrainCommand(TrainConfig):
-    """Train a GPT: every value below is the preset's own."""
+class OverPreset(TrainConfig):
+    """A command line that begins with a preset: every value is the preset's own unless a flag gives another."""
 
     config: Path | None = None
     """Start from a saved config.json instead of a preset."""
+
+    def as_train_config(self) -> TrainConfig:
+        """Without what only the command line has."""
+        return TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)))
+
+
+class TrainCommand(OverPreset):
+    """Train a GPT: every value below is the preset's own."""
+
     dry_run: bool = False
     """Resolve, check and print the plan; train nothing."""
 
 
+T = TypeVar("T", bound=OverPreset)
+
+
 def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     """`[PRESET] [--flags]` -> the configuration, and whether only to plan it."""
+    command = parse_over_preset(TrainCommand, argv, verb="train")
+    return command.as_train_config(), command.dry_run
+
+
+def parse_over_preset(model: type[T], argv: Sequence[str], *, verb: str) -> T:
+    """`[PRESET] [--flags]` -> the flags of `model`, over the values of the preset or of a saved configuration."""
     flags = list(argv)
     preset = flags.pop(0) if flags and not flags[0].startswith("-") else None
     if preset is not None and preset not in PRESETS:
@@ -61,8 +80,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     named = {name for name in HORIZON if _is_named(f"--{name}", flags)}
     if named:  # a horizon on the command line replaces the preset's, whichever of the three that one uses
         base |= {name: 0 for name in HORIZON if name not in named}
-    command = parse(TrainCommand, flags, prog=f"gpt train {preset or ''}".strip(), default=base)
-    return TrainConfig(**command.model_dump(exclude={"config", "dry_run"})), command.dry_run
+    return parse(model, flags, prog=f"gpt {verb} {preset or ''}".strip(), default=base)
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -122,7 +140,7 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
         return None
     fields = tuple(
         StructFieldSpec(
-            name=name,
+            name=field.alias or name,
             type=_positional(kind) if POSITIONAL in field.metadata else kind,
             default=_members_as_texts(getattr(info.default, name, tyro.MISSING)),
             helptext=field.description,
@@ -222,7 +240,7 @@ def _refuse_unknown(word: str, argv: Sequence[str], model: type[Config], prog: s
         if switch and f"--{off}" in flags:
             raise UserError(f"{switch} takes no value: it is {switch} or --{off}")
     if not word.startswith("-"):
-        hint = f"; a preset comes first: gpt train {word}" if word in PRESETS else ""
+        hint = f"; a preset comes first: {' '.join(prog.split()[:2])} {word}" if word in PRESETS else ""
         raise UserError(f"unexpected argument {word!r}{hint}; see {prog} --help")
     flag = word.split("=")[0].replace("_", "-")
     raise UserError(f"unknown flag {flag}; {_nearest(flag, flags)}")
@@ -231,7 +249,7 @@ def _refuse_unknown(word: str, argv: Sequence[str], model: type[Config], prog: s
 def _flags(model: type[BaseModel], prefix: str = "--") -> list[str]:
     flags: list[str] = []
     for name, field in model.model_fields.items():
-        flag = prefix + name.replace("_", "-")
+        flag = prefix + (field.alias or name).replace("_", "-")
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             flags += _flags(kind, f"{flag}.")

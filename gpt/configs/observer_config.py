@@ -39,3 +39,12 @@ class TextSampleConfig(SampleConfig):
 
     prompts: tuple[str, ...] = ("def ",)
     """Prompts to continue; none: draw no text. An empty prompt starts a document."""
+
+
+class ProfileConfig(Config):
+    """A trace of some steps, written to the run's trace.json; chrome://tracing and ui.perfetto.dev show it."""
+
+    start: int = Field(3, ge=1, le=LARGEST)
+    """The first step to trace; the very first ones are not like the others."""
+    steps: int = Field(0, ge=0, le=1000)
+    """Steps to trace; 0: none."""

@@ -10,14 +10,15 @@ from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
 
 HORIZON = ("max_steps", "max_tokens", "epochs")
 """Fields that say how long a run is."""
 
 FREE_ON_RESUME = frozenset(HORIZON) | {
-    *("run_dir", "device", "compile", "micro_batch_size", "resume", "log", "eval", "checkpoint", "sample"),
+    *("run_dir", "device", "compile", "micro_batch_size", "resume"),
+    *("log", "eval", "checkpoint", "sample", "profile"),
     *("data.cache_dir", "data.workers"),
 }
 """What may differ when a run is continued: where and for how long it runs and what is watched of it.
@@ -63,6 +64,7 @@ class TrainConfig(Config):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: TextSampleConfig = TextSampleConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Self:

@@ -46,6 +46,15 @@ def machine_facts(device: str, world_size: int) -> MachineFacts:
     return MachineFacts(device, cpu_name(), cpu_has_bfloat16(), world_size)
 
 
+def peak_memory(device: str) -> int | None:
+    """Bytes: the most that torch had allocated on a GPU, or this process in memory; None where nobody tells."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage's ru_maxrss, which after fork and exec begins at the size of the program that started this one.
+    kilobytes = _value_in("/proc/self/status", "VmHWM").removesuffix(" kB")
+    return int(kilobytes) * 1024 if device == "cpu" and kilobytes else None
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; torch's own look-up is private, the kernel's is not."""
     flags = _cpuinfo("flags").split()
@@ -58,9 +67,13 @@ def cpu_name() -> str:
 
 
 def _cpuinfo(key: str) -> str:
-    """A value of Linux's /proc/cpuinfo; empty elsewhere."""
+    return _value_in("/proc/cpuinfo", key)
+
+
+def _value_in(file: str, key: str) -> str:
+    """A value of a file of Linux's /proc; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

@@ -16,6 +16,8 @@ class Meter:
         tokens_per_step: tokens over all processes.
         skipped_updates: device counter; reported once there are any.
         dist: the processes over which losses are summed.
+        flops_per_token: arithmetic of a step, by its tokens.
+        peak: FLOP/s that all processes together reach at best.
         clock: seconds; monotonic.
     """
 
@@ -24,10 +26,14 @@ class Meter:
         tokens_per_step: int,
         skipped_updates: torch.Tensor,
         dist: DistContext,
+        *,
+        flops_per_token: float,
+        peak: float,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._tokens_per_step, self._skipped_updates = tokens_per_step, skipped_updates
         self._dist, self._clock = dist, clock
+        self._mfu_of_rate = flops_per_token / peak
         self._stats: list[StepStats] = []
         self._started = clock()
 
@@ -46,11 +52,12 @@ class Meter:
         losses = sums / n_targets.to(sums.device, non_blocking=True)
         others = torch.stack([self._stats[-1].grad_norm, self._skipped_updates.float()])
         *values, grad_norm, skipped_updates = torch.cat([losses, others]).tolist()  # the one sync
-        seconds = self._clock() - self._started
+        rate = len(values) * self._tokens_per_step / (self._clock() - self._started)
         metrics = {
             "train/loss": values[-1],
             "grad_norm": grad_norm,
-            "tokens_per_second": len(values) * self._tokens_per_step / seconds,
+            "tokens_per_second": rate,
+            "mfu": rate * self._mfu_of_rate,  # model FLOPs utilization (Chowdhery et al. 2022, "PaLM", section 4.1)
         }
         if skipped_updates:
             metrics["skipped_updates"] = int(skipped_updates)

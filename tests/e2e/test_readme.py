@@ -14,7 +14,7 @@ from tests.conftest import make_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-NOT_HERE = ("pip ", "conda ", "nvidia-smi", "python3 -m venv")
+NOT_HERE = ("pip ", "conda ", "nvidia-smi", "python3 -m venv", "gpt bench speedrun")
 SHORTER = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
 
 
@@ -32,7 +32,7 @@ def commands() -> list[str]:
 def shortened(command: str) -> list[str]:
     """A training command gets fewer batches and steps, a resumed one a step more than it has done."""
     words = shlex.split(command)
-    if {"sample", "prepare"} & set(words) or "--help" in words or words[:2] == ["python", "-c"]:
+    if {"sample", "prepare", "bench"} & set(words) or "--help" in words or words[:2] == ["python", "-c"]:
         return words
     steps = {"--max-steps 500": "3", "debug": None, "--config": None}
     bound = next((steps[name] for name in steps if name in command), "2")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.planning.hardware import cpu_has_bfloat16, find_device, machine_facts
+from gpt.planning.hardware import cpu_has_bfloat16, find_device, machine_facts, peak_memory
 
 
 def test_auto_takes_the_best_device_there_is() -> None:
@@ -31,3 +31,15 @@ def test_bfloat16_arithmetic_is_what_torch_finds() -> None:
     if not capabilities:
         pytest.skip("this torch does not tell")
     assert cpu_has_bfloat16() == (capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_peak_memory_is_what_the_kernel_saw() -> None:
+    before = peak_memory("cpu")
+    assert before is not None
+    held = torch.ones(2**28 // 4)
+    after = peak_memory("cpu")
+    assert after is not None
+    assert before <= after
+    assert after >= held.nbytes
+    assert peak_memory("mps") is None

@@ -28,7 +28,7 @@ PLAN = resolve(
     MachineFacts("cpu", "a CPU", has_bfloat16=False),
     CorpusFacts(300, (StreamFacts("text", 10**6),), val_tokens=10, val_bytes=30, xz_bits_per_byte=1.75),
 )
-METRICS = {"train/loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 2048.0, "lr": 1e-3, "tokens": 40960}
+METRICS = {"train/loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 2048.0, "mfu": 0.456, "lr": 1e-3, "tokens": 40960}
 EVENTS: list[Event] = [
     TrainStart(0, PLAN, "runs/a/checkpoints/step_00000005"),
     MetricsReady(10, METRICS, (2.6, 2.5)),
@@ -55,7 +55,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = shown(terminal=False).splitlines()
     begin = lines.index("continuing from runs/a/checkpoints/step_00000005")
     assert lines[0].startswith("machine")
-    assert lines[begin + 1] == "step 10/20  loss 2.5000  lr 1.00e-03  2.05k tokens/s  ETA 0:00:20"
+    assert lines[begin + 1] == "step 10/20  loss 2.5000  lr 1.00e-03  2.05k tokens/s  MFU 45.6%  ETA 0:00:20"
     assert lines[begin + 2] == "step 10: val/loss 2.0000, val/perplexity 7.3890, val/bpb 1.5000"
     assert lines[begin + 3] == "        bits per byte of the same files: 1.500 here, 1.750 by xz -9e"
     assert lines[-2:] == [

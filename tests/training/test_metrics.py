@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from gpt.training.metrics import Meter
@@ -8,7 +7,7 @@ from gpt.utils.distributed import DistContext
 
 def test_a_report_has_every_loss_and_the_rate_of_its_window() -> None:
     now = [100.0]
-    meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"), clock=lambda: now[0])
+    meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"), flops_per_token=30, peak=600, clock=lambda: now[0])
     now[0] = 500.0  # set-up is not training
     meter.start_window()
     for loss, norm, n_targets in ((20.0, 1.0, 10), (27.0, 2.0, 9)):  # a step of ten positions, one of them padding
@@ -16,14 +15,14 @@ def test_a_report_has_every_loss_and_the_rate_of_its_window() -> None:
     now[0] = 504.0
     metrics, losses = meter.report()
     assert losses == (2.0, 3.0)
-    assert metrics == {"train/loss": 3.0, "grad_norm": 2.0, "tokens_per_second": pytest.approx(5.0)}
+    assert metrics == {"train/loss": 3.0, "grad_norm": 2.0, "tokens_per_second": 5.0, "mfu": 0.25}
     meter.start_window()
     meter.add(StepStats(torch.tensor(10.0), torch.tensor(1.0), 10))
     now[0] = 505.0
-    assert meter.report() == ({"train/loss": 1.0, "grad_norm": 1.0, "tokens_per_second": 10.0}, (1.0,))
+    assert meter.report() == ({"train/loss": 1.0, "grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.5}, (1.0,))
 
 
 def test_a_step_that_predicts_nothing_has_the_loss_zero() -> None:
-    meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"))
+    meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"), flops_per_token=1, peak=1)
     meter.add(StepStats(torch.tensor(0.0), torch.tensor(0.0), 0))
     assert meter.report()[1] == (0.0,)

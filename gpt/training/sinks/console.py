@@ -90,7 +90,8 @@ class ConsoleSink:
 
     def _show_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = (
-            f"loss {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  {si(metrics['tokens_per_second'])} tokens/s"
+            f"loss {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  {si(metrics['tokens_per_second'])} tokens/s  "
+            f"MFU {metrics['mfu']:.1%}"
         )
         if self._console.is_terminal:
             self._progress.update(self._task, numbers=numbers)

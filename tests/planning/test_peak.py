@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.configs.gpt_config import GPTConfig
+from gpt.planning import peak as module
+from gpt.planning.peak import matmul_peak, measure_own_peak, measure_peak
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the measurements find, one after the other; and none takes its time."""
+    rates: list[float] = []
+    monkeypatch.setattr(module, "measure_peak", lambda *_: rates.pop(0))
+    return rates
+
+
+def test_a_peak_is_measured_once(measured: list[float], tmp_path: Path) -> None:
+    measured += [2e9]
+    peaks = [matmul_peak(CPU, "a CPU", "float32", tmp_path / "cache") for _ in range(3)]
+    assert peaks == [2e9] * 3
+    (file,) = (tmp_path / "cache").iterdir()
+    key = ["a CPU", "float32", torch.get_num_threads(), torch.__version__]
+    assert json.loads(file.read_text()) == {"device, dtype, threads, torch": key, "flops_per_second": 2e9}
+
+
+def test_devices_types_and_threads_have_peaks_of_their_own(measured: list[float], tmp_path: Path) -> None:
+    measured += [4.0, 3.0, 2.0, 1.0]
+    peaks = [matmul_peak(CPU, name, dtype, tmp_path) for name in ("a", "b") for dtype in ("float32", "bfloat16")]
+    assert peaks == [4.0, 3.0, 2.0, 1.0]
+    torch.set_num_threads(2)
+    try:
+        measured.append(0.5)
+        assert matmul_peak(CPU, "a", "float32", tmp_path) == 0.5
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flops_per_second": null}', '{"flops_per_second": NaN}'])
+def test_a_damaged_file_is_measured_anew(measured: list[float], tmp_path: Path, content: str) -> None:
+    measured += [1.0, 2.0]
+    matmul_peak(CPU, "a", "float32", tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(content)
+    assert [matmul_peak(CPU, "a", "float32", tmp_path) for _ in range(2)] == [2.0, 2.0]
+
+
+def test_a_cache_that_cannot_be_written_to_keeps_nothing(measured: list[float], tmp_path: Path) -> None:
+    measured += [1.0]
+    (tmp_path / "file").touch()
+    assert matmul_peak(CPU, "a", "float32", tmp_path / "file" / "cache") == 1.0
+
+
+@pytest.mark.parametrize(("together", "expected"), [(7.0, 7.0), (3.9, 8.0)])
+def test_threads_that_hold_each_other_up_are_measured_apart(
+    monkeypatch: pytest.MonkeyPatch, together: float, expected: float
+) -> None:
+    monkeypatch.setattr(module, "_square_rate", lambda *_: together if torch.get_num_threads() == 2 else 4.0)
+    torch.set_num_threads(2)
+    try:
+        assert measure_peak(CPU, torch.float32) == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_measuring_draws_nothing_from_the_runs_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS_PER_SHAPE", 0)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert measure_peak(CPU, torch.float32) > 0
+    model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu")
+    assert measure_own_peak(CPU, torch.bfloat16, model, rows=4) > 0
+    assert torch.equal(torch.get_rng_state(), before)
