@@ -3,14 +3,11 @@
 layout (config, plan, corpus, tokens) -> batches -> model -> optimizer -> Trainer -> observers -> run
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
 from gpt.checkpoint.manager import CheckpointManager
@@ -18,13 +15,13 @@ from gpt.checkpoint.run_folder import locate_checkpoint, run_of
 from gpt.checkpoint.store import read_weights
 from gpt.configs.cli import load_config
 from gpt.configs.observer_config import TextSampleConfig
-from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import sequences_of
 from gpt.data.data_loader import DataLoader
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.val_loss import ValLoss
+from gpt.fitting import Autocast, autocast_of, trial_loss
 from gpt.layout import Layout, restore, write_run_files
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
@@ -42,8 +39,6 @@ from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 
-Autocast = Callable[[], AbstractContextManager[object]]
-
 
 def build(layout: Layout, console: Console | None = None) -> Trainer:
     """Compose the run.
@@ -58,7 +53,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     config, dist, plan, corpus = layout.config, layout.dist, layout.plan, layout.corpus
     if dist.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not autocast
-    autocast = partial(torch.autocast, dist.device.type, getattr(torch, plan.dtype), enabled=plan.dtype != "float32")
+    autocast = autocast_of(plan, dist.device)
     prompts = _prompts(config, corpus.tokenizer)
 
     model = GPT(plan.model, seed=plan.seed).to(dist.device)
@@ -87,9 +82,18 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         train_step=TrainStep(
             make_ready(
                 model,
+                model.h,
                 dist,
+                config.parallel,
                 compiled=config.compile,
-                trial=partial(_trial, plan, autocast, dist.device, config.data.document_mask),
+                trial=partial(
+                    trial_loss,
+                    n_sequences=plan.batch.micro_batch_size,
+                    block_size=plan.batch.block_size,
+                    masked=config.data.document_mask,
+                    device=dist.device,
+                    autocast=autocast,
+                ),
             ),
             optimizer,
             scaler,
@@ -139,13 +143,6 @@ def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
                 raise UserError(f"--sample.prompts {prompt!r}: {error}") from error
             tokens[""] = tokenizer.encode_prompt("")
     return tokens
-
-
-def _trial(plan: RunPlan, autocast: Autocast, device: torch.device, masked: bool, model: nn.Module) -> torch.Tensor:
-    tokens = torch.zeros((plan.batch.micro_batch_size, plan.batch.block_size), dtype=torch.int64, device=device)
-    with autocast():
-        loss: torch.Tensor = model(tokens, tokens, tokens if masked else None)
-    return loss
 
 
 def _sinks(layout: Layout, console: Console | None) -> list[Sink]:
