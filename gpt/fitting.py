@@ -20,7 +20,7 @@ from gpt.utils.resources import memory_to_plan_with
 Autocast = Callable[[], AbstractContextManager[object]]
 
 USEFUL_TOKENS = 4096
-"""Of a micro-batch on a CPU: more are no faster, see docs/EXPERIMENTS.md."""
+"""Of a micro-batch on a CPU: more are hardly faster, see docs/EXPERIMENTS.md."""
 GPU_MARGIN = 0.05
 """Of a GPU's memory, what stays free: an allocator's blocks do not always fit."""
 
