@@ -20,10 +20,11 @@ from gpt.configs.run_plan import TOKENIZER, MachineFacts, RunPlan, plan_batch, r
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_note
 from gpt.errors import UserError
+from gpt.fitting import fitted
 from gpt.planning.environment import environment
 from gpt.planning.hardware import find_device, machine_facts
 from gpt.utils.atomic_io import keep_jsonl, require_possible, require_writable, sweep, write_json, write_text
-from gpt.utils.cpu_runtime import keep_freed_memory
+from gpt.utils.cpu_runtime import set_up_cpu
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
 
@@ -58,16 +59,18 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     Raises:
         UserError: whatever the user can mend.
     """
-    keep_freed_memory()
+    runtime = set_up_cpu(config.runtime)
     device = find_device(config.device)
     dist = DistContext(device)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
     claimed = dist.on_main(lambda: _claim(folder, config, dry_run=dry_run))
     origin = Path(claimed) if claimed else None
-    machine = MachineFacts(**dist.broadcast(asdict(machine_facts(device, dist.world_size))))
+    facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
+    machine = MachineFacts(**dist.broadcast(asdict(facts)))
     corpus = _open(config, dist)
     plan = resolve(config, machine, corpus.facts)
+    plan = fitted(config, plan, dist)
     note = tokenizer_note(config.data, corpus)
     if note:
         plan = replace(plan, notes=(*plan.notes, note))
@@ -95,7 +98,7 @@ def write_run_files(layout: Layout, step: int) -> None:
     folder = layout.folder
     try:
         write_text(folder.config, folder.to_record(layout.config, layout.origin).model_dump_json(indent=2) + "\n")
-        write_json(folder.environment, environment())
+        write_json(folder.environment, environment(layout.plan.machine.runtime))
         write_text(folder.tokenizer, layout.corpus.tokenizer.definition)
         for records in (folder.metrics, folder.samples):
             keep_jsonl(records, lambda record: isinstance(at := record.get("step"), int) and at <= step)

@@ -3,14 +3,11 @@
 layout (config, plan, corpus, tokens) -> batches -> model -> optimizer -> Trainer -> observers -> run
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
 from gpt.checkpoint.manager import CheckpointManager
@@ -25,6 +22,7 @@ from gpt.data.data_loader import DataLoader
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.val_loss import ValLoss
+from gpt.fitting import Autocast, autocast_of, trial_loss
 from gpt.layout import Layout, restore, write_run_files
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
@@ -45,8 +43,6 @@ from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
-
-Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def build(layout: Layout, console: Console | None = None) -> Trainer:
@@ -124,9 +120,18 @@ def build_train_step(
     return TrainStep(
         make_ready(
             state.model,
+            state.model.get_submodule("h").children(),
             dist,
+            config.parallel,
             compiled=config.compile,
-            trial=partial(_trial, plan, autocast, dist.device, config.data.document_mask),
+            trial=partial(
+                trial_loss,
+                n_sequences=plan.batch.micro_batch_size,
+                block_size=plan.batch.block_size,
+                masked=config.data.document_mask,
+                device=dist.device,
+                autocast=autocast,
+            ),
         ),
         state.optimizer,
         state.scaler,
@@ -136,11 +141,6 @@ def build_train_step(
         grad_clip=config.grad_clip,
         seed=plan.seed,
     )
-
-
-def autocast_of(plan: RunPlan) -> Autocast:
-    """The context of a forward pass, which computes in the plan's type."""
-    return partial(torch.autocast, plan.machine.device, getattr(torch, plan.dtype), enabled=plan.dtype != "float32")
 
 
 def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
@@ -169,13 +169,6 @@ def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
                 raise UserError(f"--sample.prompts {prompt!r}: {error}") from error
             tokens[""] = tokenizer.encode_prompt("")
     return tokens
-
-
-def _trial(plan: RunPlan, autocast: Autocast, device: torch.device, masked: bool, model: nn.Module) -> torch.Tensor:
-    tokens = torch.zeros((plan.batch.micro_batch_size, plan.batch.block_size), dtype=torch.int64, device=device)
-    with autocast():
-        loss: torch.Tensor = model(tokens, tokens, tokens if masked else None)
-    return loss
 
 
 def _sinks(layout: Layout, console: Console | None) -> list[Sink]:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,19 +71,21 @@ def _bench_step(command: BenchCommand) -> int:
     import torch
 
     from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
+    from gpt.fitting import fitted
     from gpt.planning.flops import flops_per_token
     from gpt.planning.hardware import find_device, machine_facts, peak_memory
     from gpt.planning.peak import matmul_peak, measure_own_peak
-    from gpt.utils.cpu_runtime import keep_freed_memory
+    from gpt.utils.cpu_runtime import set_up_cpu
     from gpt.utils.distributed import DistContext
 
-    keep_freed_memory()
     device = find_device(command.device)
     dist = DistContext(device)
     config = _without_sources(command.as_train_config())
+    runtime = set_up_cpu(config.runtime)
     corpus = CorpusFacts(_vocabulary(config), (StreamFacts("made-up tokens", 10**12),))
-    machine = MachineFacts(**dist.broadcast(asdict(machine_facts(device, dist.world_size))))
-    plan = resolve(config, machine, corpus)
+    facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
+    machine = MachineFacts(**dist.broadcast(asdict(facts)))
+    plan = fitted(config, resolve(config, machine, corpus), dist)
     rate, seconds = _measure(config, plan, dist, command.steps)
     memory = peak_memory(device)
 
@@ -136,8 +138,9 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     """Tokens per second over all processes, and the median seconds of each phase of a step."""
     from gpt.data.data_loader import DataLoader
     from gpt.data.made_up import MadeUpTokens
+    from gpt.fitting import autocast_of
     from gpt.optim.build import set_learning_rate
-    from gpt.pipeline import autocast_of, build_state, build_train_step
+    from gpt.pipeline import build_state, build_train_step
     from gpt.planning.peak import synchronize
     from gpt.training.stopwatch import Stopwatch, TimedScaler
     from gpt.utils.custom_scheduler import build_schedule

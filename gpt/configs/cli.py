@@ -156,12 +156,12 @@ def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """A single value stays the text that was typed; switches and lists keep tyro's own reading."""
     alternatives = _alternatives(info.type)
     kinds = [kind for kind in alternatives if kind is not NoneType]
-    if len(kinds) != 1 or kinds[0] is bool or not (kinds[0] in (int, float, str, Path) or _choices(kinds[0])):
+    if not all(kind in (int, float, str, Path) or _choices(kind) for kind in kinds):
         return None
-    choices = _choices(kinds[0])
+    choices = ["{" + ",".join(_choices(kind)) + "}" if _choices(kind) else kind.__name__.upper() for kind in kinds]
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="{" + ",".join(choices) + "}" if choices else getattr(kinds[0], "__name__", "value").upper(),
+        metavar="|".join(choices),
         instance_from_str=lambda words: None if words[0] == "none" and NoneType in alternatives else words[0],
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else str(value)],
@@ -272,8 +272,8 @@ def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 def _explain(error: ValidationError, model: type[Config], *, as_flag: bool = True) -> str:
     """The first of pydantic's errors as one line: where, which value, what it should be."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"] if isinstance(part, str)]
+    first, *others = error.errors(include_url=False)
+    path = _field_path(first["loc"], model)
     place = "--" + ".".join(path).replace("_", "-") if as_flag else ".".join(path)
     value, context = first["input"], first.get("ctx", {})
     if first["type"] == "value_error":  # a model's own check: its message names its fields and values
@@ -288,7 +288,22 @@ def _explain(error: ValidationError, model: type[Config], *, as_flag: bool = Tru
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{place} {value}: {hint}one of {', '.join(choices)}"
     expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:]).format(**context)
+    for other in others:  # a field that is a number or a word has an error for each
+        if other["type"] == "literal_error" and _field_path(other["loc"], model) == path:
+            expected += " or " + other["ctx"]["expected"].replace("'", "")
     return f"{place} {value}: {expected}"
+
+
+def _field_path(location: Sequence[str | int], model: type[BaseModel]) -> list[str]:
+    """The names of a field and its sections, without what pydantic adds: places in lists, members of unions."""
+    path: list[str] = []
+    section: Any = model
+    for part in location:
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            break
+        path.append(str(part))
+        section = section.model_fields[part].annotation if part in section.model_fields else None
+    return path
 
 
 _EXPECTED = {

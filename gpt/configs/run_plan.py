@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.train_config import TrainConfig
+from gpt.configs.train_config import MOST_SEQUENCES, TrainConfig
 from gpt.errors import UserError
 
 TOKENIZER = "the tokenizer's SHA-256"
@@ -23,6 +23,10 @@ class MachineFacts:
     """The device has bfloat16 arithmetic, not just a conversion."""
     world_size: int = 1
     """Processes that train together."""
+    runtime: dict[str, int | bool] = field(default_factory=dict)
+    """What was set in each process, under the names of RuntimeConfig."""
+    sequences_limit: int = 1
+    """What --micro-batch-size auto may be at most; filled by `gpt.fitting`."""
 
 
 @dataclass(frozen=True)
@@ -161,26 +165,34 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - block_size) // block_size)
 
 
-def plan_batch(config: TrainConfig, world_size: int) -> BatchPlan:
-    """Cut `tokens_per_step` into micro-batches.
+def divisors(number: int) -> list[int]:
+    """Ascending, up to the largest micro-batch."""
+    return [n for n in range(1, min(number, MOST_SEQUENCES) + 1) if number % n == 0]
+
+
+def plan_batch(config: TrainConfig, world_size: int, sequences_limit: int = 1) -> BatchPlan:
+    """Cut `tokens_per_step` into micro-batches, of at most `sequences_limit` where their size is auto.
 
     Raises:
         UserError: the sizes do not divide.
     """
     block_size = config.model.block_size
-    unit = config.micro_batch_size * block_size * world_size
+    size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    unit = size * block_size * world_size
     tokens = config.tokens_per_step or unit
     if tokens % unit:
         below = tokens - tokens % unit
         nearest = " or ".join(str(n) for n in (below, below + unit) if n)
-        most = min(config.micro_batch_size, tokens // (block_size * world_size))
+        most = min(size, tokens // (block_size * world_size))
         fitting = next((n for n in range(most, 0, -1) if tokens % (n * block_size * world_size) == 0), None)
         remedy = f", or --micro-batch-size {fitting}" if fitting else ""
         raise UserError(
             f"--tokens-per-step {tokens} is not divisible by micro_batch_size*block_size*processes="
-            f"{config.micro_batch_size}*{block_size}*{world_size}={unit}; nearest: {nearest}{remedy}"
+            f"{size}*{block_size}*{world_size}={unit}; nearest: {nearest}{remedy}"
         )
-    return BatchPlan(config.micro_batch_size, block_size, world_size, tokens // unit)
+    if config.micro_batch_size == "auto":
+        size = max(n for n in divisors(tokens // unit) if n <= sequences_limit)
+    return BatchPlan(size, block_size, world_size, tokens // (size * block_size * world_size))
 
 
 def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> RunPlan:
@@ -189,7 +201,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
     Raises:
         UserError: values that do not fit together, with the nearest that do.
     """
-    batch = plan_batch(config, machine.world_size)
+    batch = plan_batch(config, machine.world_size, machine.sequences_limit)
     sequences = _sequences(config, batch, corpus)
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(
@@ -199,6 +211,12 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
     per_epoch = sum(sequences.values())
     max_steps = _horizon(config, batch, per_epoch)
     notes = []
+    if config.micro_batch_size == "auto":
+        bound = "are of use to a CPU or fit in memory" if machine.device == "cpu" else "fit in memory"
+        notes.append(
+            f"--micro-batch-size auto is {batch.micro_batch_size}, which divides the step: "
+            f"at most {machine.sequences_limit} sequences {bound}"
+        )
     if config.lr.warmup_steps >= max_steps:
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts the whole run of {max_steps}")
     if corpus.val_tokens < 2:

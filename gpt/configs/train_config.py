@@ -1,7 +1,7 @@
 """The root of the configuration: `TrainConfig()` is the `quickstart` preset and the default of everything."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,13 +12,17 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
+from gpt.configs.parallel_config import ParallelConfig
+from gpt.configs.runtime_config import RuntimeConfig
 
+MOST_SEQUENCES = 2**20
+"""Of a micro-batch."""
 HORIZON = ("max_steps", "max_tokens", "epochs")
 """Fields that say how long a run is."""
 
 FREE_ON_RESUME = frozenset(HORIZON) | {
     *("run_dir", "device", "compile", "micro_batch_size", "resume"),
-    *("log", "eval", "checkpoint", "sample", "profile"),
+    *("log", "eval", "checkpoint", "sample", "profile", "parallel", "runtime"),
     *("data.cache_dir", "data.workers"),
 }
 """What may differ when a run is continued: where and for how long it runs and what is watched of it.
@@ -40,8 +44,8 @@ class TrainConfig(Config):
     """Tokens to train on; 0: no bound."""
     epochs: float = Field(0, ge=0, le=1_000_000)
     """Passes over the training set; 0: no bound."""
-    micro_batch_size: int = Field(16, ge=1, le=2**20)
-    """Sequences per process in one forward pass."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] = 16
+    """Sequences per process in one forward pass; auto: as many as fit in memory, on a CPU as many as are of use."""
     tokens_per_step: int = Field(2048, ge=0, le=LARGEST)
     """Tokens over all processes in one update; 0: one micro-batch per process."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -60,6 +64,8 @@ class TrainConfig(Config):
     data: DataConfig = DataConfig()
     lr: LRConfig = LRConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -67,11 +73,13 @@ class TrainConfig(Config):
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
-    def _has_an_end(self) -> Self:
+    def _fits_together(self) -> Self:
         if not (self.max_steps or self.max_tokens or self.epochs):
             raise ValueError("max_steps, max_tokens and epochs are all 0: set one of them, or the run never ends")
         if self.init_from is not None and self.resume not in ("auto", "never"):
             raise ValueError(f"init_from={self.init_from} and resume={self.resume} both name a start: leave one out")
+        if self.micro_batch_size == "auto" and not self.tokens_per_step:
+            raise ValueError("micro_batch_size=auto cuts up tokens_per_step, and that is 0: give one of them a number")
         return self
 
     def differences(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:

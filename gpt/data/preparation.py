@@ -44,9 +44,9 @@ from gpt.data.tokenizer import Tokenizer, build_tokenizer, char_tokenizer, train
 from gpt.data.worker_pool import WorkerPool
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
-from gpt.utils.cpu_runtime import usable_cores
 from gpt.utils.helper import names_apart, plural, si
 from gpt.utils.progress import progress_bar
+from gpt.utils.resources import usable_cores
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,14 @@
-"""compile, then DDP: the fixed order in which a model is made ready to train."""
+"""Activation checkpointing, compile, DDP: the fixed order in which a model is made ready to train."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt.configs.parallel_config import ParallelConfig
+from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.parallel.gradient_sync import gradient_sync
 from gpt.utils.distributed import DistContext
 from gpt.utils.helper import first_line
@@ -15,14 +17,23 @@ log = logging.getLogger(__name__)
 
 
 def make_ready(
-    model: nn.Module, dist: DistContext, *, compiled: bool, trial: Callable[[nn.Module], torch.Tensor]
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    dist: DistContext,
+    config: ParallelConfig,
+    *,
+    compiled: bool,
+    trial: Callable[[nn.Module], torch.Tensor],
 ) -> nn.Module:
     """The module that the training step calls: compiled in place where asked, wrapped in DDP for several processes.
 
-    DDP averages gradients over processes. Compiling in place changes no name in a state dict. `trial` maps the module
-    to a loss: it is run once, forward and backward, so that what the compiler cannot do shows before the first step;
-    the model then runs as it is. It runs inside the wrapper, for the compiler cuts the graph to DDP's buckets.
+    `blocks` are the parts of the model that keep less for the backward pass where `config` asks for it; the compiler
+    must find them so. DDP averages gradients over processes. Compiling in place changes no name in a state dict.
+    `trial` maps the module to a loss: it is run once, forward and backward, so that what the compiler cannot do shows
+    before the first step; the model then runs as it is. It runs inside the wrapper, for the compiler cuts the graph to
+    DDP's buckets.
     """
+    checkpoint_activations(blocks, config.activation_checkpointing)
     if compiled:
         model.compile()
     ready = model

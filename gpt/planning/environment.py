@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ PACKAGE = Path(gpt.__file__).parent
 LIBRARIES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the commit of the code."""
+def environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
+    """Versions, hardware, the commit of the code, and what was set in the process."""
     return {
         "gpt-training-pipeline": gpt.__version__,
         "git_commit": git_commit(),
@@ -27,6 +28,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "runtime": dict(runtime),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "command": sys.argv,

@@ -4,6 +4,11 @@ import ctypes
 import os
 import sys
 
+import torch
+
+from gpt.configs.runtime_config import RuntimeConfig
+from gpt.utils.resources import usable_cores
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 KEPT_BYTES = 2**30
 
@@ -23,8 +28,21 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def set_up_cpu(config: RuntimeConfig) -> dict[str, int | bool]:
+    """Set what `config` says, and return what holds then, under its names.
+
+    Call it before the first operation: the threads of a pool take over how their maker treats denormals.
+
+    Unasked the number of threads is only ever lowered: torch counts the machine's cores (of two threads of a core one,
+    where it is built with MKL), and a container may have been given fewer. A number in OMP_NUM_THREADS stands, as
+    torchrun sets it.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())
+    return {
+        "threads": torch.get_num_threads(),
+        "keep_freed_memory": config.keep_freed_memory and keep_freed_memory(),
+        "flush_denormals": config.flush_denormals and torch.set_flush_denormal(True),
+    }

@@ -106,6 +106,10 @@ class DistContext:
         flag = torch.tensor([value])
         return _ReducedFlag(flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
 
+    def least(self, value: int) -> int:
+        """The smallest value that any process gives."""
+        return -self.start_max(-value).read()
+
     def close(self) -> None:
         """Leave the group; call it on a clean end only, for a dead peer would be waited for."""
         if self.world_size > 1:

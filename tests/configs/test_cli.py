@@ -72,6 +72,7 @@ REQUIRED_FLAGS = """
     --data.vocab-size --data.weights --data.packing --data.document-mask
     --lr.schedule --lr.max-lr --lr.min-lr --lr.warmup-steps --lr.decay-steps
     --optimizer.weight-decay --optimizer.beta1 --optimizer.beta2 --log.interval --eval.interval --eval.batches
+    --parallel.activation-checkpointing --runtime.threads --runtime.keep-freed-memory --runtime.flush-denormals
     --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run
     --profile.start --profile.steps
 """.split()
@@ -118,6 +119,16 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--resume a --init-from b", "init_from=b and resume=a both name a start"),
         ("--model.n-layer", "--model.n-layer needs a value"),
         ("--config", "--config needs a value"),
+        ("--micro-batch-size atuo", "--micro-batch-size atuo: expected a whole number or auto"),
+        ("--micro-batch-size 2.5", "--micro-batch-size 2.5: expected a whole number or auto"),
+        ("--micro-batch-size 0", "--micro-batch-size 0: must be at least 1; nearest: 1 or auto"),
+        ("--micro-batch-size auto --tokens-per-step 0", "micro_batch_size=auto cuts up tokens_per_step, and that is 0"),
+        (
+            "--parallel.activation-checkpointing blocks",
+            "--parallel.activation-checkpointing blocks: did you mean block? one of none, block, selective",
+        ),
+        ("--runtime.keep-freed-memory 1", "--runtime.keep-freed-memory takes no value"),
+        ("--runtime.threads -1", "--runtime.threads -1: must be at least 0; nearest: 0"),
         ("smaple", "unknown verb or preset 'smaple'; did you mean sample?"),
         ("--compile=yes", "--compile takes no value: it is --compile or --no-compile"),
         ("--model.bias=1", "--model.bias takes no value: it is --model.bias or --model.no-bias"),
@@ -211,6 +222,16 @@ def test_the_command_line_loads_without_torch() -> None:
 def test_a_configuration_survives_json() -> None:
     for preset in PRESETS.values():
         assert TrainConfig.model_validate(json.loads(preset().model_dump_json())) == preset()
+
+
+def test_a_number_or_a_word_is_saved_and_read_back_as_that(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for given, size in (("auto", "auto"), ("8", 8)):
+        path.write_text(config_of(f"debug --micro-batch-size {given}").model_dump_json())
+        assert config_of(f"--config {path}").micro_batch_size == load_config(path).micro_batch_size == size
+    path.write_text('{"micro_batch_size": "atuo"}')
+    with pytest.raises(UserError, match=r"micro_batch_size atuo: expected a whole number or auto$"):
+        load_config(path)
 
 
 def test_lists_are_read_as_lists() -> None:

@@ -38,6 +38,21 @@ def test_indivisible_sizes_name_the_nearest(tokens: int, world_size: int, messag
         plan_batch(config, world_size)
 
 
+@pytest.mark.parametrize(("limit", "world_size", "size"), [(1, 1, 1), (5, 1, 4), (11, 1, 6), (99, 1, 12), (5, 2, 3)])
+def test_an_automatic_micro_batch_is_the_largest_within_its_limit_that_divides(
+    limit: int, world_size: int, size: int
+) -> None:
+    machine = MachineFacts("cuda", "", False, world_size, sequences_limit=limit)
+    resolved = plan(machine, micro_batch_size="auto", tokens_per_step=12 * 16)
+    assert (resolved.batch.micro_batch_size, resolved.batch.tokens_per_step) == (size, 12 * 16)
+    assert f"--micro-batch-size auto is {size}, which divides the step: at most {limit} sequences" in resolved.notes[0]
+
+
+def test_an_automatic_micro_batch_of_a_step_that_does_not_divide_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"100 is not divisible by .*=1\*16\*1=16; nearest: 96 or 112$"):
+        plan(micro_batch_size="auto", tokens_per_step=100)
+
+
 def test_the_earliest_bound_ends_the_run() -> None:
     per_epoch = windows_per_epoch(10_000, 16)
     assert plan(max_steps=0, max_tokens=65).max_steps == 2

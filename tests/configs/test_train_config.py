@@ -12,7 +12,17 @@ def test_differences_name_what_makes_another_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"max_steps": 9}, {"log": {"interval": 1}}, {"run_dir": "x"}, {"device": "cpu"}, {"micro_batch_size": 1}]
+    "change",
+    [
+        {"max_steps": 9},
+        {"log": {"interval": 1}},
+        {"run_dir": "x"},
+        {"device": "cpu"},
+        {"micro_batch_size": 1},
+        {"micro_batch_size": "auto"},
+        {"parallel": {"activation_checkpointing": "block"}},
+        {"runtime": {"threads": 3}},
+    ],
 )
 def test_where_and_how_long_a_run_runs_may_change(change: dict[str, object]) -> None:
     assert TrainConfig().differences(TrainConfig.model_validate(change)) == {}

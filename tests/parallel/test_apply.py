@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpt.configs.parallel_config import ParallelConfig
 from gpt.parallel.apply import make_ready
 from gpt.parallel.gradient_sync import gradient_sync
 from gpt.utils.distributed import DistContext
@@ -18,7 +19,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCapt
         raise RuntimeError("no C++ compiler\nand much more")
 
     with caplog.at_level(logging.WARNING):
-        assert make_ready(model, DistContext("cpu"), compiled=True, trial=trial) is model
+        assert make_ready(model, (), DistContext("cpu"), ParallelConfig(), compiled=True, trial=trial) is model
     assert "torch.compile does not work here (no C++ compiler)" in caplog.text
     assert model._compiled_call_impl is None
     assert model.weight.grad is None
@@ -30,7 +31,25 @@ def test_one_process_needs_no_wrapper() -> None:
         raise AssertionError("nothing is compiled")
 
     model = nn.Linear(2, 2)
-    assert make_ready(model, DistContext("cpu"), compiled=False, trial=trial) is model
+    assert make_ready(model, (), DistContext("cpu"), ParallelConfig(), compiled=False, trial=trial) is model
     with gradient_sync(model, is_last=False):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad is not None
+
+
+def test_blocks_are_checkpointed_before_the_model_is_compiled() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    plain = model[0].forward
+    seen: list[bool] = []
+
+    def compile_model() -> None:
+        seen.append(model[0].forward != plain)
+
+    def trial(module: nn.Module) -> torch.Tensor:
+        loss: torch.Tensor = module(torch.ones(1, 2)).sum()
+        return loss
+
+    model.compile = compile_model  # type: ignore[method-assign]
+    config = ParallelConfig(activation_checkpointing="block")
+    make_ready(model, model, DistContext("cpu"), config, compiled=True, trial=trial)
+    assert seen == [True]

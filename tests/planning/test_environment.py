@@ -9,10 +9,10 @@ from gpt.planning.environment import environment, git_commit
 
 
 def test_environment_is_json_and_names_versions() -> None:
-    facts = json.loads(json.dumps(environment()))
+    facts = json.loads(json.dumps(environment({"threads": torch.get_num_threads()})))
     assert facts["libraries"]["torch"] == torch.__version__
     assert facts["python"] == platform.python_version()
-    assert facts["threads"] == torch.get_num_threads()
+    assert facts["threads"] == facts["runtime"]["threads"] == torch.get_num_threads()
 
 
 def test_git_commit_is_the_checkouts() -> None:

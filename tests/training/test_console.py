@@ -21,6 +21,12 @@ def test_the_plan_is_shown_with_what_was_resolved() -> None:
     assert "sources" not in text
 
 
+def test_what_was_set_in_the_process_is_shown() -> None:
+    runtime = {"threads": 2, "keep_freed_memory": True, "flush_denormals": False}
+    text = shown(replace(PLAN, machine=replace(PLAN.machine, runtime=runtime)))
+    assert "runtime        2 threads, keep-freed-memory, no-flush-denormals" in text
+
+
 def test_the_sources_of_a_mixture_are_shown_with_their_shares_and_epochs() -> None:
     sources = (SourcePlan("books", 0.7, 0.25), SourcePlan("code [/x]", 0.2, 1.5), SourcePlan("web", 0.1, 12.0))
     (row,) = (line for line in shown(replace(PLAN, sources=sources)).splitlines() if line.startswith("sources"))

@@ -122,6 +122,7 @@ def plan_table(plan: RunPlan) -> Table:
     processes = plural(machine.world_size, "process", "es")
     rows = {
         "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}",
+        "runtime": _runtime(plan),
         "model": f"{si(plan.model.n_parameters)} parameters: {plan.model.n_layer} layers, {plan.model.n_head} heads, "
         f"{plan.model.n_embd} wide",
         "data": f"{si(corpus.train_tokens)} training tokens, vocabulary {corpus.vocab_size:,}",
@@ -140,6 +141,13 @@ def plan_table(plan: RunPlan) -> Table:
     for note in plan.notes:
         table.add_row("note", escape(note))
     return table
+
+
+def _runtime(plan: RunPlan) -> str:
+    """What was set in the process: names as flags have them, with no- where off."""
+    runtime = plan.machine.runtime
+    switches = [("" if on else "no-") + name.replace("_", "-") for name, on in runtime.items() if isinstance(on, bool)]
+    return ", ".join([plural(runtime.get("threads", 1), "thread"), *switches])
 
 
 def _source_rows(plan: RunPlan) -> dict[str, str]:
