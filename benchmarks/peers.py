@@ -154,7 +154,9 @@ def _measure(name: str, setting: str, spec: Spec, left_out: dict[str, str], thre
         left_out[label] = f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
         return None
     run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{label:40} {run['step_seconds'][-1]:8.3f} s a step, load average {load:.1f}", file=sys.stderr, flush=True)
+    step, cpu, peak = run["step_seconds"][-1], run["step_cpu_seconds"][-1], run["peak_bytes"] / 1e9
+    told = f"{step:8.3f} s the last step, {cpu:8.3f} s of CPU, {peak:.2f} GB, load average {load:.1f}"
+    print(f"{label:40} {told}", file=sys.stderr, flush=True)
     return run | {"load_average": load}
 
 
