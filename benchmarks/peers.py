@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,8 @@ def main() -> None:
         "sizes": MODELS[given.model],
         "warmup": given.warmup,
         "flags": f"--repeats {given.repeats} --steps {given.steps} --warmup {given.warmup}"
-        + (f" --threads {given.threads}" if given.threads else ""),
+        + (f" --threads {given.threads}" if given.threads else "")
+        + ("" if tuple(given.settings) == PEER_SETTINGS else f" --settings {shlex.join(given.settings)}"),
         "machine": environment(),
         "left_out": left_out,
         "results": results,
