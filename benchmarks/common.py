@@ -9,10 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TypeVar
 
 from gpt.data.manifest import FORMAT_VERSION, TOKENIZER, Manifest, SourceEntry
 from gpt.data.shards import ShardInfo
 from gpt.data.tokenizer import byte_tokenizer
+
+Name = TypeVar("Name")
+Taken = TypeVar("Taken")
+"""What a run took: seconds, or more than that."""
 
 
 def standard_library() -> list[str]:
@@ -86,17 +91,36 @@ class Cost:
     """Of all its processes; what others do on the machine hardly changes it."""
 
 
-def cost_of(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Cost:
+def cost_of(
+    command: Sequence[str | Path],
+    env: dict[str, str] | None = None,
+    *,
+    cwd: Path | None = None,
+    stdout: IO[str] | None = None,
+) -> Cost:
     """What a program takes from its start to its end.
+
+    Args:
+        command: the program and its arguments.
+        env: its environment; None: ours.
+        cwd: the folder that it runs in; None: ours.
+        stdout: file for what it prints; None: told only if it fails.
 
     Raises:
         RuntimeError: it failed; holds what it wrote.
     """
     start, before = time.perf_counter(), _cpu_seconds()
-    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=env,
+        cwd=cwd,
+        stdout=stdout or subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     cost = Cost(time.perf_counter() - start, _cpu_seconds() - before)
     if done.returncode:
-        raise RuntimeError(f"{command} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{command} ended with status {done.returncode}:\n{done.stdout or ''}{done.stderr}")
     return cost
 
 
@@ -105,7 +129,7 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def interleaved(contenders: dict[str, Callable[[], Cost]], repeats: dict[str, int]) -> dict[str, list[Cost]]:
+def interleaved(contenders: dict[Name, Callable[[], Taken]], repeats: dict[Name, int]) -> dict[Name, list[Taken]]:
     """Measure in turn, so that whatever else the machine does meets all of them alike.
 
     Args:
@@ -115,7 +139,7 @@ def interleaved(contenders: dict[str, Callable[[], Cost]], repeats: dict[str, in
     Returns:
         What each took, by name.
     """
-    costs: dict[str, list[Cost]] = {name: [] for name in contenders}
+    costs: dict[Name, list[Taken]] = {name: [] for name in contenders}
     for turn in range(max(repeats.values())):
         for name, run in contenders.items():
             if turn < repeats[name]:

@@ -1,0 +1,164 @@
+"""docs/benchmarks.md, written from what the benchmarks measured.
+
+python -m benchmarks.report 10m.json 124m.json speedrun.json > docs/benchmarks.md
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import verdict
+from benchmarks.training_peers import DEFAULTS, FP32, OURS
+
+FASTEST_DOCUMENTED, FASTEST, LEANEST = "fastest peer as documented", "fastest peer at its best", "leanest peer"
+REQUIRED = {
+    ("10m", FASTEST_DOCUMENTED): 1.8,
+    ("10m", FASTEST): 1.2,
+    ("124m", FASTEST): 1.6,
+    ("124m", LEANEST): 0.6,
+}
+"""How many times the peer's rate ours is at least, and how many times the leanest peer's memory at most."""
+LEAST_SPEEDUP = 10.0
+"""Of the speedrun."""
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `python -m benchmarks.report` from what was measured; nothing here is written by hand. Machines that are not
+alone vary from hour to hour: only ratios of one table mean something, and all of a table was measured in turn.
+"""
+
+
+def main() -> None:
+    """Print the document."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("files", type=Path, nargs="+", help="what --json of the benchmarks wrote")
+    sections = {"peers": peers_section, "speedrun": speedrun_section}
+    print(INTRODUCTION)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.parse_args().files]
+    print("\n\n".join(sections[result["benchmark"]](result) for result in results))
+
+
+def peers_section(result: dict[str, Any]) -> str:
+    """What `benchmarks.peers` measured, as Markdown."""
+    sizes, rows = result["sizes"], {}
+    n_tokens = sizes["batch"] * sizes["block_size"]
+    for entry in result["results"]:
+        runs = entry["runs"]
+        seconds = [statistics.median(run["step_seconds"][result["warmup"] :]) for run in runs]
+        rows[entry["contender"], entry["setting"]] = {
+            "rates": [n_tokens / value for value in seconds],
+            "rate": n_tokens / statistics.median(seconds),
+            "memory": statistics.median(run["peak_bytes"] for run in runs) / 1e9,
+            "cpu": statistics.median(statistics.median(run["step_cpu_seconds"][result["warmup"] :]) for run in runs),
+            "start": statistics.median(run["step_seconds"][0] for run in runs) - statistics.median(seconds),
+            "parameters": runs[0]["parameters"],
+        }
+    ours = rows[OURS, DEFAULTS]
+    lines = [
+        f"## Training, {result['model']}",
+        "",
+        f"{sizes['n_layer']} layers, {sizes['n_head']} heads, {sizes['n_embd']} wide, vocabulary "
+        f"{sizes['vocab_size']:,}, {sizes['batch']} sequences of {sizes['block_size']:,} a step in one forward pass, "
+        "AdamW, clipping, no dropout, random tokens.",
+        "",
+        _machine(result),
+        "",
+        "| trainer | setting | parameters | tokens/s | of all repeats | ours is | CPU s/step "
+        "| first step takes | peak memory | ours needs |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (name, setting), row in rows.items():
+        span = f"{min(row['rates']):,.0f} to {max(row['rates']):,.0f}, n={len(row['rates'])}"
+        lines.append(
+            f"| {name} | {setting} | {row['parameters'] / 1e6:.2f}M | {row['rate']:,.0f} | {span} "
+            f"| {ours['rate'] / row['rate']:.2f}x | {row['cpu']:.2f} | {row['start']:+.1f} s | {row['memory']:.2f} GB "
+            f"| {ours['memory'] / row['memory']:.2f}x |"
+        )
+    peers = {key: row for key, row in rows.items() if key[0] != OURS}
+    lines += ["", *_ratios(result["model"], ours, peers)]
+    lines += [f"- Left out: {name}, {reason}." for name, reason in result["left_out"].items()]
+    return "\n".join(
+        [*lines, "", _legend(result), "", *_command(f"benchmarks.peers --model {result['model']}", result)]
+    )
+
+
+def speedrun_section(result: dict[str, Any]) -> str:
+    """What `benchmarks.speedrun` measured, as Markdown."""
+    lines = [
+        "## Speedrun",
+        "",
+        "Whole processes, from the start of Python to its end, on one text: `gpt train speedrun-char`, which prepares "
+        "the text, trains, evaluates and saves, against the CPU command of nanoGPT's README, for which the text is "
+        "prepared beforehand.",
+        "",
+        _machine(result),
+        "",
+        "| program | seconds | of all repeats | CPU seconds | val/loss | of |",
+        "| --- | ---: | --- | ---: | ---: | --- |",
+    ]
+    middle, cpu = {}, {}
+    for name, runs in result["results"].items():
+        seconds = [run["seconds"] for run in runs]
+        middle[name] = statistics.median(seconds)
+        cpu[name] = statistics.median(run["cpu_seconds"] for run in runs)
+        span = f"{min(seconds):.1f} to {max(seconds):.1f}, n={len(seconds)}"
+        loss = statistics.median(run["val_loss"] for run in runs)
+        validation = runs[0]["validation"]
+        lines.append(f"| {name} | {middle[name]:.1f} | {span} | {cpu[name]:.1f} | {loss:.3f} | {validation} |")
+    (ours, theirs), (our_cpu, their_cpu) = middle.values(), cpu.values()
+    kept = verdict(theirs / ours, LEAST_SPEEDUP, at_least=True)
+    lines += ["", f"- {theirs / ours:.1f} times as fast ({kept}); by CPU seconds {their_cpu / our_cpu:.1f} times."]
+    loads = [run["load_average"] for runs in result["results"].values() for run in runs]
+    lines += [f"- Load average before the processes: {min(loads):.1f} to {max(loads):.1f}."]
+    return "\n".join([*lines, "", *_command("benchmarks.speedrun --text tinyshakespeare.txt", result)])
+
+
+def _ratios(model: str, ours: dict[str, Any], peers: dict[tuple[str, str], dict[str, Any]]) -> Iterable[str]:
+    documented = {key: row for key, row in peers.items() if key[1] == FP32}
+    for title, group, quantity in (
+        (FASTEST_DOCUMENTED, documented, "rate"),
+        (FASTEST, peers, "rate"),
+        (LEANEST, peers, "memory"),
+    ):
+        if not group:
+            continue
+        faster = quantity == "rate"
+        key = (max if faster else min)(group, key=lambda key: group[key][quantity])
+        ratio = ours[quantity] / group[key][quantity]
+        limit = REQUIRED.get((model, title))
+        kept = f" ({verdict(ratio, limit, at_least=faster)})" if limit else ""
+        measure = "rate" if faster else "memory"
+        cpu = f"; by CPU seconds {group[key]['cpu'] / ours['cpu']:.2f}x" if faster else ""
+        yield f"- Ours against the {title}, {key[0]} ({key[1]}): {ratio:.2f}x its {measure}{kept}{cpu}."
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = f"torch {machine['libraries']['torch']}, Python {machine['python']}"
+    return f"{machine['cpu']}, {machine['cpu_capability']}, {versions}."
+
+
+def _legend(result: dict[str, Any]) -> str:
+    runs = [run for entry in result["results"] for run in entry["runs"]]
+    versions = {name: version for run in runs for name, version in run["versions"].items() if name != "torch"}
+    loads = [run["load_average"] for run in runs]
+    steps = len(runs[0]["step_seconds"])
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return (
+        f"{named + '. ' if named else ''}{runs[0]['threads']} threads a process, {steps} steps, the first "
+        f"{result['warmup']} not counted. What the first takes beyond a later one is mostly compilation, where there "
+        "is any. CPU seconds are of all threads, also where they wait. Load average before the processes: "
+        f"{statistics.median(loads):.1f} ({min(loads):.1f} to {max(loads):.1f})."
+    )
+
+
+def _command(name: str, result: dict[str, Any]) -> list[str]:
+    return ["```bash", f"python -m {name} --nanogpt nanoGPT {result['flags']} --json FILE", "```"]
+
+
+if __name__ == "__main__":
+    main()
