@@ -79,6 +79,7 @@ def test_the_readmes_commands(desk: Path) -> None:
         "prepared",
         "mixed",
         "packed",
+        "profiled",
     }
     assert runs == named
 
