@@ -87,7 +87,7 @@ def main() -> None:
         "flags": f"--repeats {given.repeats} --steps {given.steps} --warmup {given.warmup}"
         + (f" --threads {given.threads}" if given.threads else "")
         + ("" if tuple(given.settings) == PEER_SETTINGS else f" --settings {shlex.join(given.settings)}"),
-        "machine": environment(),
+        "machine": environment({}),
         "left_out": left_out,
         "results": results,
     }

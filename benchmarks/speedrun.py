@@ -48,7 +48,7 @@ def main() -> None:
     result = {
         "benchmark": "speedrun",
         "flags": f"--repeats {given.repeats}",
-        "machine": environment(),
+        "machine": environment({}),
         "results": results,
     }
     if given.json:

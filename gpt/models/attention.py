@@ -16,8 +16,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether FlexAttention's kernels can be compiled; torch for Windows comes without Triton."""
-MATMUL_LONGEST = {torch.bfloat16: 1024}
-"""On a CPU, up to which length plain matrix products beat SDPA, by type; in others they do not."""
+MATMUL_LONGEST = {torch.bfloat16: 512}
+"""On a CPU, up to which length plain matrix products beat SDPA, by type; in others they do not.
+
+Two to three times as fast up to 512 (docs/EXPERIMENTS.md); at 1,024 hardly, and T x T probabilities are kept.
+"""
 FLEX_LEAST_WIDTH = 16
 """Narrower heads than Triton's product of matrices takes (torch/_inductor/kernel/flex/flex_attention.py)."""
 
