@@ -34,6 +34,7 @@ class DistContext:
         """Join the processes that torchrun started, if it did; `device` is cpu, cuda or mps."""
         self.world_size, self.rank, local_rank = launch.world_size(), launch.rank(), launch.local_rank()
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+        self._last_started: Any = None
         if self.world_size > 1 and device == "mps":
             raise UserError("--device mps trains in one process only; use --device cpu under torchrun")
         if device == "cuda":
@@ -104,7 +105,8 @@ class DistContext:
         if self.world_size == 1:
             return _KnownFlag(value)
         flag = torch.tensor([value])
-        return _ReducedFlag(flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
+        self._last_started = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+        return _ReducedFlag(flag, self._last_started)
 
     def least(self, value: int) -> int:
         """The smallest value that any process gives."""
@@ -113,6 +115,8 @@ class DistContext:
     def close(self) -> None:
         """Leave the group; call it on a clean end only, for a dead peer would be waited for."""
         if self.world_size > 1:
+            if self._last_started is not None:  # nobody may read the last flag, and no thread may still be at it
+                self._last_started.wait()
             dist.destroy_process_group()
 
 
