@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,18 @@ class Progress:
     def advance(self, tokens: int) -> "Progress":
         """After one more global batch."""
         return Progress(self.step + 1, self.tokens + tokens)
+
+
+class Savable(Protocol):
+    """An observer whose state belongs to the run's."""
+
+    def state_json(self) -> dict[str, Any]:
+        """What a run that continues must know, as JSON."""
+        ...
+
+    def load_json(self, saved: dict[str, Any]) -> None:
+        """Take up what `state_json` gave."""
+        ...
 
 
 class AppState:
@@ -51,6 +63,8 @@ class AppState:
         self.skipped_updates = skipped_updates
         self.identity = dict(identity)
         self.progress = Progress()
+        self.savables: dict[str, Savable] = {}
+        """Observers with a state of their own, by name; to be complete before `load`."""
 
     def model_tensors(self) -> Tensors:
         """Weights and buffers by their names."""
@@ -72,6 +86,7 @@ class AppState:
             "skipped_updates": int(self.skipped_updates),
             "scaler": self.scaler.state_dict(),
             "identity": self.identity,
+            "observers": {name: savable.state_json() for name, savable in self.savables.items()},
         }
 
     def load(self, model: Tensors, optimizer: Tensors, progress: dict[str, Any]) -> None:
@@ -97,6 +112,9 @@ class AppState:
         self.scaler.load_state_dict(progress["scaler"])
         self.skipped_updates.fill_(progress["skipped_updates"])
         self.progress = Progress(progress["step"], progress["tokens"])
+        observers = progress.get("observers", {})
+        for name in self.savables.keys() & observers.keys():
+            self.savables[name].load_json(observers[name])
 
 
 def load_model_tensors(model: nn.Module, tensors: Tensors) -> None:
