@@ -11,6 +11,7 @@ from gpt.utils.resources import usable_cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 KEPT_BYTES = 2**30
+NEVER = -1
 
 
 def keep_freed_memory() -> bool:
@@ -25,7 +26,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another libc, such as musl
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def set_up_cpu(config: RuntimeConfig) -> dict[str, int | bool]:
