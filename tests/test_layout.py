@@ -29,7 +29,7 @@ def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure
     ("change", "message"),
     [
         (None, "the corpus's SHA-256 is"),
-        ({"dtype": "bfloat16"}, "another configuration: dtype"),
+        ({"dtype": "bfloat16"}, "another configuration: dtype is float32 there .* add --resume-with-changes"),
         ({"tokens_per_step": 0, "micro_batch_size": 2}, "another configuration: tokens_per_step"),
     ],
 )
@@ -49,13 +49,31 @@ def test_a_run_is_not_continued_on_other_data_or_in_another_batch(
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
 
 
-def test_a_longer_horizon_that_changes_past_rates_is_said(tiny: Configure, tmp_path: Path) -> None:
-    decaying = {"lr": {"decay_steps": 0}}
-    build(lay_out(tiny(tmp_path, max_steps=4, **decaying))).train()
-    longer = lay_out(tiny(tmp_path, max_steps=8, **decaying), dry_run=True)
-    assert longer.plan.notes == (
-        "the first 4 steps had the learning rates of a run of 4, not of 8; --lr.decay-steps 2 keeps the former decay",
+def test_a_longer_horizon_that_changes_past_rates_needs_a_flag(tiny: Configure, tmp_path: Path) -> None:
+    build(lay_out(tiny(tmp_path, max_steps=4, lr={"decay_steps": 0}))).train()
+    longer = {"max_steps": 8, "lr": {"decay_steps": 0}}
+    with pytest.raises(UserError) as error:
+        lay_out(tiny(tmp_path, **longer), dry_run=True)
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoints/step_00000004 cannot be continued: its 4 steps had the learning rates of a run of "
+        "4 steps, and a run of 8 gives them others; --lr.decay-steps 2 keeps the former decay, or "
+        "--resume-with-changes goes on with those"
     )
+    assert lay_out(tiny(tmp_path, resume_with_changes=True, **longer), dry_run=True).plan.notes == (
+        "changed at step 4: max_steps 4 -> 8 (safe where the steps taken keep their learning rates)",
+        "the first 4 steps had other learning rates than this schedule gives them",
+    )
+    assert lay_out(tiny(tmp_path, max_steps=8, lr={"decay_steps": 2}), dry_run=True).plan.notes == (
+        "changed at step 4: max_steps 4 -> 8 (safe where the steps taken keep their learning rates)",
+        "changed at step 4: lr.decay_steps 0 -> 2 (safe where the steps taken keep their learning rates)",
+    )
+
+
+def test_a_decay_at_the_end_that_has_begun_cannot_be_kept(tiny: Configure, tmp_path: Path) -> None:
+    wsd = {"schedule": "wsd", "decay_steps": 2}
+    build(lay_out(tiny(tmp_path, max_steps=4, lr=wsd))).train()
+    with pytest.raises(UserError, match="gives them others; --resume-with-changes goes on with those"):
+        lay_out(tiny(tmp_path, max_steps=8, lr=wsd), dry_run=True)
 
 
 def test_a_dry_run_writes_nothing(tiny: Configure, tmp_path: Path) -> None:
