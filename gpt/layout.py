@@ -3,51 +3,80 @@
 config -> machine -> run folder -> corpus -> plan
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
-from gpt.checkpoint.run_folder import (
-    RunFolder,
-    locate_checkpoint,
-    require_same_architecture,
-    require_same_identity,
-    run_of,
-)
-from gpt.checkpoint.store import PROGRESS, read_checkpoint, read_json, read_weights
+from gpt.checkpoint.resume import changes, find_start, require_same_architecture, require_same_identity
+from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
+from gpt.checkpoint.store import MANIFEST, PROGRESS, read_checkpoint, read_json, read_weights
 from gpt.configs.cli import load_config
-from gpt.configs.run_plan import TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
+from gpt.configs.lr_config import LRConfig
+from gpt.configs.resume_contract import FLAG, Difference
+from gpt.configs.run_plan import DTYPE, TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_note
 from gpt.errors import UserError
 from gpt.fitting import fitted
 from gpt.planning.environment import environment
 from gpt.planning.hardware import find_device, machine_facts
-from gpt.utils.atomic_io import keep_jsonl, require_possible, require_writable, sweep, write_json, write_text
+from gpt.utils.atomic_io import (
+    append_jsonl,
+    keep_jsonl,
+    require_possible,
+    require_writable,
+    sweep,
+    write_json,
+    write_text,
+)
 from gpt.utils.cpu_runtime import set_up_cpu
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
+from gpt.utils.folder_lock import lock_folder, unlock_folder
+from gpt.utils.helper import sha256_of_file
+
+log = logging.getLogger(__name__)
+
+ONE_FOLDER = "--run-dir must be one folder that all machines share"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A run that is resolved and checked, its corpus prepared; nothing of it is built yet."""
+    """A run that is resolved and checked, its corpus prepared; nothing of it is built yet.
+
+    It has the lock of the run's folder until `close`, which a `with` block calls, or the end of the process.
+    """
 
     config: TrainConfig
     dist: DistContext
     folder: RunFolder
     origin: Path | None
     """Checkpoint to continue from."""
+    set_aside: tuple[str, ...]
+    """Newer checkpoints that are not whole: the names that they have now."""
     corpus: Corpus
     plan: RunPlan
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the run's folder back, for another process to continue."""
+        unlock_folder(self.folder.path)
+
     @property
     def finished_at(self) -> int | None:
-        """The step at which the run is finished already; None where there is something to train."""
+        """The step at which the run is finished already; None where there is something to train or to evaluate."""
         if self.origin is None:
             return None
         step = _step_of(self.origin)
-        return step if step >= self.plan.max_steps else None
+        return step if step >= self.plan.max_steps and not self.plan.evaluates_first else None
 
 
 def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
@@ -64,25 +93,38 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     dist = DistContext(device)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
-    claimed = dist.on_main(lambda: _claim(folder, config, dry_run=dry_run))
-    origin = Path(claimed) if claimed else None
-    facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
-    machine = MachineFacts(**dist.broadcast(asdict(facts)))
-    corpus = _open(config, dist)
-    plan = resolve(config, machine, corpus.facts)
-    plan = fitted(config, plan, dist)
-    note = tokenizer_note(config.data, corpus)
-    if note:
-        plan = replace(plan, notes=(*plan.notes, note))
-    if origin is not None:
-        plan = _continued(config, plan, folder, origin)
-    elif config.init_from is not None:
-        _require_same_tokenizer(plan, locate_checkpoint(config.init_from, "--init-from"))
-    return Layout(config, dist, folder, origin, corpus, plan)
+    try:
+        origin, set_aside = _claimed(folder, config, dist, dry_run=dry_run)
+        facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
+        machine = MachineFacts(**dist.broadcast(asdict(facts)))
+        corpus = _open(config, dist)
+        plan = fitted(config, resolve(config, machine, corpus.facts), dist)
+        note = tokenizer_note(config.data, corpus)
+        if note:
+            plan = replace(plan, notes=(*plan.notes, note))
+        if origin is not None:
+            plan = _continued(config, plan, folder, origin)
+            if corpus.val and _step_of(origin) == plan.max_steps:
+                evaluated = dist.on_main(lambda: folder.evaluated_at(plan.max_steps))
+                plan = replace(plan, evaluates_first=not evaluated)
+        elif config.init_from is not None:
+            _require_same_tokenizer(plan, locate_checkpoint(config.init_from, "--init-from"))
+    except BaseException:
+        unlock_folder(folder.path)
+        raise
+    return Layout(config, dist, folder, origin, set_aside, corpus, plan)
 
 
 def restore(layout: Layout, state: AppState) -> None:
-    """Bring the state to where the run begins: a checkpoint of it, another run's weights, or as it is."""
+    """Bring the state to where the run begins: a checkpoint of it, another run's weights, or as it is.
+
+    Raises:
+        UserError: on every rank where one of them cannot.
+    """
+    _together(layout.dist, lambda: _restore(layout, state))
+
+
+def _restore(layout: Layout, state: AppState) -> None:
     if layout.origin is not None:
         read_checkpoint(layout.origin, state)
     elif layout.config.init_from is not None:
@@ -97,26 +139,83 @@ def write_run_files(layout: Layout, step: int) -> None:
     """What a run's folder holds beside its checkpoints; records past the step that it begins at are dropped."""
     folder = layout.folder
     try:
-        write_text(folder.config, folder.to_record(layout.config, layout.origin).model_dump_json(indent=2) + "\n")
+        write_text(folder.config, folder.to_record(layout.config, layout.origin).saved_json() + "\n")
         write_json(folder.environment, environment(layout.plan.machine.runtime))
         write_text(folder.tokenizer, layout.corpus.tokenizer.definition)
         for records in (folder.metrics, folder.samples):
             keep_jsonl(records, lambda record: isinstance(at := record.get("step"), int) and at <= step)
+        keep_jsonl(folder.lineage, lambda record: True)
+        append_jsonl(folder.lineage, _lineage(layout, step))
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error
 
 
-def _claim(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> str | None:
-    """Check that a run of `config` may use its folder, and clear what a killed one left there."""
-    origin = folder.origin(config)
-    if config.init_from is not None and origin is None:
-        require_same_architecture(config, locate_checkpoint(config.init_from, "--init-from"))
+def _lineage(layout: Layout, step: int) -> dict[str, Any]:
+    """Where a start of the run began, with what, and what had changed: a line of lineage.jsonl."""
+    origin, machine = layout.origin, environment(layout.plan.machine.runtime)
+    return {
+        "step": step,
+        "checkpoint": str(origin) if origin else None,
+        "manifest_sha256": sha256_of_file(origin / MANIFEST) if origin else None,
+        "init_from": str(layout.config.init_from) if layout.config.init_from and not origin else None,
+        "set_aside": layout.set_aside,
+        "changes": {change.name: [change.then, change.now] for change in _changes(layout.config, origin)},
+        "max_steps": layout.plan.max_steps,
+        "world_size": layout.dist.world_size,
+        "torch": machine["libraries"]["torch"],
+        "threads": machine["threads"],
+        "cpu_capability": machine["cpu_capability"],
+        "git_commit": machine["git_commit"],
+    }
+
+
+def _claimed(
+    folder: RunFolder, config: TrainConfig, dist: DistContext, *, dry_run: bool
+) -> tuple[Path | None, tuple[str, ...]]:
+    """Where the run begins, as rank 0 decides, and what it set aside; every rank must find the same there."""
+    claimed, digest, set_aside = dist.on_main(lambda: _claim(folder, config, dry_run=dry_run))
+    if claimed is None:
+        return None, ()
+    origin = Path(claimed)
+
+    def require_same() -> None:
+        try:
+            same = sha256_of_file(origin / MANIFEST) == digest
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"rank {dist.rank} does not find {origin} as rank 0 does; {ONE_FOLDER}")
+
+    _together(dist, require_same)
+    return origin, tuple(set_aside)
+
+
+def _claim(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> tuple[str | None, str | None, list[str]]:
+    """Lock the folder, check that a run of `config` may use it, and clear what a killed one left there.
+
+    Returns:
+        The checkpoint to begin from, its manifest's SHA-256, and the damaged ones that were set aside.
+    """
     if dry_run:
         require_possible(folder.path, "--run-dir")
     else:
         require_writable(folder.path, "--run-dir")
+        lock_folder(folder.path, "--run-dir")
+        require_writable(folder.checkpoints, "--run-dir")
         sweep(folder.checkpoints)
-    return str(origin) if origin else None
+    start = find_start(folder, config)
+    if config.init_from is not None and start.checkpoint is None:
+        require_same_architecture(config, locate_checkpoint(config.init_from, "--init-from"))
+    set_aside = []
+    for checkpoint, reason in start.damaged:
+        place = checkpoint if dry_run else folder.set_aside(checkpoint)
+        log.warning(f"skipped {checkpoint.name}{'' if dry_run else f', now {place}'}: {reason}")
+        set_aside.append(str(place))
+    if start.checkpoint is None:
+        return None, None, set_aside
+    if start.damaged:
+        log.warning(f"continuing from {start.checkpoint}, the newest checkpoint that is whole")
+    return str(start.checkpoint), sha256_of_file(start.checkpoint / MANIFEST), set_aside
 
 
 def _open(config: TrainConfig, dist: DistContext) -> Corpus:
@@ -135,23 +234,66 @@ def _step_of(checkpoint: Path) -> int:
     return int(read_json(checkpoint / PROGRESS).get("step", 0))
 
 
+def _changes(config: TrainConfig, origin: Path | None) -> list[Difference]:
+    return changes(config, origin) if origin else []
+
+
 def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Path) -> RunPlan:
-    """Check that `plan` may go on from `origin`, and say so in it where the steps already taken had other rates."""
-    require_same_identity(plan.identity, origin, plan.identity.keys())
+    """Check that `plan` may go on from `origin`, and say in it what has changed."""
+    names = plan.identity.keys() - ({DTYPE} if config.resume_with_changes else set())
+    require_same_identity(plan.identity, origin, names)
     step = _step_of(origin)
     if step >= plan.max_steps and origin not in folder.committed():
         raise UserError(f"--resume {origin} is at step {step} already, and the run would end at {plan.max_steps}")
+    notes = [f"changed at step {step}: {change}" for change in _changes(config, origin)]
+    if not _keeps_rates(config, plan, origin, step):
+        notes.append(f"the first {step} steps had other learning rates than this schedule gives them")
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _keeps_rates(config: TrainConfig, plan: RunPlan, origin: Path, step: int) -> bool:
+    """Whether the schedule gives the steps already taken the rates that they had.
+
+    Raises:
+        UserError: it does not, and the user has not said that this is meant.
+    """
     saved = load_config(origin / "config.json")
     horizon = {name: getattr(saved, name) for name in HORIZON}
-    former = resolve(config.model_copy(update=horizon), plan.machine, plan.corpus)
-    then, now = (build_schedule(p.lr, p.max_steps) for p in (former, plan))
-    if all(then(past) == now(past) for past in (step // 2, step - 1)):
-        return plan
-    note = (
-        f"the first {step} steps had the learning rates of a run of {former.max_steps}, not of {plan.max_steps}; "
-        f"--lr.decay-steps {former.lr.decay_steps} keeps the former decay"
+    former = resolve(config.model_copy(update={**horizon, "lr": saved.lr}), plan.machine, plan.corpus)
+    then = build_schedule(former.lr, former.max_steps)
+
+    def keeps(lr: LRConfig) -> bool:
+        now = build_schedule(lr, plan.max_steps)
+        return all(then(past) == now(past) for past in range(step))
+
+    if keeps(plan.lr):
+        return True
+    if config.resume_with_changes:
+        return False
+    fixed = plan.lr.model_copy(update={"decay_steps": former.lr.decay_steps})
+    remedy = f"--lr.decay-steps {fixed.decay_steps} keeps the former decay, or " if keeps(fixed) else ""
+    raise UserError(
+        f"{origin} cannot be continued: its {step} steps had the learning rates of a run of {former.max_steps} steps, "
+        f"and a run of {plan.max_steps} gives them others; {remedy}{FLAG} goes on with those"
     )
-    return replace(plan, notes=(*plan.notes, note))
+
+
+def _together(dist: DistContext, work: Callable[[], None]) -> None:
+    """Do `work` on every rank.
+
+    Raises:
+        UserError: it failed on one; each tells its own failure, or whose it was.
+    """
+    failure: UserError | None = None
+    try:
+        work()
+    except UserError as error:
+        failure = error
+    failed = dist.sum_on_host([float(rank == dist.rank and failure is not None) for rank in range(dist.world_size)])
+    if failure is not None:
+        raise failure
+    if any(failed):
+        raise UserError(f"rank {failed.index(1.0)} cannot read what the run begins from; {ONE_FOLDER}")
 
 
 def _require_same_tokenizer(plan: RunPlan, checkpoint: Path) -> None:

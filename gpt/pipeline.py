@@ -82,7 +82,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             flops_per_token=flops_per_token(plan.model),
             peak=peak * dist.world_size,
         ),
-        checkpoints=CheckpointManager(layout.folder, config.checkpoint.keep, config.model_dump_json(indent=2), dist),
+        checkpoints=CheckpointManager(layout.folder, config.checkpoint.keep, config.saved_json(), dist),
         resumed_from=str(layout.origin) if layout.origin else None,
     )
     trainer.attach(StopSignal(dist))

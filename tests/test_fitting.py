@@ -83,6 +83,7 @@ def test_trying_changes_no_bit_of_the_run_and_resuming_keeps_the_step(
     assert record(auto)[0] == given
     assert json.loads((tmp_path / "auto/config.json").read_text())["micro_batch_size"] == "auto"
     assert load_config(tmp_path / "auto/config.json") == auto
-    longer = lay_out(tiny(tmp_path / "auto", **settings | {"micro_batch_size": 6, "max_steps": 5}))
+    other = settings | {"micro_batch_size": 6, "max_steps": 5, "resume_with_changes": True}  # for there is dropout
+    longer = lay_out(tiny(tmp_path / "auto", **other))
     assert longer.plan.batch.tokens_per_step == 12 * 16
     build(longer).train()

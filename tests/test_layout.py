@@ -13,8 +13,15 @@ from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.layout import lay_out
 from gpt.pipeline import build, load_for_inference
+from gpt.training.events import Event, StepEnd, Stop
+from tests.conftest import contents
 
 Configure = Callable[..., TrainConfig]
+
+
+def logged(run_dir: Path, key: str) -> dict[int, float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[key] for record in records if key in record}
 
 
 def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure, finished_run: Path) -> None:
@@ -29,7 +36,7 @@ def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure
     ("change", "message"),
     [
         (None, "the corpus's SHA-256 is"),
-        ({"dtype": "bfloat16"}, "another configuration: dtype"),
+        ({"dtype": "bfloat16"}, "another configuration: dtype is float32 there .* add --resume-with-changes"),
         ({"tokens_per_step": 0, "micro_batch_size": 2}, "another configuration: tokens_per_step"),
     ],
 )
@@ -49,13 +56,88 @@ def test_a_run_is_not_continued_on_other_data_or_in_another_batch(
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
 
 
-def test_a_longer_horizon_that_changes_past_rates_is_said(tiny: Configure, tmp_path: Path) -> None:
-    decaying = {"lr": {"decay_steps": 0}}
-    build(lay_out(tiny(tmp_path, max_steps=4, **decaying))).train()
-    longer = lay_out(tiny(tmp_path, max_steps=8, **decaying), dry_run=True)
-    assert longer.plan.notes == (
-        "the first 4 steps had the learning rates of a run of 4, not of 8; --lr.decay-steps 2 keeps the former decay",
+def test_a_longer_horizon_that_changes_past_rates_needs_a_flag(tiny: Configure, tmp_path: Path) -> None:
+    build(lay_out(tiny(tmp_path, max_steps=4, lr={"decay_steps": 0}))).train()
+    longer = {"max_steps": 8, "lr": {"decay_steps": 0}}
+    with pytest.raises(UserError) as error:
+        lay_out(tiny(tmp_path, **longer), dry_run=True)
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoints/step_00000004 cannot be continued: its 4 steps had the learning rates of a run of "
+        "4 steps, and a run of 8 gives them others; --lr.decay-steps 2 keeps the former decay, or "
+        "--resume-with-changes goes on with those"
     )
+    assert lay_out(tiny(tmp_path, resume_with_changes=True, **longer), dry_run=True).plan.notes == (
+        "changed at step 4: max_steps 4 -> 8 (safe where the steps taken keep their learning rates)",
+        "the first 4 steps had other learning rates than this schedule gives them",
+    )
+    assert lay_out(tiny(tmp_path, max_steps=8, lr={"decay_steps": 2}), dry_run=True).plan.notes == (
+        "changed at step 4: max_steps 4 -> 8 (safe where the steps taken keep their learning rates)",
+        "changed at step 4: lr.decay_steps 0 -> 2 (safe where the steps taken keep their learning rates)",
+    )
+
+
+def test_a_decay_at_the_end_that_has_begun_cannot_be_kept(tiny: Configure, tmp_path: Path) -> None:
+    wsd = {"schedule": "wsd", "decay_steps": 2}
+    build(lay_out(tiny(tmp_path, max_steps=4, lr=wsd))).train()
+    with pytest.raises(UserError, match="gives them others; --resume-with-changes goes on with those"):
+        lay_out(tiny(tmp_path, max_steps=8, lr=wsd), dry_run=True)
+
+
+@pytest.mark.parametrize("then", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("now", ["float32", "bfloat16", "float16"])
+def test_a_run_goes_on_in_another_type_where_that_is_said(tiny: Configure, tmp_path: Path, then: str, now: str) -> None:
+    settings = {"optimizer": {"name": "muon"}, "eval": {"interval": 0}}
+    build(lay_out(tiny(tmp_path, dtype=then, max_steps=2, **settings))).train()
+    build(lay_out(tiny(tmp_path, dtype=now, max_steps=4, resume_with_changes=True, **settings))).train()
+    assert logged(tmp_path, "train/loss").keys() == {1, 2, 3, 4}
+
+
+def test_changed_settings_of_the_optimizer_take_effect(tiny: Configure, tmp_path: Path) -> None:
+    build(lay_out(tiny(tmp_path, max_steps=2))).train()
+    change = {"optimizer": {"beta2": 0.5, "weight_decay": 0.7}, "lr": {"max_lr": 0.5}, "model": {"dropout": 0.3}}
+    trainer = build(lay_out(tiny(tmp_path, max_steps=3, resume_with_changes=True, **change)))
+    trainer.train()
+    decayed, *_ = trainer._state.optimizer.param_groups
+    assert (decayed["betas"], decayed["weight_decay"]) == ((0.9, 0.5), 0.7)
+    assert logged(tmp_path, "lr")[3] > 0.1
+
+
+class Interruption:
+    """Stops a run as a signal does."""
+
+    def on_event(self, event: Event) -> list[Stop]:
+        return [Stop("SIGTERM")] if isinstance(event, StepEnd) and event.step == 3 else []
+
+    def close(self, error: BaseException | None) -> None:
+        pass
+
+
+def test_a_run_that_ends_where_it_was_interrupted_is_evaluated_there_once(tiny: Configure, tmp_path: Path) -> None:
+    trainer = build(lay_out(tiny(tmp_path)))
+    trainer.attach(Interruption())
+    assert trainer.train() == "SIGTERM"
+    assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()
+    before = contents(tmp_path / "checkpoints")
+
+    ending = tiny(tmp_path, max_steps=3)
+    layout = lay_out(ending)
+    assert (layout.finished_at, layout.plan.evaluates_first) == (None, True)
+    assert build(layout).train() == "finished"
+    assert list(logged(tmp_path, "val/loss")) == [3]
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["step"] == 3
+    assert contents(tmp_path / "checkpoints") == before
+    assert lay_out(ending).finished_at == 3
+
+    build(lay_out(tiny(tmp_path / "whole", max_steps=3))).train()
+    for key in ("val/loss", "train/loss"):
+        assert logged(tmp_path, key) == logged(tmp_path / "whole", key)
+
+
+def test_without_a_validation_set_nothing_is_missing_at_the_end(tiny: Configure, tmp_path: Path) -> None:
+    trainer = build(lay_out(tiny(tmp_path, data={"val_fraction": 0.0})))
+    trainer.attach(Interruption())
+    trainer.train()
+    assert lay_out(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=3)).finished_at == 3
 
 
 def test_a_dry_run_writes_nothing(tiny: Configure, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ class AppState:
             if names[parameter] in by_parameter
         }
         self.optimizer.load_state_dict(template)
-        self.scaler.load_state_dict(progress["scaler"])
+        if progress["scaler"]:  # else it was disabled: another type computed until now
+            self.scaler.load_state_dict(progress["scaler"])
         self.skipped_updates.fill_(progress["skipped_updates"])
         self.progress = Progress(progress["step"], progress["tokens"])
         observers = progress.get("observers", {})

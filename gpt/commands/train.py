@@ -17,22 +17,22 @@ def run(argv: Sequence[str]) -> int:
     from gpt.training.sinks.console import RunConsole, plan_table
     from gpt.training.trainer import FINISHED
 
-    layout = lay_out(config, dry_run=dry_run)
-    console = RunConsole() if layout.dist.is_main else None
-    if layout.finished_at is not None:
-        reason = FINISHED
-        if console:
-            console.print(
-                f"{config.run_dir} has finished at step {layout.finished_at}; a larger --max-steps trains on",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-    elif dry_run:
-        reason = FINISHED
-        if console:
-            console.print(plan_table(layout.plan))
-    else:
-        reason = build(layout, console).train()
+    with lay_out(config, dry_run=dry_run) as layout:
+        console = RunConsole() if layout.dist.is_main else None
+        if layout.finished_at is not None:
+            reason = FINISHED
+            if console:
+                console.print(
+                    f"{config.run_dir} has finished at step {layout.finished_at}; a larger --max-steps trains on",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        elif dry_run:
+            reason = FINISHED
+            if console:
+                console.print(plan_table(layout.plan))
+        else:
+            reason = build(layout, console).train()
     layout.dist.close()
     return STATUS.get(reason, 0 if reason == FINISHED else 1)

@@ -91,6 +91,8 @@ def load_config(path: Path) -> TrainConfig:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}; name another config.json") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: not a JSON object; name another config.json")
     try:
         return TrainConfig.model_validate(saved)
     except ValidationError as error:

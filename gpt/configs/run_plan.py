@@ -10,6 +10,8 @@ from gpt.errors import UserError
 
 TOKENIZER = "the tokenizer's SHA-256"
 """Its name in a run's identity."""
+DTYPE = "--dtype"
+"""Its name there."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class RunPlan:
     eval_interval: int
     checkpoint_interval: int
     eval_batches: int
+    evaluates_first: bool = False
+    """The run begins at its last step, after which the model has not been evaluated."""
     notes: tuple[str, ...] = field(default=())
     """What the user should know of how the values were chosen."""
 
@@ -128,7 +132,7 @@ class RunPlan:
         return {
             "the corpus's SHA-256": self.corpus.sha256,
             TOKENIZER: self.corpus.tokenizer_sha256,
-            "--dtype": self.dtype,
+            DTYPE: self.dtype,
             "--tokens-per-step": self.batch.tokens_per_step,
         }
 

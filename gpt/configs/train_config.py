@@ -1,7 +1,7 @@
 """The root of the configuration: `TrainConfig()` is the `quickstart` preset and the default of everything."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,16 +19,6 @@ MOST_SEQUENCES = 2**20
 """Of a micro-batch."""
 HORIZON = ("max_steps", "max_tokens", "epochs")
 """Fields that say how long a run is."""
-
-FREE_ON_RESUME = frozenset(HORIZON) | {
-    *("run_dir", "device", "compile", "micro_batch_size", "resume"),
-    *("log", "eval", "checkpoint", "sample", "profile", "parallel", "runtime"),
-    *("data.cache_dir", "data.workers"),
-}
-"""What may differ when a run is continued: where and for how long it runs and what is watched of it.
-
-Another `micro_batch_size` cuts the same global batch up differently: it changes rounding, and what dropout draws.
-"""
 
 
 class TrainConfig(Config):
@@ -58,6 +48,8 @@ class TrainConfig(Config):
     """Largest norm of the gradient; 0: no clipping."""
     resume: str = Field("auto", min_length=1)
     """auto: continue the run in run_dir if there is one; never; or a checkpoint to continue from."""
+    resume_with_changes: bool = False
+    """Continue although the learning rate, the horizon or another setting of the optimization has changed."""
     init_from: FilePath | None = None
     """Run or checkpoint whose weights to start from, with a fresh optimizer."""
     model: GPTConfig = GPTConfig()
@@ -82,18 +74,6 @@ class TrainConfig(Config):
             raise ValueError("micro_batch_size=auto cuts up tokens_per_step, and that is 0: give one of them a number")
         return self
 
-    def differences(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
-        """Fields that make `other` a different run: dotted name -> (here, there)."""
-        mine, theirs = _leaves(self.model_dump(mode="json")), _leaves(other.model_dump(mode="json"))
-        return {
-            name: (value, theirs[name])
-            for name, value in mine.items()
-            if value != theirs[name] and not {name, name.split(".")[0]} & FREE_ON_RESUME
-        }
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
+    def saved_json(self) -> str:
+        """For config.json: without what is said of one start alone."""
+        return self.model_dump_json(indent=2, exclude={"resume_with_changes"})

@@ -7,7 +7,7 @@ from torch import nn
 
 from gpt.configs.run_plan import RunPlan
 from gpt.evaluation.task import EvaluationTask
-from gpt.training.events import Command, EvalEnd, Event, StepEnd
+from gpt.training.events import Command, EvalEnd, Event, is_evaluated
 
 
 class Evaluator:
@@ -24,7 +24,7 @@ class Evaluator:
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
         """Evaluate after a step that is due."""
-        if not (isinstance(event, StepEnd) and self._plan.evaluates_at(event.step)):
+        if not is_evaluated(event, self._plan):
             return ()
         was_training = self._model.training
         self._model.eval()

@@ -74,6 +74,16 @@ class TrainEnd(Event):
     """`finished`, or the reason that a Stop gave."""
 
 
+def is_evaluated(event: Event, plan: RunPlan) -> bool:
+    """Whether the model is evaluated on `event`: after steps that are due, at the start where the last one still is."""
+    match event:
+        case StepEnd(step=step):
+            return plan.evaluates_at(step)
+        case TrainStart():
+            return plan.evaluates_first
+    return False
+
+
 @dataclass(frozen=True)
 class Stop:
     """Command: end the run after this step; the state is saved."""

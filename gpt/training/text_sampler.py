@@ -9,7 +9,7 @@ from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import RunPlan
 from gpt.data.tokenizer import Tokenizer
 from gpt.inference.generate import generate
-from gpt.training.events import Command, Event, StepEnd, TextSampled
+from gpt.training.events import Command, Event, TextSampled, is_evaluated
 from gpt.utils.helper import Purpose, draw
 
 
@@ -37,7 +37,7 @@ class TextSampler:
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
         """Draw a text per prompt after a step that is evaluated."""
-        if not (isinstance(event, StepEnd) and self._plan.evaluates_at(event.step)):
+        if not is_evaluated(event, self._plan):
             return ()
         return [
             TextSampled(

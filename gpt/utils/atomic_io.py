@@ -73,21 +73,28 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file, none where there is no file; a torn last line is left out."""
+    return (record for _, record in _lines(path))
+
+
 def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a JSONL file with the wanted records alone; a torn last line goes too."""
+    """Rewrite a JSONL file with the wanted records alone, in one step; a torn last line goes too."""
+    if path.exists():
+        write_text(path, "".join(line + "\n" for line, record in _lines(path) if wanted(record)))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split(
-        "\n"
-    ):  # not splitlines: JSON holds U+2028 as it is
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.split("\n"):  # not splitlines: JSON holds U+2028 as it is
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and wanted(record):
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+        if isinstance(record, dict):
+            yield line, record
 
 
 def require_writable(folder: Path, flag: str) -> None:

@@ -180,6 +180,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
     number: signal.Signals, status: int, flags: list[str], tmp_path: Path
 ) -> None:
     endless = [*flags, "--max-steps", "100000", "--checkpoint.interval", "0", "--eval.interval", "0"]
+    endless += ["--lr.decay-steps", "1000"]
     process = subprocess.Popen(
         [sys.executable, str(MAIN), *endless], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

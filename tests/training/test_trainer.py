@@ -71,9 +71,11 @@ def test_metrics_file_has_the_documented_keys(finished_run: Path) -> None:
 def test_a_run_folder_holds_what_is_documented(finished_run: Path) -> None:
     names = sorted(path.name for path in finished_run.iterdir())
     assert names == [
+        ".lock",
         "checkpoints",
         "config.json",
         "environment.json",
+        "lineage.jsonl",
         "metrics.jsonl",
         "samples.jsonl",
         "tokenizer.json",
