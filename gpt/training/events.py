@@ -40,6 +40,8 @@ class MetricsReady(Event):
     """Host numbers, reduced over the processes."""
     losses: tuple[float, ...]
     """train/loss of every step since the last report, this one's last."""
+    skipped: tuple[int, ...] = ()
+    """Those of these steps whose update was skipped: a NaN or inf in a loss or gradient."""
 
 
 @dataclass(frozen=True)

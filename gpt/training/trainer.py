@@ -1,5 +1,6 @@
 """The training loop."""
 
+from itertools import compress
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
@@ -107,9 +108,10 @@ class Trainer(Subject):
             self._meter.start_window()
 
     def _metrics(self, rate: float) -> MetricsReady:
-        metrics, losses = self._meter.report()
+        metrics, losses, skips = self._meter.report()
         metrics |= {"lr": rate, "tokens": self._state.progress.tokens}
-        return MetricsReady(self._step, MappingProxyType(metrics), losses)
+        steps = range(self._step - len(losses) + 1, self._step + 1)
+        return MetricsReady(self._step, MappingProxyType(metrics), losses, tuple(compress(steps, skips)))
 
     def _execute(self, commands: list[Command]) -> None:
         """Save at most once, then stop; a run that stops is saved first."""
