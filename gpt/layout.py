@@ -3,10 +3,12 @@
 config -> machine -> run folder -> corpus -> plan
 """
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
+from gpt.checkpoint.journal import Record, joined, read_journal
 from gpt.checkpoint.run_folder import (
     RunFolder,
     locate_checkpoint,
@@ -23,7 +25,7 @@ from gpt.errors import UserError
 from gpt.fitting import fitted
 from gpt.planning.environment import environment
 from gpt.planning.hardware import find_device, machine_facts
-from gpt.utils.atomic_io import keep_jsonl, require_possible, require_writable, sweep, write_json, write_text
+from gpt.utils.atomic_io import keep_until, require_possible, require_writable, sweep, write_json, write_text
 from gpt.utils.cpu_runtime import set_up_cpu
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
@@ -40,6 +42,8 @@ class Layout:
     """Checkpoint to continue from."""
     corpus: Corpus
     plan: RunPlan
+    journal: list[Record]
+    """Of batches that are left out."""
 
     @property
     def finished_at(self) -> int | None:
@@ -78,7 +82,8 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
         plan = _continued(config, plan, folder, origin)
     elif config.init_from is not None:
         _require_same_tokenizer(plan, locate_checkpoint(config.init_from, "--init-from"))
-    return Layout(config, dist, folder, origin, corpus, plan)
+    journal = dist.on_main(lambda: _journal(config, plan, folder, origin))
+    return Layout(config, dist, folder, origin, corpus, plan, journal)
 
 
 def restore(layout: Layout, state: AppState) -> None:
@@ -101,7 +106,9 @@ def write_run_files(layout: Layout, step: int) -> None:
         write_json(folder.environment, environment(layout.plan.machine.runtime))
         write_text(folder.tokenizer, layout.corpus.tokenizer.definition)
         for records in (folder.metrics, folder.samples):
-            keep_jsonl(records, lambda record: isinstance(at := record.get("step"), int) and at <= step)
+            keep_until(records, step)
+        if layout.journal or folder.journal.exists():  # which may end with a torn line
+            write_text(folder.journal, "".join(json.dumps(record) + "\n" for record in layout.journal))
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error
 
@@ -129,6 +136,21 @@ def _open(config: TrainConfig, dist: DistContext) -> Corpus:
 
     folders = [Path(folder) for folder in dist.first_on_each_machine(make_ready)]
     return open_corpus(folders, config.data, config.model.block_size)
+
+
+def _journal(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Path | None) -> list[Record]:
+    """The run's journal with what it inherits: from the run it forks, and from the one that `--spike.journal` names."""
+    step = _step_of(origin) if origin else 0
+    records = read_journal(folder.journal, plan.order)
+    if origin is not None and origin not in folder.committed():
+        forked = run_of(origin).journal
+        records = joined(records, read_journal(forked, plan.order), forked, plan.order, 0)
+    given = config.spike.journal
+    if given is not None:
+        if not given.is_file():
+            raise UserError(f"--spike.journal {given}: no such file; name the journal.jsonl of a run")
+        records = joined(records, read_journal(given, plan.order), given, plan.order, step)
+    return records
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and whether a configuration may go on in it.
 
 config.json  environment.json  tokenizer.json  metrics.jsonl  samples.jsonl  checkpoints/step_XXXXXXXX/
-and, where steps were profiled, trace.json
+and, where steps were profiled, trace.json; where batches were left out, journal.jsonl
 """
 
 import re
@@ -28,6 +28,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
+        self.journal = path / "journal.jsonl"
         self.trace = path / "trace.json"
         self.checkpoints = path / "checkpoints"
 
@@ -44,7 +45,7 @@ class RunFolder:
             for path in self.checkpoints.iterdir()
             if re.fullmatch(r"step_\d{8,}", path.name) and (path / MANIFEST).exists()
         )
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        return sorted(found, key=step_of)
 
     def origin(self, config: TrainConfig) -> Path | None:
         """The checkpoint that a run of `config` continues from; None where it starts afresh.
@@ -85,6 +86,11 @@ class RunFolder:
         saved = load_config(checkpoint / "config.json")
         _require_same(config, saved, f"--resume {checkpoint}", ignored={"init_from"})
         return checkpoint
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def locate_checkpoint(path: Path, flag: str) -> Path:

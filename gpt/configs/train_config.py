@@ -10,7 +10,7 @@ from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, TextSampleConfig
+from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, SpikeConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.parallel_config import ParallelConfig
 from gpt.configs.runtime_config import RuntimeConfig
@@ -22,7 +22,7 @@ HORIZON = ("max_steps", "max_tokens", "epochs")
 
 FREE_ON_RESUME = frozenset(HORIZON) | {
     *("run_dir", "device", "compile", "micro_batch_size", "resume"),
-    *("log", "eval", "checkpoint", "sample", "profile", "parallel", "runtime"),
+    *("log", "eval", "checkpoint", "sample", "profile", "spike", "parallel", "runtime"),
     *("data.cache_dir", "data.workers"),
 }
 """What may differ when a run is continued: where and for how long it runs and what is watched of it.
@@ -70,6 +70,7 @@ class TrainConfig(Config):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: TextSampleConfig = TextSampleConfig()
+    spike: SpikeConfig = SpikeConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class Muon(torch.optim.Optimizer):
             kept: float | torch.Tensor = 1 - group["lr"] * group["weight_decay"]
             if self._found_inf is not None:
                 skips = self._found_inf.bool()
-                next_momenta = tuple(map(partial(torch.where, skips), momenta, next_momenta))
+                next_momenta = tuple(torch.where(skips, *pair) for pair in zip(momenta, next_momenta, strict=True))
                 updates = torch.where(skips, 0.0, updates)
                 kept = torch.where(skips, 1.0, kept)
             torch._foreach_copy_(momenta, next_momenta)

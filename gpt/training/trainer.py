@@ -4,6 +4,7 @@ from itertools import compress
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
+from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
 from gpt.data.data_loader import DataLoader
@@ -12,6 +13,8 @@ from gpt.training.events import (
     CheckpointSaved,
     Command,
     MetricsReady,
+    RollBack,
+    RolledBack,
     Save,
     StepEnd,
     Stop,
@@ -36,7 +39,8 @@ class Trainer(Subject):
         train_step: batch -> update.
         schedule: steps taken -> factor of every highest rate.
         meter: statistics -> metrics.
-        checkpoints: writes the state.
+        checkpoints: writes the state, and reads it back.
+        journal: of what the run leaves out.
         resumed_from: the checkpoint that `state` was loaded from, for those who watch.
     """
 
@@ -50,12 +54,13 @@ class Trainer(Subject):
         schedule: Schedule,
         meter: Meter,
         checkpoints: CheckpointManager,
+        journal: Journal,
         resumed_from: str | None = None,
     ):
         super().__init__()
         self._plan, self._state = plan, state
         self._loader, self._train_step, self._schedule = loader, train_step, schedule
-        self._meter, self._checkpoints = meter, checkpoints
+        self._meter, self._checkpoints, self._journal = meter, checkpoints, journal
         self._resumed_from = resumed_from
         self._stop_reason: str | None = None
 
@@ -114,11 +119,28 @@ class Trainer(Subject):
         return MetricsReady(self._step, MappingProxyType(metrics), losses, tuple(compress(steps, skips)))
 
     def _execute(self, commands: list[Command]) -> None:
-        """Save at most once, then stop; a run that stops is saved first."""
+        """Go back, save at most once, then stop; a run that stops is saved first."""
         stops = [command.reason for command in commands if isinstance(command, Stop)]
+        rollback = next((command for command in commands if isinstance(command, RollBack)), None)
+        if rollback:
+            self._roll_back(rollback)
+            commands = [command for command in commands if isinstance(command, Stop)]
         if commands:
             path = self._checkpoints.save(self._state)
             commands = self.notify(CheckpointSaved(self._step, str(path)))
             stops += [command.reason for command in commands if isinstance(command, Stop)]
         if stops:
             self._stop_reason = stops[0]
+
+    def _roll_back(self, command: RollBack) -> None:
+        """Load the newest checkpoint before the bad steps, and leave their batches out from now on.
+
+        Killed at any point, the run goes on in the same way: as long as the journal has no record, from before the bad
+        steps with their batches, which brings it here again.
+        """
+        left = self._step
+        self._checkpoints.finish()
+        self._checkpoints.load_newest(self._state, at_most=min(command.bad_steps) - 1)
+        self._checkpoints.discard_after(self._step)
+        self._journal.add_rollback(command.bad_steps, self._step, command.reason)
+        assert not self.notify(RolledBack(left, self._step, command.reason)), "nobody commands after a rollback"
