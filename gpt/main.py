@@ -32,7 +32,7 @@ HELP = f"""usage: gpt [VERB] [ARGS]
 Train GPT models. Without a verb: gpt train quickstart.
 
 verbs:
-{chr(10).join(f"  {name:9}{purpose}" for name, purpose in VERBS.items())}
+{chr(10).join(f"  {name:8}{purpose}" for name, purpose in VERBS.items())}
 
 presets of gpt train:
   {", ".join(PRESETS)}

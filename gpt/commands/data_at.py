@@ -10,6 +10,7 @@ from gpt.configs.base import LARGEST, Config
 from gpt.configs.cli import POSITIONAL, load_config, parse
 from gpt.configs.run_plan import CORPUS, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
 from gpt.utils.helper import plural, printable
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     """A run's corpus, and its plan as one process would have it, which takes the same global batches.
 
     Raises:
-        UserError: the corpus is not the run's any more.
+        UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
     """
     from gpt.checkpoint.run_folder import require_same_identity
     from gpt.checkpoint.store import PROGRESS, read_json
@@ -69,7 +70,10 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     corpus = open_corpus(prepare(config.data), config.data, config.model.block_size)
     checkpoints = folder.committed()
     identity = read_json(checkpoints[-1] / PROGRESS)["identity"] if checkpoints else {}
-    sizes = {"micro_batch_size": 1, "tokens_per_step": identity.get("--tokens-per-step", config.tokens_per_step)}
+    tokens_per_step = identity.get("--tokens-per-step", config.tokens_per_step)
+    if not tokens_per_step:
+        raise UserError(f"{folder.path}: --tokens-per-step 0 leaves the size of a step to its first checkpoint")
+    sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:
         require_same_identity(plan.identity, checkpoints[-1], {CORPUS})

@@ -143,4 +143,5 @@ class Trainer(Subject):
         self._checkpoints.load_newest(self._state, at_most=min(command.bad_steps) - 1)
         self._checkpoints.discard_after(self._step)
         self._journal.add_rollback(command.bad_steps, self._step, command.reason)
-        assert not self.notify(RolledBack(left, self._step, command.reason)), "nobody commands after a rollback"
+        commands = self.notify(RolledBack(left, self._step, command.reason))
+        assert not commands, "nobody commands after a rollback"

@@ -21,6 +21,7 @@ from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.layout import lay_out
 from gpt.main import main
+from gpt.models.gpt import GPT
 from gpt.pipeline import build
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
 from gpt.training.trainer import Trainer
@@ -215,6 +216,21 @@ def test_skips_in_a_row_end_the_run_with_the_last_commit_intact(tiny: Configure,
     assert (last.name, read_json(last / "progress.json")["skipped_updates"]) == ("step_00000020", 1)
     build(lay_out(config)).train()  # on sound data
     assert read_json(RunFolder(tmp_path).committed()[-1] / "progress.json")["skipped_updates"] == 1
+
+
+def test_the_end_for_too_many_skips_is_one_line_and_exit_status_2(
+    tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args, **kwargs: plain(*args, **kwargs) * float("nan"))
+    config = tiny(tmp_path / "run", **SETTINGS)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    assert main(["train", "--config", str(tmp_path / "config.json")]) == 2
+    output, error = capfd.readouterr()
+    assert error.startswith("gpt: error: step 10: the loss or gradient of the last 10 steps was not finite")
+    assert error.count("\n") == 1
+    assert "step 4, 5, 6: 3 updates skipped: a NaN or inf in the loss or gradient" in output.splitlines()
+    assert not RunFolder(tmp_path / "run").committed()
 
 
 TWO_PROCESSES = """
