@@ -45,34 +45,34 @@ class CheckpointManager:
     def finish(self) -> None:
         """Return when everything that was to be saved is committed."""
 
-    def load_newest(self, state: AppState, at_most: int) -> Path:
-        """Load the newest checkpoint that verifies, of those up to a step.
+    def load_newest(self, state: AppState, at_most: int) -> Path | None:
+        """Load the newest checkpoint that verifies, of those up to a step; later ones are removed.
 
-        Raises:
-            UserError: there is none.
+        Returns:
+            The checkpoint; None if there is none, and then nothing is changed.
         """
-        path = Path(self._dist.on_main(lambda: str(self._newest(at_most))))
+        found = self._dist.on_main(lambda: self._newest_sound(at_most))
+        if found is None:
+            return None
+        path = Path(found)
         read_checkpoint(path, state)
+        self._dist.on_main(lambda: self._remove_after(step_of(path)))
         return path
 
-    def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps."""
-        self._dist.on_main(lambda: self._remove_after(step))
+    def _newest_sound(self, at_most: int) -> str | None:
+        for path in reversed(self._folder.committed()):
+            if step_of(path) <= at_most:
+                try:
+                    verify(path)
+                    return str(path)
+                except UserError as error:
+                    log.warning("%s", error)
+        return None
 
     def _remove_after(self, step: int) -> None:
         for path in self._folder.committed():
             if step_of(path) > step:
                 remove_folder(path)
-
-    def _newest(self, at_most: int) -> Path:
-        for path in reversed(self._folder.committed()):
-            if step_of(path) <= at_most:
-                try:
-                    verify(path)
-                    return path
-                except UserError as error:
-                    log.warning("%s", error)
-        raise UserError(f"{self._folder.checkpoints} holds no sound checkpoint up to step {at_most} to go back to")
 
     def _save_and_prune(self, path: Path, state: AppState) -> None:
         try:

@@ -8,6 +8,7 @@ from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
 from gpt.data.data_loader import DataLoader
+from gpt.errors import UserError
 from gpt.optim.build import set_learning_rate
 from gpt.training.events import (
     CheckpointSaved,
@@ -140,8 +141,9 @@ class Trainer(Subject):
         """
         left = self._step
         self._checkpoints.finish()
-        self._checkpoints.load_newest(self._state, at_most=min(command.bad_steps) - 1)
-        self._checkpoints.discard_after(self._step)
+        last_good = min(command.bad_steps) - 1
+        if self._checkpoints.load_newest(self._state, at_most=last_good) is None:
+            raise UserError(f"{command.reason}, and there is no sound checkpoint up to step {last_good} to go back to")
         self._journal.add_rollback(command.bad_steps, self._step, command.reason)
         commands = self.notify(RolledBack(left, self._step, command.reason))
         assert not commands, "nobody commands after a rollback"

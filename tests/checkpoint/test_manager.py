@@ -57,7 +57,6 @@ def test_the_newest_sound_checkpoint_up_to_a_step_is_loaded(tmp_path: Path, capl
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert manager.load_newest(state, at_most=10) == folder.checkpoint_at(9)
     assert f"{file}: damaged" in caplog.text
-    manager.discard_after(9)
     assert folder.committed() == [folder.checkpoint_at(0), folder.checkpoint_at(9)]
-    with pytest.raises(UserError, match="no sound checkpoint up to step -1"):
-        manager.load_newest(state, at_most=-1)
+    assert manager.load_newest(state, at_most=-1) is None
+    assert len(folder.committed()) == 2

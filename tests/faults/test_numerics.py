@@ -336,6 +336,19 @@ def test_a_fork_leaves_out_what_its_origin_left_out(
     assert final(tmp_path / "fork") == final(rolled_back[0])
 
 
+def test_a_run_whose_checkpoints_are_all_gone_says_so(tiny: Configure, tmp_path: Path) -> None:
+    class Removing(LossRecorder):
+        def on_event(self, event: Any) -> tuple[()]:
+            if isinstance(event, SpikeSeen):
+                shutil.rmtree(tmp_path / "checkpoints")
+            return super().on_event(event)
+
+    trainer = garbled(tiny(tmp_path, spike={"window": 16, "rollback": True}, **SETTINGS), GARBLED)
+    trainer.attach(Removing())
+    with pytest.raises(UserError, match="there is no sound checkpoint up to step 24 to go back to"):
+        trainer.train()
+
+
 def test_a_journal_that_cannot_be_followed_is_refused_at_once(
     rolled_back: tuple[Path, list[object]], tiny: Configure, tmp_path: Path
 ) -> None:
