@@ -43,6 +43,7 @@ examples:
   gpt train --data.source my_texts --run-dir runs/mine
   gpt prepare my_texts --tokenizer gpt2 --out data/mine
   gpt sample runs/quickstart --prompt "def main("
+  gpt data-at runs/quickstart --step 100   the documents of a step
   gpt bench quickstart                     tokens per second, and where a step's time goes
 
 gpt VERB --help lists every flag."""
@@ -82,7 +83,7 @@ def _run(arguments: list[str]) -> int:
         print(TOLD[arguments[0]])
         return 0
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
-    status: int = importlib.import_module(f"gpt.commands.{verb}").run(arguments)
+    status: int = importlib.import_module(f"gpt.commands.{verb.replace('-', '_')}").run(arguments)
     return status
 
 

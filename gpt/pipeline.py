@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
+from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.run_folder import locate_checkpoint, run_of
 from gpt.checkpoint.store import read_weights
@@ -19,6 +20,7 @@ from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import sequences_of
 from gpt.data.data_loader import DataLoader
+from gpt.data.provenance import name_documents
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.val_loss import ValLoss
@@ -37,6 +39,7 @@ from gpt.training.observer import Sink
 from gpt.training.profiler import Profiler
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
+from gpt.training.spike_guard import SpikeGuard
 from gpt.training.stop_signal import StopSignal
 from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
@@ -59,7 +62,19 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     prompts = _prompts(config, corpus.tokenizer)
     autocast = autocast_of(plan)
 
+    sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
+    journal = Journal(layout.folder.journal, plan.order, layout.journal, dist)
+    guard = SpikeGuard(
+        config.spike,
+        journal,
+        scaled=plan.dtype == "float16",
+        name_documents=lambda step: name_documents(
+            corpus, sequences, plan.batch, journal.quarantine.batch_of(step - 1)
+        ),
+    )
+
     state = build_state(config, plan, dist)
+    state.savables["spike_guard"] = guard
     restore(layout, state)
     dist.on_main(lambda: write_run_files(layout, state.progress.step))
     peak = dist.on_main(lambda: matmul_peak(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir))
@@ -68,10 +83,11 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         plan,
         state,
         loader=DataLoader(
-            sequences_of(corpus, config.data, plan.batch.block_size, plan.seed),
+            sequences,
             plan.batch,
             rank=dist.rank,
             device=dist.device,
+            quarantine=journal.quarantine,
         ),
         train_step=build_train_step(config, plan, dist, state, autocast),
         schedule=build_schedule(plan.lr, plan.max_steps),
@@ -83,9 +99,11 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             peak=peak * dist.world_size,
         ),
         checkpoints=CheckpointManager(layout.folder, config.checkpoint.keep, config.saved_json(), dist),
+        journal=journal,
         resumed_from=str(layout.origin) if layout.origin else None,
     )
     trainer.attach(StopSignal(dist))
+    trainer.attach(guard)
     if config.profile.steps:
         trainer.attach(Profiler(config.profile, layout.folder.trace if dist.is_main else None))
     if corpus.val:

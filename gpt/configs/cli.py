@@ -39,6 +39,7 @@ VERBS = {
     "train": "train a model, or continue a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "let a trained model continue a text",
+    "data-at": "show the documents that a step of a run was trained on",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 

@@ -1,5 +1,7 @@
 """resolve(config, machine, corpus) -> RunPlan: every derived number and every check across sections."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -8,10 +10,8 @@ from gpt.configs.lr_config import LRConfig
 from gpt.configs.train_config import MOST_SEQUENCES, TrainConfig
 from gpt.errors import UserError
 
-TOKENIZER = "the tokenizer's SHA-256"
-"""Its name in a run's identity."""
-DTYPE = "--dtype"
-"""Its name there."""
+CORPUS, TOKENIZER, DTYPE = "the corpus's SHA-256", "the tokenizer's SHA-256", "--dtype"
+"""Their names in a run's identity."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,18 @@ class RunPlan:
         The values are resolved from the corpus and the machine, under names that a user can act on.
         """
         return {
-            "the corpus's SHA-256": self.corpus.sha256,
+            CORPUS: self.corpus.sha256,
             TOKENIZER: self.corpus.tokenizer_sha256,
             DTYPE: self.dtype,
             "--tokens-per-step": self.batch.tokens_per_step,
         }
+
+    @property
+    def order(self) -> str:
+        """Digest of all that decides which sequences make up each global batch."""
+        shares = [source.share for source in self.sources]
+        facts = [self.corpus.sha256, self.seed, self.batch.tokens_per_step, self.batch.block_size]
+        return hashlib.sha256(json.dumps([*facts, self.windows_per_epoch, shares]).encode()).hexdigest()
 
     @property
     def epochs(self) -> float:

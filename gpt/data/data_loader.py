@@ -7,6 +7,7 @@ from typing import Self
 import torch
 
 from gpt.configs.run_plan import BatchPlan
+from gpt.data.quarantine import Quarantine
 from gpt.data.sequences import Sequences
 
 # Shapes: B sequences of a micro-batch, T = block_size.
@@ -43,10 +44,27 @@ class _Fetched:
 
 
 class DataLoader:
-    """Batches as a function of the step: there is no state to save, and no worker process to leak."""
+    """Batches as a function of the step and the quarantine: no state to save, and no worker process to leak.
 
-    def __init__(self, sequences: Sequences, batch: BatchPlan, *, rank: int, device: torch.device):
+    Args:
+        sequences: of the run, in its order.
+        batch: how a step's are cut up.
+        rank: of this process.
+        device: where batches are put.
+        quarantine: global batches to leave out; it may grow.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        batch: BatchPlan,
+        *,
+        rank: int,
+        device: torch.device,
+        quarantine: Quarantine | None = None,
+    ):
         self._sequences = sequences
+        self._quarantine = quarantine or Quarantine()
         self._batch = batch
         self._first = rank * batch.grad_accum_steps
         self._device = device
@@ -56,9 +74,10 @@ class DataLoader:
         self._ahead: tuple[int, Future[_Fetched]] | None = None
 
     def batch_of(self, step: int) -> StepBatch:
-        """This process's part of global batch `step`, on the device; the next step is fetched meanwhile."""
-        fetched = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == step else self._fetch(step)
-        self._ahead = (step + 1, self._thread.submit(self._fetch, step + 1))
+        """This process's part of the step's global batch, on the device; the next step's is fetched meanwhile."""
+        now, after = self._quarantine.batch_of(step), self._quarantine.batch_of(step + 1)
+        fetched = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == now else self._fetch(now)
+        self._ahead = (after, self._thread.submit(self._fetch, after))
         size = self._batch.micro_batch_size
         pieces = zip(
             *(tensor.to(self._device, non_blocking=True).split(size) for tensor in fetched.tensors), strict=True
@@ -73,10 +92,10 @@ class DataLoader:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch(self, step: int) -> _Fetched:
-        """The sequences of this process; pinned where a GPU will copy them."""
+    def _fetch(self, index: int) -> _Fetched:
+        """The sequences of this process in global batch `index`; pinned where a GPU will copy them."""
         batch = self._batch
-        first = step * batch.sequences_per_step
+        first = index * batch.sequences_per_step
         rows = self._sequences.read(
             first + self._first * batch.micro_batch_size, batch.grad_accum_steps * batch.micro_batch_size
         )

@@ -113,22 +113,25 @@ class _MatmulAttention(torch.autograd.Function):
         q, k, v, hidden, *kept = ctx.saved_tensors
         B, H, T, D = grad.shape
         grad = grad.reshape(B * H, T, D)
-        q_grad, sums = torch.empty_like(q), ()
-        for index, rows in reversed([*enumerate(_blocks(T))]):
+        q_grad, blocks = torch.empty_like(q), _blocks(T)
+        k_grad: torch.Tensor | None = None
+        v_grad: torch.Tensor | None = None
+        for index, rows in reversed([*enumerate(blocks)]):  # the last one sees every key
             weights = kept[index] if kept else _weights(q, k, rows, hidden)  # (N, R, S)
             weight_grad = torch.bmm(grad[:, rows], v[:, : rows.stop].transpose(1, 2))
             score_grad = torch._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
             q_grad[:, rows] = _scaled_bmm(score_grad, k[:, : rows.stop], D**-0.5)
-            k_grad = _scaled_bmm(score_grad.transpose(1, 2), q[:, rows], D**-0.5)  # (N, S, D)
-            v_grad = torch.bmm(weights.transpose(1, 2), grad[:, rows])
-            if rows.start == 0 and not sums:
-                sums = k_grad, v_grad
-            elif not sums:  # the last block, which sees all
-                sums = k_grad.float(), v_grad.float()
-            else:
-                sums[0][:, : rows.stop] += k_grad
-                sums[1][:, : rows.stop] += v_grad
-        return *(x.to(q.dtype).view(B, H, T, D) for x in (q_grad, *sums)), None
+            k_grad = _plus(k_grad, _scaled_bmm(score_grad.transpose(1, 2), q[:, rows], D**-0.5), len(blocks))
+            v_grad = _plus(v_grad, torch.bmm(weights.transpose(1, 2), grad[:, rows]), len(blocks))
+        return *(x.to(q.dtype).view(B, H, T, D) for x in (q_grad, k_grad, v_grad) if x is not None), None
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor, n_parts: int) -> torch.Tensor:
+    """(N, T, D) `total`, the first (N, S, D) of it increased in place by `part`; several are summed in float32."""
+    if total is None:
+        return part if n_parts == 1 else part.float()
+    total[:, : part.shape[1]] += part
+    return total
 
 
 def _blocks(length: int) -> list[slice]:

@@ -36,7 +36,7 @@ class TrainStep:
             processes.
         optimizer: updates the model's parameters.
         scaler: of float16; disabled otherwise.
-        skipped_updates: device counter, increased when a non-finite float16 gradient makes the scaler skip the update.
+        skipped_updates: device counter, increased when a NaN or inf makes every process skip the update.
         autocast: context of the forward pass.
         world_size: processes over which the wrapped model averages gradients.
         grad_clip: largest norm of the gradient; 0 does not clip.
@@ -71,10 +71,13 @@ class TrainStep:
         losses = [self._accumulate(step, piece, scale, is_last=piece is last) for piece in batch.micro_batches]
         self._scaler.unscale_(self._optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        is_finite = grad_norm.isfinite()
         if self._scaler.is_enabled():
-            self._skipped_updates += ~grad_norm.isfinite()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        else:
+            update_if(is_finite, self._optimizer)
+        self._skipped_updates += ~is_finite
         self._optimizer.zero_grad(set_to_none=True)
         return StepStats(torch.stack(losses).sum(), grad_norm, batch.n_targets)
 
@@ -84,5 +87,29 @@ class TrainStep:
         with gradient_sync(self._model, is_last=is_last):
             with self._autocast():
                 loss: torch.Tensor = self._model(batch.inputs, batch.targets, batch.documents)
-            self._scaler.scale(loss * scale).backward()
+            self._scaler.scale(loss * nan_unless_finite(loss, scale)).backward()
         return loss.detach()
+
+
+def nan_unless_finite(loss: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale`, to the bit, where `loss` is finite, else NaN.
+
+    A loss of inf may have a finite gradient. Scaled so its gradient is NaN, and so is every process's once gradients
+    are averaged: the norm of the gradient tells all of them alike, and nothing else has to be exchanged.
+    """
+    return scale + 0 * loss.detach()
+
+
+def update_if(is_finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Update, or leave parameters and the optimizer's state as they are, in every bit.
+
+    Args:
+        is_finite: scalar bool on the device of the parameters; on CUDA nobody waits for it.
+        optimizer: takes `found_inf` as those do that GradScaler hands it to.
+    """
+    if is_finite.device.type == "cuda":
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif is_finite:
+        optimizer.step()

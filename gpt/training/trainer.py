@@ -1,16 +1,21 @@
 """The training loop."""
 
+from itertools import compress
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
+from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
 from gpt.data.data_loader import DataLoader
+from gpt.errors import UserError
 from gpt.optim.build import set_learning_rate
 from gpt.training.events import (
     CheckpointSaved,
     Command,
     MetricsReady,
+    RollBack,
+    RolledBack,
     Save,
     StepEnd,
     Stop,
@@ -35,7 +40,8 @@ class Trainer(Subject):
         train_step: batch -> update.
         schedule: steps taken -> factor of every highest rate.
         meter: statistics -> metrics.
-        checkpoints: writes the state.
+        checkpoints: writes the state, and reads it back.
+        journal: of what the run leaves out.
         resumed_from: the checkpoint that `state` was loaded from, for those who watch.
     """
 
@@ -49,12 +55,13 @@ class Trainer(Subject):
         schedule: Schedule,
         meter: Meter,
         checkpoints: CheckpointManager,
+        journal: Journal,
         resumed_from: str | None = None,
     ):
         super().__init__()
         self._plan, self._state = plan, state
         self._loader, self._train_step, self._schedule = loader, train_step, schedule
-        self._meter, self._checkpoints = meter, checkpoints
+        self._meter, self._checkpoints, self._journal = meter, checkpoints, journal
         self._resumed_from = resumed_from
         self._stop_reason: str | None = None
 
@@ -107,16 +114,36 @@ class Trainer(Subject):
             self._meter.start_window()
 
     def _metrics(self, rate: float) -> MetricsReady:
-        metrics, losses = self._meter.report()
+        metrics, losses, skips = self._meter.report()
         metrics |= {"lr": rate, "tokens": self._state.progress.tokens}
-        return MetricsReady(self._step, MappingProxyType(metrics), losses)
+        steps = range(self._step - len(losses) + 1, self._step + 1)
+        return MetricsReady(self._step, MappingProxyType(metrics), losses, tuple(compress(steps, skips)))
 
     def _execute(self, commands: list[Command]) -> None:
-        """Save at most once, then stop; a run that stops is saved first."""
+        """Go back, save at most once, then stop; a run that stops is saved first."""
         stops = [command.reason for command in commands if isinstance(command, Stop)]
+        rollback = next((command for command in commands if isinstance(command, RollBack)), None)
+        if rollback:
+            self._roll_back(rollback)
+            commands = [command for command in commands if isinstance(command, Stop)]
         if commands:
             path = self._checkpoints.save(self._state)
             commands = self.notify(CheckpointSaved(self._step, str(path)))
             stops += [command.reason for command in commands if isinstance(command, Stop)]
         if stops:
             self._stop_reason = stops[0]
+
+    def _roll_back(self, command: RollBack) -> None:
+        """Load the newest checkpoint before the bad steps, and leave their batches out from now on.
+
+        Killed at any point, the run goes on in the same way: as long as the journal has no record, from before the bad
+        steps with their batches, which brings it here again.
+        """
+        left = self._step
+        self._checkpoints.finish()
+        last_good = min(command.bad_steps) - 1
+        if self._checkpoints.load_newest(self._state, at_most=last_good) is None:
+            raise UserError(f"{command.reason}, and there is no sound checkpoint up to step {last_good} to go back to")
+        self._journal.add_rollback(command.bad_steps, self._step, command.reason)
+        commands = self.notify(RolledBack(left, self._step, command.reason))
+        assert not commands, "nobody commands after a rollback"

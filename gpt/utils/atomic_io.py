@@ -97,6 +97,11 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, record
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records of a JSONL file that are of later steps, or of none."""
+    keep_jsonl(path, lambda record: isinstance(at := record.get("step"), int) and at <= step)
+
+
 def require_writable(folder: Path, flag: str) -> None:
     """Make `folder` and try to write in it.
 

@@ -42,3 +42,21 @@ def test_a_committed_step_is_never_rewritten(tmp_path: Path) -> None:
     state.model.get_parameter("wte.weight").data.zero_()
     manager.save(state)
     assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in path.iterdir()} == before
+
+
+def test_the_newest_sound_checkpoint_up_to_a_step_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, state = RunFolder(tmp_path), trained_state()
+    manager = CheckpointManager(folder, 0, "{}", DistContext("cpu"))
+    for step in (0, 9, 10, 11):
+        state.progress = Progress(step, 2 * step)
+        manager.save(state)
+    manager.finish()
+    assert manager.load_newest(state, at_most=10) == folder.checkpoint_at(10)
+    assert state.progress == Progress(10, 20)
+    file = folder.checkpoint_at(10) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert manager.load_newest(state, at_most=10) == folder.checkpoint_at(9)
+    assert f"{file}: damaged" in caplog.text
+    assert folder.committed() == [folder.checkpoint_at(0), folder.checkpoint_at(9)]
+    assert manager.load_newest(state, at_most=-1) is None
+    assert len(folder.committed()) == 2

@@ -15,6 +15,8 @@ from gpt.training.events import (
     EvalEnd,
     Event,
     MetricsReady,
+    RolledBack,
+    SpikeSeen,
     StepEnd,
     TextSampled,
     TrainEnd,
@@ -61,8 +63,15 @@ class ConsoleSink:
                 self._start(event)
             case StepEnd(step=step):
                 self._progress.update(self._task, completed=step)
-            case MetricsReady(step=step, metrics=metrics):
+            case MetricsReady(step=step, metrics=metrics, skipped=skipped):
                 self._show_metrics(step, metrics)
+                if skipped:
+                    named = plural(len(skipped), "update") + " skipped: a NaN or inf in the loss or gradient"
+                    self._say(f"step {', '.join(map(str, skipped))}: {named}")
+            case SpikeSeen(step=step, loss=loss, median=median, deviations=deviations):
+                self._say(f"step {step}: loss {loss:.4f} is a spike, {deviations:.1f} deviations above {median:.4f}")
+            case RolledBack(step=step, to_step=to_step, reason=reason):
+                self._say(f"step {step}: back to step {to_step}: {reason}")
             case EvalEnd(step=step, metrics=metrics):
                 self._say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
                 self._compare_with_xz(metrics.get("val/bpb"))
