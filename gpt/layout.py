@@ -14,7 +14,7 @@ from gpt.checkpoint.run_folder import (
     require_same_identity,
     run_of,
 )
-from gpt.checkpoint.store import PROGRESS, read_checkpoint, read_json, read_weights
+from gpt.checkpoint.store import PROGRESS, read_checkpoint, read_json, read_weights, unlike_here
 from gpt.configs.cli import load_config
 from gpt.configs.run_plan import TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
@@ -141,6 +141,9 @@ def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Pa
     step = _step_of(origin)
     if step >= plan.max_steps and origin not in folder.committed():
         raise UserError(f"--resume {origin} is at step {step} already, and the run would end at {plan.max_steps}")
+    unlike = unlike_here(origin)
+    if unlike:
+        plan = replace(plan, notes=(*plan.notes, unlike))
     saved = load_config(origin / "config.json")
     horizon = {name: getattr(saved, name) for name in HORIZON}
     former = resolve(config.model_copy(update=horizon), plan.machine, plan.corpus)

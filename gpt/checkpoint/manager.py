@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import write_checkpoint
+from gpt.checkpoint.store import snapshot_of, write_checkpoint
 from gpt.errors import UserError
 from gpt.utils.atomic_io import remove_folder
 from gpt.utils.distributed import DistContext
@@ -42,7 +42,7 @@ class CheckpointManager:
     def _save_and_prune(self, path: Path, state: AppState) -> None:
         try:
             if not path.exists():
-                write_checkpoint(path, state, self._config_json)
+                write_checkpoint(path, snapshot_of(state, {}), self._config_json)
             for old in self._folder.committed()[: -self._keep] if self._keep else ():
                 remove_folder(old)
         except (OSError, SafetensorError) as error:

@@ -29,6 +29,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make `path` and the folders above it that are missing, each on the disk before anything is put into it."""
+    if not path.exists():
+        make_folder(path.parent)
+        path.mkdir()
+        fsync(path.parent)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends, and is removed when it raises.
@@ -37,7 +45,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}{UNFINISHED}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
         for file in temporary.iterdir():
@@ -97,7 +105,7 @@ def require_writable(folder: Path, flag: str) -> None:
         UserError: it cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; name another folder") from error
