@@ -43,6 +43,7 @@ examples:
   gpt train --data.source my_texts --run-dir runs/mine
   gpt prepare my_texts --tokenizer gpt2 --out data/mine
   gpt sample runs/quickstart --prompt "def main("
+  gpt verify runs/quickstart               is every checkpoint as it was written?
   gpt bench quickstart                     tokens per second, and where a step's time goes
 
 gpt VERB --help lists every flag."""

@@ -39,6 +39,7 @@ VERBS = {
     "train": "train a model, or continue a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "let a trained model continue a text",
+    "verify": "compare every checkpoint of a run with its digests",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+from pathlib import Path
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
@@ -70,6 +71,7 @@ class Trainer(Subject):
             while self._stop_reason is None and self._step < self._plan.max_steps:
                 self._advance()
             reason = self._stop_reason or FINISHED
+            self._tell_of(self._checkpoints.finish())
             self.notify(TrainEnd(self._step, reason))
             return reason
         except BaseException as failure:
@@ -77,7 +79,10 @@ class Trainer(Subject):
             raise
         finally:
             with self._loader:
-                self.close(error)
+                try:
+                    self._checkpoints.close(error)
+                finally:
+                    self.close(error)
 
     @property
     def _step(self) -> int:
@@ -92,7 +97,7 @@ class Trainer(Subject):
         self._meter.add(self._train_step(self._step, batch))
         self._state.progress = self._state.progress.advance(self._plan.batch.tokens_per_step)
 
-        commands: list[Command] = []
+        commands = self._tell_of(self._checkpoints.poll())
         reports = self._plan.logs_at(self._step)
         if reports:
             commands += self.notify(self._metrics(rate))
@@ -115,8 +120,13 @@ class Trainer(Subject):
         """Save at most once, then stop; a run that stops is saved first."""
         stops = [command.reason for command in commands if isinstance(command, Stop)]
         if commands:
-            path = self._checkpoints.save(self._state)
-            commands = self.notify(CheckpointSaved(self._step, str(path)))
-            stops += [command.reason for command in commands if isinstance(command, Stop)]
+            metrics = [item for command in commands if isinstance(command, Save) for item in command.metrics.items()]
+            self._checkpoints.save(self._state, dict(metrics))
+            told = self._tell_of(self._checkpoints.poll())
+            stops += [command.reason for command in told if isinstance(command, Stop)]
         if stops:
             self._stop_reason = stops[0]
+
+    def _tell_of(self, committed: list[tuple[int, Path]]) -> list[Command]:
+        """Publish what is on the disk now."""
+        return [command for step, path in committed for command in self.notify(CheckpointSaved(step, str(path)))]

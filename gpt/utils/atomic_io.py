@@ -71,8 +71,13 @@ def sweep(parent: Path) -> None:
     """Remove what `new_folder` and `remove_folder` left in `parent` when they were killed."""
     if parent.is_dir():
         for path in parent.iterdir():
-            if path.name.startswith(".") and path.name.endswith((UNFINISHED, DOOMED)):
+            if is_left_over(path):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether it is what `new_folder` or `remove_folder` is at, or was when it was killed."""
+    return path.name.startswith(".") and path.name.endswith((UNFINISHED, DOOMED))
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -123,11 +128,17 @@ def require_possible(folder: Path, flag: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
+    """Force a file or a folder to the disk.
+
+    Raises:
+        OSError: the disk refused; names the path.
+    """
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folder; NTFS journals the rename itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
