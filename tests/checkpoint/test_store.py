@@ -32,8 +32,8 @@ def make_state(seed: int, n_embd: int = 8, *, scaled: bool = False) -> AppState:
     return AppState(model, optimizer, scaler, torch.tensor(seed), {"the corpus's SHA-256": "a"})
 
 
-def trained_state(seed: int = 3, *, scaled: bool = False) -> AppState:
-    state = make_state(seed, scaled=scaled)
+def trained_state(seed: int = 3, n_embd: int = 8, *, scaled: bool = False) -> AppState:
+    state = make_state(seed, n_embd, scaled=scaled)
     for _ in range(2):
         tokens = torch.randint(11, (2, 4))
         state.scaler.scale(state.model(tokens, tokens)).backward()
