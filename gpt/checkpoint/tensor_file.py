@@ -116,7 +116,7 @@ def _header(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> bytes:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's own memory."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _require_unique_names(path: Path) -> None:
