@@ -249,7 +249,8 @@ def test_everything_is_on_the_disk_before_it_has_its_name(server: SaveServer, co
     """What a power failure leaves: a file system may drop whatever was not forced to the disk, and in any order."""
     trace = tmp_path / "trace"
     outcome = server.save(
-        order(committed, 3, keep=2), "-y", "-s", "0", "-o", str(trace), "-e", f"trace={WRITING},fsync,{RENAMING},unlink,unlinkat"
+        order(committed, 3, keep=2), "-y", "-s", "0", "-o", str(trace),
+        "-e", f"trace={WRITING},fsync,{RENAMING},unlink,unlinkat",
     )  # fmt: skip
     assert outcome["status"] == 0
     calls = [line for line in trace.read_text().splitlines() if "checkpoints" in line]
