@@ -3,8 +3,8 @@
     python -m benchmarks.checkpoints
     python -m benchmarks.checkpoints --json
 
-A save holds the training from its call to its return: asynchronous until the state is copied, synchronous until it is on
-the disk. Verification reads the same files as `sha256sum` does, all of them in memory. Saves and readings are
+A save holds the training from its call to its return: asynchronous until the state is copied, synchronous until it is
+on the disk. Verification reads the same files as `sha256sum` does, all of them in memory. Saves and readings are
 interleaved; each save waits until the one before it is finished.
 """
 
