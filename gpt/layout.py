@@ -14,7 +14,7 @@ from gpt.checkpoint.app_state import AppState, load_model_tensors
 from gpt.checkpoint.journal import Record, joined, read_journal
 from gpt.checkpoint.resume import changes, find_start, require_same_architecture, require_same_identity
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
-from gpt.checkpoint.store import MANIFEST, PROGRESS, read_checkpoint, read_json, read_weights
+from gpt.checkpoint.store import MANIFEST, PROGRESS, read_checkpoint, read_json, read_weights, unlike_here
 from gpt.configs.cli import load_config
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_contract import FLAG, Difference
@@ -271,6 +271,8 @@ def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Pa
     notes = [f"changed at step {step}: {change}" for change in _changes(config, origin)]
     if not _keeps_rates(config, plan, origin, step):
         notes.append(f"the first {step} steps had other learning rates than this schedule gives them")
+    if unlike := unlike_here(origin):
+        notes.append(unlike)
     return replace(plan, notes=(*plan.notes, *notes))
 
 

@@ -44,6 +44,7 @@ examples:
   gpt prepare my_texts --tokenizer gpt2 --out data/mine
   gpt sample runs/quickstart --prompt "def main("
   gpt data-at runs/quickstart --step 100   the documents of a step
+  gpt verify runs/quickstart               is every checkpoint as it was written?
   gpt bench quickstart                     tokens per second, and where a step's time goes
 
 gpt VERB --help lists every flag."""

@@ -32,11 +32,13 @@ from gpt.parallel.apply import make_ready
 from gpt.planning.flops import flops_per_token
 from gpt.planning.hardware import find_device
 from gpt.planning.peak import matmul_peak
+from gpt.training.eval_saver import EvalSaver
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
 from gpt.training.observer import Sink
 from gpt.training.profiler import Profiler
+from gpt.training.save_timer import SaveTimer
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.spike_guard import SpikeGuard
@@ -79,6 +81,9 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     dist.on_main(lambda: write_run_files(layout, state.progress.step))
     peak = dist.on_main(lambda: matmul_peak(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir))
 
+    checkpoints = CheckpointManager(
+        layout.folder, config.checkpoint, config.saved_json(), dist, resumed_at=state.progress.step
+    )
     trainer = Trainer(
         plan,
         state,
@@ -98,7 +103,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             flops_per_token=flops_per_token(plan.model),
             peak=peak * dist.world_size,
         ),
-        checkpoints=CheckpointManager(layout.folder, config.checkpoint.keep, config.saved_json(), dist),
+        checkpoints=checkpoints,
         journal=journal,
         resumed_from=str(layout.origin) if layout.origin else None,
     )
@@ -106,8 +111,11 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     trainer.attach(guard)
     if config.profile.steps:
         trainer.attach(Profiler(config.profile, layout.folder.trace if dist.is_main else None))
+    if config.checkpoint.every_minutes:
+        trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
     if corpus.val:
         trainer.attach(Evaluator(state.model, [_val_loss(layout, autocast)], plan))
+        trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
     if prompts:
         trainer.attach(TextSampler(state.model, corpus.tokenizer, prompts, config.sample, plan))
     trainer.attach(Logger(_sinks(layout, console)))

@@ -40,6 +40,7 @@ VERBS = {
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "let a trained model continue a text",
     "data-at": "show the documents that a step of a run was trained on",
+    "verify": "compare every checkpoint of a run with its digests",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 

@@ -39,7 +39,7 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.SAFE, "runtime", "threads keep_freed_memory flush_denormals"),
     **_each(Change.SAFE, "log", "interval"),
     **_each(Change.SAFE, "eval", "interval batches"),
-    **_each(Change.SAFE, "checkpoint", "interval keep"),
+    **_each(Change.SAFE, "checkpoint", "interval every_minutes keep keep_best asynchronous"),
     **_each(Change.SAFE, "spike", "max_skips window threshold least_rise rollback max_rollbacks"),
     **_each(Change.SAFE, "sample", "max_new_tokens temperature top_k top_p prompts"),
     **_each(Change.SAFE, "profile", "start steps"),

@@ -4,7 +4,7 @@ Events are frozen and hold no tensor, no model and no trainer; every field is eq
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpt.configs.run_plan import RunPlan
 
@@ -115,6 +115,9 @@ class Stop:
 @dataclass(frozen=True)
 class Save:
     """Command: write a checkpoint of this step."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the model at this step; recorded in the checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The training loop."""
 
 from itertools import compress
+from pathlib import Path
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
@@ -77,6 +78,7 @@ class Trainer(Subject):
             while self._stop_reason is None and self._step < self._plan.max_steps:
                 self._advance()
             reason = self._stop_reason or FINISHED
+            self._tell_of(self._checkpoints.finish())
             self.notify(TrainEnd(self._step, reason))
             return reason
         except BaseException as failure:
@@ -84,7 +86,10 @@ class Trainer(Subject):
             raise
         finally:
             with self._loader:
-                self.close(error)
+                try:
+                    self._checkpoints.close(error)
+                finally:
+                    self.close(error)
 
     @property
     def _step(self) -> int:
@@ -99,7 +104,7 @@ class Trainer(Subject):
         self._meter.add(self._train_step(self._step, batch))
         self._state.progress = self._state.progress.advance(self._plan.batch.tokens_per_step)
 
-        commands: list[Command] = []
+        commands = self._tell_of(self._checkpoints.poll())
         reports = self._plan.logs_at(self._step)
         if reports:
             commands += self.notify(self._metrics(rate))
@@ -127,9 +132,10 @@ class Trainer(Subject):
             self._roll_back(rollback)
             commands = [command for command in commands if isinstance(command, Stop)]
         if commands:
-            path = self._checkpoints.save(self._state)
-            commands = self.notify(CheckpointSaved(self._step, str(path)))
-            stops += [command.reason for command in commands if isinstance(command, Stop)]
+            metrics = [item for command in commands if isinstance(command, Save) for item in command.metrics.items()]
+            self._checkpoints.save(self._state, dict(metrics))
+            told = self._tell_of(self._checkpoints.poll())
+            stops += [command.reason for command in told if isinstance(command, Stop)]
         if stops:
             self._stop_reason = stops[0]
 
@@ -140,10 +146,14 @@ class Trainer(Subject):
         steps with their batches, which brings it here again.
         """
         left = self._step
-        self._checkpoints.finish()
+        self._tell_of(self._checkpoints.finish())
         last_good = min(command.bad_steps) - 1
         if self._checkpoints.load_newest(self._state, at_most=last_good) is None:
             raise UserError(f"{command.reason}, and there is no sound checkpoint up to step {last_good} to go back to")
         self._journal.add_rollback(command.bad_steps, self._step, command.reason)
         commands = self.notify(RolledBack(left, self._step, command.reason))
         assert not commands, "nobody commands after a rollback"
+
+    def _tell_of(self, committed: list[tuple[int, Path]]) -> list[Command]:
+        """Publish what is on the disk now."""
+        return [command for step, path in committed for command in self.notify(CheckpointSaved(step, str(path)))]
