@@ -59,9 +59,9 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     Raises:
         UserError: whatever the user can mend.
     """
-    runtime = set_up_cpu(config.runtime)
+    runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     device = find_device(config.device)
-    dist = DistContext(device)
+    dist = DistContext(device, config.parallel.step_timeout)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
     claimed = dist.on_main(lambda: _claim(folder, config, dry_run=dry_run))

@@ -26,7 +26,7 @@ from gpt.fitting import Autocast, autocast_of, trial_loss
 from gpt.layout import Layout, restore, write_run_files
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
-from gpt.parallel.apply import make_ready
+from gpt.parallel.apply import build_gradient_sync, make_ready
 from gpt.planning.flops import flops_per_token
 from gpt.planning.hardware import find_device
 from gpt.planning.peak import matmul_peak
@@ -117,27 +117,28 @@ def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
 ) -> TrainStep:
     """What updates `state`; compiles the model where that is asked for, and joins the processes."""
-    return TrainStep(
-        make_ready(
-            state.model,
-            state.model.get_submodule("h").children(),
-            dist,
-            config.parallel,
-            compiled=config.compile,
-            trial=partial(
-                trial_loss,
-                n_sequences=plan.batch.micro_batch_size,
-                block_size=plan.batch.block_size,
-                masked=config.data.document_mask,
-                device=dist.device,
-                autocast=autocast,
-            ),
+    model = make_ready(
+        state.model,
+        state.model.get_submodule("h").children(),
+        dist,
+        config.parallel,
+        compiled=config.compile,
+        trial=partial(
+            trial_loss,
+            n_sequences=plan.batch.micro_batch_size,
+            block_size=plan.batch.block_size,
+            masked=config.data.document_mask,
+            device=dist.device,
+            autocast=autocast,
         ),
+    )
+    return TrainStep(
+        model,
         state.optimizer,
         state.scaler,
         state.skipped_updates,
+        gradients=build_gradient_sync(model, dist, config.parallel),
         autocast=autocast,
-        world_size=dist.world_size,
         grad_clip=config.grad_clip,
         seed=plan.seed,
     )

@@ -131,7 +131,7 @@ def require_same_identity(identity: Mapping[str, str | int], checkpoint: Path, n
     """
     saved = read_json(checkpoint / PROGRESS).get("identity", {})
     for name in identity:
-        if name in names and saved.get(name) != identity[name]:
+        if name in names and saved.get(name, identity[name]) != identity[name]:  # a former mode may resolve less
             raise UserError(
                 f"{checkpoint} cannot be continued: {name} is {saved.get(name)} there and {identity[name]} here; "
                 "restore what was changed, or name another --run-dir"
