@@ -35,9 +35,11 @@ from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
 from gpt.training.observer import Sink
 from gpt.training.profiler import Profiler
+from gpt.training.replica_guard import ReplicaGuard
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.stop_signal import StopSignal
+from gpt.training.straggler_guard import OwnTime, StragglerGuard
 from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
@@ -58,6 +60,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     config, dist, plan, corpus = layout.config, layout.dist, layout.plan, layout.corpus
     prompts = _prompts(config, corpus.tokenizer)
     autocast = autocast_of(plan)
+    own_time = OwnTime(dist.device)
 
     state = build_state(config, plan, dist)
     restore(layout, state)
@@ -72,8 +75,9 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             plan.batch,
             rank=dist.rank,
             device=dist.device,
+            waiting=own_time.waiting,
         ),
-        train_step=build_train_step(config, plan, dist, state, autocast),
+        train_step=build_train_step(config, plan, dist, state, own_time.around(autocast)),
         schedule=build_schedule(plan.lr, plan.max_steps),
         meter=Meter(
             plan.batch.tokens_per_step,
@@ -86,6 +90,9 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         resumed_from=str(layout.origin) if layout.origin else None,
     )
     trainer.attach(StopSignal(dist))
+    trainer.attach(StragglerGuard(own_time, dist))
+    if dist.world_size > 1 and config.parallel.check_replicas:
+        trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
     if config.profile.steps:
         trainer.attach(Profiler(config.profile, layout.folder.trace if dist.is_main else None))
     if corpus.val:

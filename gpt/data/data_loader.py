@@ -1,6 +1,8 @@
 """Global step -> this process's micro-batches, fetched one step ahead by a thread."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,13 +45,30 @@ class _Fetched:
 
 
 class DataLoader:
-    """Batches as a function of the step: there is no state to save, and no worker process to leak."""
+    """Batches as a function of the step: there is no state to save, and no worker process to leak.
 
-    def __init__(self, sequences: Sequences, batch: BatchPlan, *, rank: int, device: torch.device):
+    Args:
+        sequences: what is trained on.
+        batch: how a step's sequences are cut up.
+        rank: of this process.
+        device: for the batches.
+        waiting: a context for the time in which the step waits for its batch.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        batch: BatchPlan,
+        *,
+        rank: int,
+        device: torch.device,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ):
         self._sequences = sequences
         self._batch = batch
         self._first = rank * batch.grad_accum_steps
         self._device = device
+        self._waiting = waiting
         # Pinning uses the thread's current GPU; without being told it, every rank's thread would open the first one.
         told = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(1, "data-loader", *told)
@@ -57,7 +76,9 @@ class DataLoader:
 
     def batch_of(self, step: int) -> StepBatch:
         """This process's part of global batch `step`, on the device; the next step is fetched meanwhile."""
-        fetched = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == step else self._fetch(step)
+        with self._waiting():
+            ahead = self._ahead
+            fetched = ahead[1].result() if ahead is not None and ahead[0] == step else self._fetch(step)
         self._ahead = (step + 1, self._thread.submit(self._fetch, step + 1))
         size = self._batch.micro_batch_size
         pieces = zip(

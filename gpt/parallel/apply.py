@@ -44,7 +44,6 @@ def make_ready(
             model,
             device_ids=[dist.device] if dist.device.type == "cuda" else None,
             process_group=dist.step_group,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
     if compiled:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from gpt.errors import UserError
 from gpt.utils import launch
 from gpt.utils.tree_sum import tree_sum
+
+Number = TypeVar("Number", int, float)
 
 START_TIMEOUT = timedelta(hours=2)
 """Rank 0 may prepare a large corpus while the others wait."""
@@ -150,6 +152,16 @@ class DistContext:
         if self.world_size == 1:
             return values
         return [float(total) for total in self.sum(torch.tensor(values, dtype=torch.float64))]
+
+    def gather(self, value: Number) -> list[Number]:
+        """The numbers of all processes, in the order of their ranks; integers of up to 64 bits, or floats."""
+        if self.world_size == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine, group=self._host_step_group)
+        numbers: list[Number] = torch.cat(parts).tolist()
+        return numbers
 
     def start_max(self, value: int) -> PendingFlag:
         """Begin to find the largest value over the processes, without waiting for it; several may be under way."""
