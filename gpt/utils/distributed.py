@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from gpt.errors import UserError
 from gpt.utils import launch
+from gpt.utils.helper import first_line
 from gpt.utils.tree_sum import tree_sum
 
 Number = TypeVar("Number", int, float)
@@ -192,16 +193,20 @@ class DistContext:
         except RuntimeError as error:
             if self.world_size == 1 or not any(words in str(error) for words in LOST):
                 raise
-            late = "Timed out" in str(error)
-            what = (
-                f"took no part in a step for {self._step_timeout:g} s (--parallel.step-timeout)" if late else "is gone"
-            )
             raise UserError(
-                f"{self._call_the_roll()} {what}; the same command goes on from the last checkpoint"
+                f"{self._what_was_lost(error)}; the same command goes on from the last checkpoint"
             ) from error
 
-    def _call_the_roll(self) -> str:
-        """Who does not answer: all that are still there have lost somebody, too, and are here."""
+    def _what_was_lost(self, error: RuntimeError) -> str:
+        ranks = " and ".join(f"rank {rank}" for rank in self._absent())
+        if not ranks:
+            return f"the connection between the processes broke ({first_line(error)})"
+        if "Timed out" in str(error):
+            return f"{ranks} took no part in a step for {self._step_timeout:g} s (--parallel.step-timeout)"
+        return f"{ranks} ended"
+
+    def _absent(self) -> list[int]:
+        """Call the roll: all that are still there have lost somebody, too, and answer; none where that is unknown."""
         absent = set(range(self.world_size)) - {self.rank}
         deadline = time.monotonic() + ROLL_CALL
         try:
@@ -210,8 +215,8 @@ class DistContext:
                 absent = {rank for rank in absent if not self._store.check([f"present/{rank}"])}
                 time.sleep(0.05)
         except RuntimeError:  # the store was on a machine that is gone
-            return "a rank that is not known"
-        return " and ".join(f"rank {rank}" for rank in sorted(absent)) or "a rank that is there again"
+            return []
+        return sorted(absent)
 
     def close(self) -> None:
         """Leave the group; call it on a clean end only, for a dead peer would be waited for."""

@@ -47,8 +47,9 @@ class Launch:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.output += line
+        with self._process.stdout as lines:
+            for line in lines:
+                self.output += line
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + LONG_ENOUGH
@@ -166,7 +167,7 @@ def test_a_rank_that_hangs_is_named_at_the_step_timeout_and_started_again(runs: 
         os.kill(hung := launch.worker(1), signal.SIGSTOP)
         launch.wait_for_text("gpt: error: rank 1 took no part in a step for 2 s (--parallel.step-timeout)")
         launch.wait_for_text("closing signal SIGTERM")
-        os.kill(hung, signal.SIGCONT)  # else torchrun waits half a minute before it kills
+        os.kill(hung, signal.SIGKILL)  # as torchrun does half a minute later
         assert launch.end() == 0, launch.output
     assert "continuing from" in launch.output
     runs.require_same_bits("hung")
