@@ -14,8 +14,8 @@ class ParallelConfig(Config):
     """Less memory for more arithmetic: block makes each block's activations again in the backward pass; selective keeps
     its products of matrices and makes the rest again."""
     reproducible: bool = False
-    """Add gradients in a fixed order, so that every bit is the same at 1, 2, 4, ... processes; each computes with one
-    thread, unless --runtime.threads says otherwise."""
+    """Add gradients in a fixed order, so that on a CPU every bit is the same at 1, 2, 4, ... processes; each computes
+    with one thread, unless --runtime.threads says otherwise."""
     check_replicas: int = Field(100, ge=0, le=LARGEST)
     """Steps between comparisons of the processes' weights, which are also compared before a checkpoint; 0: never."""
     step_timeout: float = Field(600, ge=1, le=86_400)

@@ -248,6 +248,8 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
             f"--micro-batch-size auto is {batch.micro_batch_size}, which divides the step: "
             f"at most {machine.sequences_limit} sequences {bound}"
         )
+    if config.parallel.reproducible and machine.device != "cpu":
+        notes.append("--parallel.reproducible promises every bit on a CPU; kernels of a GPU may add in any order")
     if config.lr.warmup_steps >= max_steps:
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts the whole run of {max_steps}")
     if corpus.val_tokens < 2:

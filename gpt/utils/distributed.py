@@ -244,8 +244,15 @@ class _ReducedFlag:
 
 
 def _open_store(world_size: int, rank: int) -> dist.Store:
-    """Where the processes meet; under torchrun it outlives them, and nothing of a former group may be read there."""
+    """Where the processes meet; under torchrun it outlives them, and nothing of a former group may be read there.
+
+    Raises:
+        UserError: there is none.
+    """
     host, port = launch.store_address()
     is_master = rank == 0 and not launch.keeps_store()
-    store = dist.TCPStore(host, port, world_size, is_master, START_TIMEOUT, multi_tenant=True)
+    try:
+        store = dist.TCPStore(host, port, world_size, is_master, START_TIMEOUT, multi_tenant=True)
+    except dist.DistError as error:
+        raise UserError(f"rank {rank} finds nobody at MASTER_ADDR {host}, port {port}: {first_line(error)}") from error
     return dist.PrefixStore(f"attempt{launch.restarts()}/{next(_joined)}", store)
