@@ -144,9 +144,10 @@ class DistContext:
         """
         if self.world_size == 1:
             return
-        parts = torch.empty_like(values)  # our part of the values, of every process
-        dist.all_to_all_single(parts, values, group=self.step_group)
-        dist.all_gather_into_tensor(values, tree_sum(parts.chunk(self.world_size)), group=self.step_group)
+        ours = torch.empty_like(values)  # our part of the values, of every process
+        dist.all_to_all_single(ours, values, group=self.step_group)
+        parts = list(values.chunk(self.world_size))
+        dist.all_gather(parts, tree_sum(ours.chunk(self.world_size)), group=self.step_group)
 
     def sum_on_host(self, values: list[float]) -> list[float]:
         """Element-wise sum of host numbers over the processes, in float64."""

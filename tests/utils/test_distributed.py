@@ -24,7 +24,7 @@ def test_an_error_of_another_kind_goes_through() -> None:
 def test_without_an_address_the_processes_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE is 2 but MASTER_ADDR and MASTER_PORT .*; start them with torchrun"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2 but MASTER_ADDR .*; start them with torchrun$"):
         DistContext("cpu")
 
 
