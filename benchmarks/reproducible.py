@@ -38,7 +38,7 @@ def main() -> None:
     arguments.add_argument("--preset", choices=PRESETS, default="quickstart")
     arguments.add_argument("--micro-batches", type=int, default=4, help="of a step, per process; a power of two")
     arguments.add_argument("--processes", type=int, default=2, help="a power of two")
-    arguments.add_argument("--repeats", type=int, default=30)
+    arguments.add_argument("--repeats", type=int, default=20)
     arguments.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.measure:
