@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from gpt.errors import UserError
 from gpt.utils import launch
@@ -244,7 +245,7 @@ class _ReducedFlag:
         return int(self._flag)
 
 
-def _open_store(world_size: int, rank: int) -> dist.Store:
+def _open_store(world_size: int, rank: int) -> Any:
     """Where the processes meet; under torchrun it outlives them, and nothing of a former group may be read there.
 
     Raises:
@@ -253,7 +254,7 @@ def _open_store(world_size: int, rank: int) -> dist.Store:
     host, port = launch.store_address()
     is_master = rank == 0 and not launch.keeps_store()
     try:
-        store = dist.TCPStore(host, port, world_size, is_master, START_TIMEOUT, multi_tenant=True)
+        store = TCPStore(host, port, world_size, is_master, START_TIMEOUT, multi_tenant=True)
     except dist.DistError as error:
         raise UserError(f"rank {rank} finds nobody at MASTER_ADDR {host}, port {port}: {first_line(error)}") from error
-    return dist.PrefixStore(f"attempt{launch.restarts()}/{next(_joined)}", store)
+    return PrefixStore(f"attempt{launch.restarts()}/{next(_joined)}", store)
