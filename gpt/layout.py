@@ -93,9 +93,9 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     Raises:
         UserError: whatever the user can mend.
     """
-    runtime = set_up_cpu(config.runtime)
+    runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     device = find_device(config.device)
-    dist = DistContext(device)
+    dist = DistContext(device, config.parallel.step_timeout)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
     try:

@@ -15,7 +15,9 @@ import io
 import logging
 import os
 import time
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from gpt import __version__
 from gpt.configs.cli import VERBS
@@ -118,5 +120,24 @@ def _tell(message: str) -> None:
     print(f"gpt: error: {line}", file=sys.stderr)
 
 
+def program() -> NoReturn:
+    """The process: `main`, and then its end.
+
+    A process that has failed leaves the others at once: at an orderly end Python would wait for the threads of
+    collectives that nobody joins any more, for as long as a step may take, or be aborted by one that still runs.
+    """
+    try:
+        status = main()
+    except Exception:
+        if launch.world_size() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and launch.world_size() > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

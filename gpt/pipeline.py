@@ -28,7 +28,7 @@ from gpt.fitting import Autocast, autocast_of, trial_loss
 from gpt.layout import Layout, restore, write_run_files
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
-from gpt.parallel.apply import make_ready
+from gpt.parallel.apply import build_gradient_sync, make_ready
 from gpt.planning.flops import flops_per_token
 from gpt.planning.hardware import find_device
 from gpt.planning.peak import matmul_peak
@@ -38,11 +38,13 @@ from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
 from gpt.training.observer import Sink
 from gpt.training.profiler import Profiler
+from gpt.training.replica_guard import ReplicaGuard
 from gpt.training.save_timer import SaveTimer
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.spike_guard import SpikeGuard
 from gpt.training.stop_signal import StopSignal
+from gpt.training.straggler_guard import OwnTime, StragglerGuard
 from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
@@ -63,6 +65,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     config, dist, plan, corpus = layout.config, layout.dist, layout.plan, layout.corpus
     prompts = _prompts(config, corpus.tokenizer)
     autocast = autocast_of(plan)
+    own_time = OwnTime(dist.device)
 
     sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
     journal = Journal(layout.folder.journal, plan.order, layout.journal, dist)
@@ -93,8 +96,9 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             rank=dist.rank,
             device=dist.device,
             quarantine=journal.quarantine,
+            waiting=own_time.waiting,
         ),
-        train_step=build_train_step(config, plan, dist, state, autocast),
+        train_step=build_train_step(config, plan, dist, state, own_time.around(autocast)),
         schedule=build_schedule(plan.lr, plan.max_steps),
         meter=Meter(
             plan.batch.tokens_per_step,
@@ -109,6 +113,9 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     )
     trainer.attach(StopSignal(dist))
     trainer.attach(guard)
+    trainer.attach(StragglerGuard(own_time, dist))
+    if dist.world_size > 1 and config.parallel.check_replicas:
+        trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
     if config.profile.steps:
         trainer.attach(Profiler(config.profile, layout.folder.trace if dist.is_main else None))
     if config.checkpoint.every_minutes:
@@ -143,27 +150,28 @@ def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
 ) -> TrainStep:
     """What updates `state`; compiles the model where that is asked for, and joins the processes."""
-    return TrainStep(
-        make_ready(
-            state.model,
-            state.model.get_submodule("h").children(),
-            dist,
-            config.parallel,
-            compiled=config.compile,
-            trial=partial(
-                trial_loss,
-                n_sequences=plan.batch.micro_batch_size,
-                block_size=plan.batch.block_size,
-                masked=config.data.document_mask,
-                device=dist.device,
-                autocast=autocast,
-            ),
+    model = make_ready(
+        state.model,
+        state.model.get_submodule("h").children(),
+        dist,
+        config.parallel,
+        compiled=config.compile,
+        trial=partial(
+            trial_loss,
+            n_sequences=plan.batch.micro_batch_size,
+            block_size=plan.batch.block_size,
+            masked=config.data.document_mask,
+            device=dist.device,
+            autocast=autocast,
         ),
+    )
+    return TrainStep(
+        model,
         state.optimizer,
         state.scaler,
         state.skipped_updates,
+        gradients=build_gradient_sync(model, dist, config.parallel),
         autocast=autocast,
-        world_size=dist.world_size,
         grad_clip=config.grad_clip,
         seed=plan.seed,
     )

@@ -35,7 +35,7 @@ def _each(change: Change, section: str, names: str) -> dict[str, Change]:
 CONTRACT: dict[str, Change] = {
     **_each(Change.SAFE, "", "run_dir device compile resume resume_with_changes"),
     **_each(Change.SAFE, "data", "cache_dir workers"),
-    **_each(Change.SAFE, "parallel", "activation_checkpointing"),
+    **_each(Change.SAFE, "parallel", "activation_checkpointing check_replicas step_timeout"),
     **_each(Change.SAFE, "runtime", "threads keep_freed_memory flush_denormals"),
     **_each(Change.SAFE, "log", "interval"),
     **_each(Change.SAFE, "eval", "interval batches"),
@@ -49,6 +49,7 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.WITH_FLAG, "lr", "schedule max_lr min_lr warmup_steps"),
     **_each(Change.WITH_FLAG, "optimizer", "muon_lr muon_momentum weight_decay beta1 beta2"),
     **_each(Change.WITH_FLAG, "", "grad_clip"),
+    **_each(Change.WITH_FLAG, "parallel", "reproducible"),
     **_each(Change.WITH_FLAG, "spike", "journal"),  # which batches are left out
     **_each(Change.WITH_FLAG, "", "dtype"),  # of autocast: what is saved is of the same types under each
     **_each(Change.WITH_FLAG, "model", "dropout"),  # no weight depends on it

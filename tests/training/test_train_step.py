@@ -17,6 +17,7 @@ from gpt.data.packing import pack
 from gpt.data.sequences import PackedDocuments
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer, set_learning_rate
+from gpt.parallel.gradient_sync import AveragedGradients
 from gpt.training.train_step import TrainStep, nan_unless_finite
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
@@ -36,7 +37,7 @@ def make(model: GPT, grad_clip: float = 1.0, **changes: Any) -> TrainStep:
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "skipped_updates": torch.zeros((), dtype=torch.int64),
         "autocast": nullcontext,
-        "world_size": 1,
+        "gradients": AveragedGradients(model, world_size=1),
     } | changes
     return TrainStep(model, grad_clip=grad_clip, seed=1, **settings)
 
@@ -201,7 +202,7 @@ def test_the_loss_is_the_mean_over_real_targets_however_a_step_is_cut(
     gradients = [torch.zeros_like(parameter) for parameter in theirs.parameters()]
     for rank in range(ranks):
         model = GPT(CONFIG, seed=0)
-        step = make(model, grad_clip=0, world_size=ranks)
+        step = make(model, grad_clip=0, gradients=AveragedGradients(model, world_size=ranks))
         seen: list[torch.Tensor] = []
         step._optimizer.register_step_pre_hook(lambda *_, m=model, s=seen: s.extend(p.grad for p in m.parameters()))
         with DataLoader(padded, plan, rank=rank, device=torch.device("cpu")) as loader:
