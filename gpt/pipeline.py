@@ -50,6 +50,7 @@ from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
+from gpt.utils.helper import si
 
 
 def build(layout: Layout, console: Console | None = None) -> Trainer:
@@ -187,7 +188,13 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     tokenizer = Tokenizer.from_file(run_of(checkpoint).tokenizer)
     weights = read_weights(checkpoint)
     config = load_config(checkpoint / "config.json").model
-    model = GPT(config.model_copy(update={"vocab_size": weights["wte.weight"].shape[0]}), seed=0)
+    embedding = weights.get("wte.weight", torch.empty(0))
+    config = config.model_copy(update={"vocab_size": len(embedding)})
+    if config.n_parameters != sum(tensor.numel() for tensor in weights.values()):  # before memory for them is asked for
+        raise UserError(
+            f"{checkpoint}: config.json is of a model of {si(config.n_parameters)} parameters, not of this one"
+        )
+    model = GPT(config, seed=0)
     load_model_tensors(model, weights)
     return model.to(find_device(device)).eval(), tokenizer
 

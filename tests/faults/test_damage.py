@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, verify
+from gpt.data.tokenizer import Tokenizer, byte_tokenizer
 from gpt.errors import UserError
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
 from tests.checkpoint.test_tensor_file import MALICIOUS
@@ -214,3 +215,17 @@ def test_a_malicious_run_runs_nothing_and_writes_nowhere_else(
     assert done.stdout.splitlines()[-1] == "SEEN []"
     assert not marker.exists()
     assert set(contents(tmp_path)) - set(contents(run_dir)) <= {f"run/{name}" for name in contents(run_dir)}
+
+
+def test_a_regular_expression_that_explodes_is_given_up() -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    definition = json.loads(byte_tokenizer().definition)
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    tokenizer = Tokenizer(json.dumps(definition))
+    for encode in (tokenizer.encode, tokenizer.encode_prompt):
+        started = time.monotonic()
+        with pytest.raises(UserError, match="the tokenizer cannot encode the text: ") as told:
+            encode("a" * 60 + "b")
+        assert time.monotonic() - started < 2
+        assert "\n" not in str(told.value)
