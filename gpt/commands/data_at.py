@@ -63,7 +63,7 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     Raises:
         UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
     """
-    from gpt.checkpoint.run_folder import require_same_identity
+    from gpt.checkpoint.resume import require_same_identity
     from gpt.checkpoint.store import PROGRESS, read_json
     from gpt.data.corpus import open_corpus, prepare
 

@@ -41,6 +41,7 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.SAFE, "eval", "interval batches"),
     **_each(Change.SAFE, "checkpoint", "interval every_minutes keep keep_best asynchronous"),
     **_each(Change.SAFE, "spike", "max_skips window threshold least_rise rollback max_rollbacks"),
+    **_each(Change.SAFE, "spike", "journal"),  # its records are the run's own once it has begun
     **_each(Change.SAFE, "sample", "max_new_tokens temperature top_k top_p prompts"),
     **_each(Change.SAFE, "profile", "start steps"),
     **_each(Change.BY_DROPOUT, "", "micro_batch_size"),
@@ -50,7 +51,6 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.WITH_FLAG, "optimizer", "muon_lr muon_momentum weight_decay beta1 beta2"),
     **_each(Change.WITH_FLAG, "", "grad_clip"),
     **_each(Change.WITH_FLAG, "parallel", "reproducible"),
-    **_each(Change.WITH_FLAG, "spike", "journal"),  # which batches are left out
     **_each(Change.WITH_FLAG, "", "dtype"),  # of autocast: what is saved is of the same types under each
     **_each(Change.WITH_FLAG, "model", "dropout"),  # no weight depends on it
     **_each(Change.FORBIDDEN, "model", "n_layer n_head n_kv_head n_embd block_size vocab_size bias position norm mlp"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
+from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.train_config import MOST_SEQUENCES, TrainConfig
 from gpt.errors import UserError
 
@@ -116,6 +117,7 @@ class RunPlan:
     """What is trained on."""
     lr: LRConfig
     """With `decay_steps` filled in."""
+    optimizer: OptimizerConfig
     log_interval: int
     eval_interval: int
     checkpoint_interval: int
@@ -277,6 +279,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         windows_per_epoch=per_epoch,
         sources=_shares(config, sequences, max_steps * batch.sequences_per_step),
         lr=config.lr.model_copy(update={"decay_steps": _decay_steps(config.lr, max_steps)}),
+        optimizer=config.optimizer,
         log_interval=config.log.interval,
         eval_interval=config.eval.interval,
         checkpoint_interval=config.checkpoint.interval,

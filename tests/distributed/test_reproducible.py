@@ -23,8 +23,8 @@ from gpt.layout import lay_out
 from gpt.pipeline import build
 
 for path in sys.argv[1:]:
-    layout = lay_out(TrainConfig.model_validate_json(Path(path).read_text()))
-    build(layout).train()
+    with lay_out(TrainConfig.model_validate_json(Path(path).read_text())) as layout:
+        build(layout).train()
     layout.dist.close()
 """
 MODERN = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "dropout": 0.1}
@@ -65,7 +65,8 @@ def runs(tiny: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def train_alone(*configs: TrainConfig) -> None:
         for config in configs:
-            build(lay_out(config)).train()
+            with lay_out(config) as layout:
+                build(layout).train()
 
     def train_together(processes: int, *configs: TrainConfig) -> None:
         files = []

@@ -142,7 +142,7 @@ def plan_table(plan: RunPlan) -> Table:
         "run": f"{plan.max_steps:,} steps, {si(plan.max_steps * batch.tokens_per_step)} tokens, "
         f"{plan.epochs:.2f} epochs",
         **_source_rows(plan),
-        "learning rate": f"{plan.lr.schedule}, up to {plan.lr.max_lr:g} after {plan.lr.warmup_steps} steps",
+        "learning rate": f"{plan.lr.schedule}, up to {_highest_rates(plan)} after {plan.lr.warmup_steps} steps",
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
@@ -150,6 +150,11 @@ def plan_table(plan: RunPlan) -> Table:
     for note in plan.notes:
         table.add_row("note", escape(note))
     return table
+
+
+def _highest_rates(plan: RunPlan) -> str:
+    adamw = f"{plan.lr.max_lr:g}"
+    return f"{plan.optimizer.muon_lr:g} (muon) and {adamw} (adamw)" if plan.optimizer.name == "muon" else adamw
 
 
 def _runtime(plan: RunPlan) -> str:
