@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gpt.configs.optimizer_config import OptimizerConfig
+from gpt.optim.adamw import AdamW
 from gpt.optim.muon import Muon
 
 
@@ -19,7 +20,7 @@ def build_optimizer(
     hidden: Mapping[torch.Tensor, tuple[int, ...]] = MappingProxyType({}),
     precision: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), as one fused kernel, which cpu, cuda and mps all have; or Muon with it.
+    """AdamW, or Muon with it.
 
     Each group holds its highest rate as `max_lr`; `set_learning_rate` sets the rate before every update.
 
@@ -32,7 +33,7 @@ def build_optimizer(
     """
     betas = (config.beta1, config.beta2)
     if config.name == "adamw":
-        return torch.optim.AdamW(decay_groups(model, config.weight_decay, max_lr), lr=max_lr, betas=betas, fused=True)
+        return AdamW(decay_groups(model, config.weight_decay, max_lr), betas=betas)
     matrices: dict[str, Any] = {
         "params": list(hidden),
         "parts": list(hidden.values()),

@@ -3,20 +3,18 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
+
+from gpt.optim.adamw import AdamW, Group
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients that grow small singular values fastest; they end between 0.7 and 1.2, not at 1 (Jordan et al. 2024)."""
 ITERATIONS = 5
 EPSILON = 1e-7
 
-Group = dict[str, Any]
 
-
-class Muon(torch.optim.Optimizer):
+class Muon(AdamW):
     """Momentum, orthogonalised (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
     A matrix's update is the nearest one whose singular values are all about 1, so that every direction is learnt at the
@@ -26,9 +24,6 @@ class Muon(torch.optim.Optimizer):
     largest gradient would leave the others little. Every process computes the same from the same averaged gradient:
     there is nothing to exchange.
 
-    While an attribute `found_inf` is set, a scalar on the device, and it is 1, a step changes no bit of parameters and
-    state: as in torch's fused optimizers, so that nobody has to wait for the device to know.
-
     Args:
         matrices: a group with `params`, `weight_decay`, `momentum` and `parts`: of each parameter the rows of the
             matrices that are fused in it.
@@ -37,11 +32,8 @@ class Muon(torch.optim.Optimizer):
         precision: type in which matrices are orthogonalised; bfloat16 serves, for what is lost is noise.
     """
 
-    _step_supports_amp_scaling = True
-    """Tells GradScaler to hand `found_inf` over instead of waiting for it."""
-
     def __init__(self, matrices: Group, others: list[Group], *, betas: tuple[float, float], precision: torch.dtype):
-        super().__init__([matrices, *others], {"lr": 0.0, "betas": betas})
+        super().__init__([matrices, *others], betas=betas)
         self._precision = precision
 
     @torch.no_grad()
@@ -51,13 +43,13 @@ class Muon(torch.optim.Optimizer):
         matrices, *others = self.param_groups
         self._update_matrices(matrices)
         for group in others:
-            self._update_by_adamw(group)
+            self._update(group)
 
     def _update_matrices(self, group: Group) -> None:
         by_shape: dict[torch.Size, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
         for p, parts in zip(group["params"], group["parts"], strict=True):
             if p.grad is not None:
-                momentum = self._state(p, "momentum_buffer")["momentum_buffer"]
+                momentum = self._state_of(p, "momentum_buffer")["momentum_buffer"]
                 for views in zip(p.split(parts), p.grad.split(parts), momentum.split(parts), strict=True):
                     by_shape[views[0].shape].append(views)
         for (rows, columns), same in by_shape.items():
@@ -74,42 +66,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_(momenta, next_momenta)
             torch._foreach_mul_(weights, kept)
             torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
-
-    def _update_by_adamw(self, group: Group) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        states = [self._state(p, "exp_avg", "exp_avg_sq") for p in params]
-        for p, state in zip(params, states, strict=True):
-            if "step" not in state:
-                state["step"] = torch.zeros((), device=p.device)
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=1e-8,
-            maximize=False,
-            found_inf=self._found_inf,
-        )
-
-    @property
-    def _found_inf(self) -> torch.Tensor | None:
-        return getattr(self, "found_inf", None)
-
-    def _state(self, p: torch.Tensor, *names: str) -> dict[str, torch.Tensor]:
-        """The state of a parameter, with zeros of its shape for each name that is not there yet."""
-        state: dict[str, torch.Tensor] = self.state[p]
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(p)
-        return state
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
