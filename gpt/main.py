@@ -32,7 +32,7 @@ HELP = f"""usage: gpt [VERB] [ARGS]
 Train GPT models. Without a verb: gpt train quickstart.
 
 verbs:
-{chr(10).join(f"  {name:8}{purpose}" for name, purpose in VERBS.items())}
+{chr(10).join(f"  {name:15}{purpose}" for name, purpose in VERBS.items())}
 
 presets of gpt train:
   {", ".join(PRESETS)}
@@ -43,6 +43,7 @@ examples:
   gpt train --data.source my_texts --run-dir runs/mine
   gpt prepare my_texts --tokenizer gpt2 --out data/mine
   gpt sample runs/quickstart --prompt "def main("
+  gpt verify-resume debug --kills 10       kill a run again and again: is any bit lost?
   gpt bench quickstart                     tokens per second, and where a step's time goes
 
 gpt VERB --help lists every flag."""
@@ -82,7 +83,7 @@ def _run(arguments: list[str]) -> int:
         print(TOLD[arguments[0]])
         return 0
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
-    status: int = importlib.import_module(f"gpt.commands.{verb}").run(arguments)
+    status: int = importlib.import_module(f"gpt.commands.{verb.replace('-', '_')}").run(arguments)
     return status
 
 

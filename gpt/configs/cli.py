@@ -39,6 +39,7 @@ VERBS = {
     "train": "train a model, or continue a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "let a trained model continue a text",
+    "verify-resume": "kill a run again and again, resume it, and compare every bit with a run left in peace",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 
@@ -77,7 +78,7 @@ def parse_over_preset(model: type[T], argv: Sequence[str], *, verb: str) -> T:
     if preset is not None and preset not in PRESETS:
         raise UserError(f"unknown verb or preset {preset!r}; {_nearest(preset, [*VERBS, *PRESETS])}")
     base = _saved_or_preset(_value_of("--config", flags), preset)
-    named = {name for name in HORIZON if _is_named(f"--{name}", flags)}
+    named = {name for name in HORIZON if is_named(f"--{name}", flags)}
     if named:  # a horizon on the command line replaces the preset's, whichever of the three that one uses
         base |= {name: 0 for name in HORIZON if name not in named}
     return parse(model, flags, prog=f"gpt {verb} {preset or ''}".strip(), default=base)
@@ -207,7 +208,8 @@ def _saved_or_preset(saved: str | None, preset: str | None) -> dict[str, Any]:
     return {name: getattr(config, name) for name in type(config).model_fields}
 
 
-def _is_named(flag: str, argv: Sequence[str]) -> bool:
+def is_named(flag: str, argv: Sequence[str]) -> bool:
+    """Whether a command line gives a value to `--flag`."""
     return any(word.split("=")[0].replace("_", "-") == flag.replace("_", "-") for word in argv)
 
 
