@@ -3,6 +3,7 @@
 config -> machine -> run folder -> corpus -> plan
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
+from gpt.checkpoint.journal import Record, joined, read_journal
 from gpt.checkpoint.resume import changes, find_start, require_same_architecture, require_same_identity
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
-from gpt.checkpoint.store import MANIFEST, PROGRESS, read_checkpoint, read_json, read_weights
+from gpt.checkpoint.store import MANIFEST, PROGRESS, read_checkpoint, read_json, read_weights, unlike_here
 from gpt.configs.cli import load_config
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_contract import FLAG, Difference
@@ -26,6 +28,7 @@ from gpt.planning.hardware import find_device, machine_facts
 from gpt.utils.atomic_io import (
     append_jsonl,
     keep_jsonl,
+    keep_until,
     require_possible,
     require_writable,
     sweep,
@@ -59,6 +62,8 @@ class Layout:
     """Newer checkpoints that are not whole: the names that they have now."""
     corpus: Corpus
     plan: RunPlan
+    journal: list[Record]
+    """Of batches that are left out."""
 
     def __enter__(self) -> Self:
         return self
@@ -88,9 +93,9 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
     Raises:
         UserError: whatever the user can mend.
     """
-    runtime = set_up_cpu(config.runtime)
+    runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     device = find_device(config.device)
-    dist = DistContext(device)
+    dist = DistContext(device, config.parallel.step_timeout)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
     try:
@@ -109,10 +114,11 @@ def lay_out(config: TrainConfig, *, dry_run: bool = False) -> Layout:
                 plan = replace(plan, evaluates_first=not evaluated)
         elif config.init_from is not None:
             _require_same_tokenizer(plan, locate_checkpoint(config.init_from, "--init-from"))
+        journal = dist.on_main(lambda: _journal(config, plan, folder, origin))
     except BaseException:
         unlock_folder(folder.path)
         raise
-    return Layout(config, dist, folder, origin, set_aside, corpus, plan)
+    return Layout(config, dist, folder, origin, set_aside, corpus, plan, journal)
 
 
 def restore(layout: Layout, state: AppState) -> None:
@@ -143,9 +149,11 @@ def write_run_files(layout: Layout, step: int) -> None:
         write_json(folder.environment, environment(layout.plan.machine.runtime))
         write_text(folder.tokenizer, layout.corpus.tokenizer.definition)
         for records in (folder.metrics, folder.samples):
-            keep_jsonl(records, lambda record: isinstance(at := record.get("step"), int) and at <= step)
+            keep_until(records, step)
         keep_jsonl(folder.lineage, lambda record: True)
         append_jsonl(folder.lineage, _lineage(layout, step))
+        if layout.journal or folder.journal.exists():  # which may end with a torn line
+            write_text(folder.journal, "".join(json.dumps(record) + "\n" for record in layout.journal))
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error
 
@@ -230,6 +238,21 @@ def _open(config: TrainConfig, dist: DistContext) -> Corpus:
     return open_corpus(folders, config.data, config.model.block_size)
 
 
+def _journal(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Path | None) -> list[Record]:
+    """The run's journal with what it inherits: from the run it forks, and from the one that `--spike.journal` names."""
+    step = _step_of(origin) if origin else 0
+    records = read_journal(folder.journal, plan.order)
+    if origin is not None and origin not in folder.committed():
+        forked = run_of(origin).journal
+        records = joined(records, read_journal(forked, plan.order), forked, plan.order, 0)
+    given = config.spike.journal
+    if given is not None:
+        if not given.is_file():
+            raise UserError(f"--spike.journal {given}: no such file; name the journal.jsonl of a run")
+        records = joined(records, read_journal(given, plan.order), given, plan.order, step)
+    return records
+
+
 def _step_of(checkpoint: Path) -> int:
     return int(read_json(checkpoint / PROGRESS).get("step", 0))
 
@@ -248,6 +271,8 @@ def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Pa
     notes = [f"changed at step {step}: {change}" for change in _changes(config, origin)]
     if not _keeps_rates(config, plan, origin, step):
         notes.append(f"the first {step} steps had other learning rates than this schedule gives them")
+    if unlike := unlike_here(origin):
+        notes.append(unlike)
     return replace(plan, notes=(*plan.notes, *notes))
 
 

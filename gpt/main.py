@@ -15,7 +15,9 @@ import io
 import logging
 import os
 import time
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from gpt import __version__
 from gpt.configs.cli import VERBS
@@ -43,7 +45,9 @@ examples:
   gpt train --data.source my_texts --run-dir runs/mine
   gpt prepare my_texts --tokenizer gpt2 --out data/mine
   gpt sample runs/quickstart --prompt "def main("
-  gpt verify-resume debug --kills 10       kill a run again and again: is any bit lost?
+  gpt data-at runs/quickstart --step 100   the documents of a step
+  gpt verify runs/quickstart               is every checkpoint as it was written?
+  gpt verify-resume debug --kills 10       kill a run again and again: is a bit lost?
   gpt bench quickstart                     tokens per second, and where a step's time goes
 
 gpt VERB --help lists every flag."""
@@ -117,5 +121,24 @@ def _tell(message: str) -> None:
     print(f"gpt: error: {line}", file=sys.stderr)
 
 
+def program() -> NoReturn:
+    """The process: `main`, and then its end.
+
+    A process that has failed leaves the others at once: at an orderly end Python would wait for the threads of
+    collectives that nobody joins any more, for as long as a step may take, or be aborted by one that still runs.
+    """
+    try:
+        status = main()
+    except Exception:
+        if launch.world_size() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and launch.world_size() > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

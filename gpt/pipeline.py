@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
+from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.run_folder import locate_checkpoint, run_of
 from gpt.checkpoint.store import read_weights
@@ -19,6 +20,7 @@ from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import sequences_of
 from gpt.data.data_loader import DataLoader
+from gpt.data.provenance import name_documents
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.val_loss import ValLoss
@@ -26,23 +28,29 @@ from gpt.fitting import Autocast, autocast_of, trial_loss
 from gpt.layout import Layout, restore, write_run_files
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
-from gpt.parallel.apply import make_ready
+from gpt.parallel.apply import build_gradient_sync, make_ready
 from gpt.planning.flops import flops_per_token
 from gpt.planning.hardware import find_device
 from gpt.planning.peak import matmul_peak
+from gpt.training.eval_saver import EvalSaver
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
 from gpt.training.observer import Sink
 from gpt.training.profiler import Profiler
+from gpt.training.replica_guard import ReplicaGuard
+from gpt.training.save_timer import SaveTimer
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
+from gpt.training.spike_guard import SpikeGuard
 from gpt.training.stop_signal import StopSignal
+from gpt.training.straggler_guard import OwnTime, StragglerGuard
 from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
+from gpt.utils.helper import si
 
 
 def build(layout: Layout, console: Console | None = None) -> Trainer:
@@ -58,22 +66,40 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     config, dist, plan, corpus = layout.config, layout.dist, layout.plan, layout.corpus
     prompts = _prompts(config, corpus.tokenizer)
     autocast = autocast_of(plan)
+    own_time = OwnTime(dist.device)
+
+    sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
+    journal = Journal(layout.folder.journal, plan.order, layout.journal, dist)
+    guard = SpikeGuard(
+        config.spike,
+        journal,
+        scaled=plan.dtype == "float16",
+        name_documents=lambda step: name_documents(
+            corpus, sequences, plan.batch, journal.quarantine.batch_of(step - 1)
+        ),
+    )
 
     state = build_state(config, plan, dist)
+    state.savables["spike_guard"] = guard
     restore(layout, state)
     dist.on_main(lambda: write_run_files(layout, state.progress.step))
     peak = dist.on_main(lambda: matmul_peak(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir))
 
+    checkpoints = CheckpointManager(
+        layout.folder, config.checkpoint, config.saved_json(), dist, resumed_at=state.progress.step
+    )
     trainer = Trainer(
         plan,
         state,
         loader=DataLoader(
-            sequences_of(corpus, config.data, plan.batch.block_size, plan.seed),
+            sequences,
             plan.batch,
             rank=dist.rank,
             device=dist.device,
+            quarantine=journal.quarantine,
+            waiting=own_time.waiting,
         ),
-        train_step=build_train_step(config, plan, dist, state, autocast),
+        train_step=build_train_step(config, plan, dist, state, own_time.around(autocast)),
         schedule=build_schedule(plan.lr, plan.max_steps),
         meter=Meter(
             plan.batch.tokens_per_step,
@@ -82,14 +108,22 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             flops_per_token=flops_per_token(plan.model),
             peak=peak * dist.world_size,
         ),
-        checkpoints=CheckpointManager(layout.folder, config.checkpoint.keep, config.saved_json(), dist),
+        checkpoints=checkpoints,
+        journal=journal,
         resumed_from=str(layout.origin) if layout.origin else None,
     )
     trainer.attach(StopSignal(dist))
+    trainer.attach(guard)
+    trainer.attach(StragglerGuard(own_time, dist))
+    if dist.world_size > 1 and config.parallel.check_replicas:
+        trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
     if config.profile.steps:
         trainer.attach(Profiler(config.profile, layout.folder.trace if dist.is_main else None))
+    if config.checkpoint.every_minutes:
+        trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
     if corpus.val:
         trainer.attach(Evaluator(state.model, [_val_loss(layout, autocast)], plan))
+        trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
     if prompts:
         trainer.attach(TextSampler(state.model, corpus.tokenizer, prompts, config.sample, plan))
     trainer.attach(Logger(_sinks(layout, console)))
@@ -117,27 +151,28 @@ def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
 ) -> TrainStep:
     """What updates `state`; compiles the model where that is asked for, and joins the processes."""
-    return TrainStep(
-        make_ready(
-            state.model,
-            state.model.get_submodule("h").children(),
-            dist,
-            config.parallel,
-            compiled=config.compile,
-            trial=partial(
-                trial_loss,
-                n_sequences=plan.batch.micro_batch_size,
-                block_size=plan.batch.block_size,
-                masked=config.data.document_mask,
-                device=dist.device,
-                autocast=autocast,
-            ),
+    model = make_ready(
+        state.model,
+        state.model.get_submodule("h").children(),
+        dist,
+        config.parallel,
+        compiled=config.compile,
+        trial=partial(
+            trial_loss,
+            n_sequences=plan.batch.micro_batch_size,
+            block_size=plan.batch.block_size,
+            masked=config.data.document_mask,
+            device=dist.device,
+            autocast=autocast,
         ),
+    )
+    return TrainStep(
+        model,
         state.optimizer,
         state.scaler,
         state.skipped_updates,
+        gradients=build_gradient_sync(model, dist, config.parallel),
         autocast=autocast,
-        world_size=dist.world_size,
         grad_clip=config.grad_clip,
         seed=plan.seed,
     )
@@ -153,7 +188,13 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     tokenizer = Tokenizer.from_file(run_of(checkpoint).tokenizer)
     weights = read_weights(checkpoint)
     config = load_config(checkpoint / "config.json").model
-    model = GPT(config.model_copy(update={"vocab_size": weights["wte.weight"].shape[0]}), seed=0)
+    embedding = weights.get("wte.weight", torch.empty(0))
+    config = config.model_copy(update={"vocab_size": len(embedding)})
+    if config.n_parameters != sum(tensor.numel() for tensor in weights.values()):  # before memory for them is asked for
+        raise UserError(
+            f"{checkpoint}: config.json is of a model of {si(config.n_parameters)} parameters, not of this one"
+        )
+    model = GPT(config, seed=0)
     load_model_tensors(model, weights)
     return model.to(find_device(device)).eval(), tokenizer
 

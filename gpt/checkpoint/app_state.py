@@ -95,7 +95,9 @@ class AppState:
         Raises:
             UserError: it is the state of another architecture.
         """
+        _require_sound(progress)
         load_model_tensors(self.model, model)
+        self._require_fitting(optimizer)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         by_parameter: dict[str, Tensors] = {}
         for name, value in optimizer.items():
@@ -116,6 +118,23 @@ class AppState:
         observers = progress.get("observers", {})
         for name in self.savables.keys() & observers.keys():
             self.savables[name].load_json(observers[name])
+
+    def _require_fitting(self, optimizer: Tensors) -> None:
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        for name, value in optimizer.items():
+            parameter_name, _, _ = name.rpartition(".")
+            if value.shape not in (shapes.get(parameter_name), torch.Size()):
+                raise UserError(
+                    f"the checkpoint is of another optimizer: {name} has shape {tuple(value.shape)} there and "
+                    f"{tuple(shapes.get(parameter_name, ())) or 'none'} in this model"
+                )
+
+
+def _require_sound(progress: dict[str, Any]) -> None:
+    for name in ("step", "tokens", "skipped_updates"):
+        value = progress.get(name)
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise UserError(f"the checkpoint's progress is damaged: {name} is {value!r:.40}")
 
 
 def load_model_tensors(model: nn.Module, tensors: Tensors) -> None:

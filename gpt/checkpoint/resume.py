@@ -86,7 +86,7 @@ def require_same_identity(identity: Mapping[str, str | int], checkpoint: Path, n
     """
     saved = read_json(checkpoint / PROGRESS).get("identity", {})
     for name in identity:
-        if name in names and saved.get(name) != identity[name]:
+        if name in names and saved.get(name, identity[name]) != identity[name]:
             remedy = f"or say {FLAG}" if name == DTYPE else "or name another --run-dir"
             raise UserError(
                 f"{checkpoint} cannot be continued: {name} is {saved.get(name)} there and {identity[name]} here; "

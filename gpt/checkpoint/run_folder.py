@@ -1,7 +1,7 @@
 """The folder of a run: what lies where.
 
 config.json  environment.json  lineage.jsonl  tokenizer.json  metrics.jsonl  samples.jsonl  checkpoints/step_XXXXXXXX/
-and, where steps were profiled, trace.json
+and, where steps were profiled, trace.json; where batches were left out, journal.jsonl
 """
 
 import re
@@ -29,6 +29,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
+        self.journal = path / "journal.jsonl"
         self.trace = path / "trace.json"
         self.checkpoints = path / "checkpoints"
 
@@ -41,7 +42,7 @@ class RunFolder:
         if not self.checkpoints.is_dir():
             return []
         found = (path for path in self.checkpoints.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        return sorted(found, key=step_of)
 
     def committed(self) -> list[Path]:
         """Checkpoints, oldest first."""
@@ -74,6 +75,11 @@ class RunFolder:
             return config.model_copy(update={"resume": saved.resume, "init_from": saved.init_from})
         began = str(origin.resolve()) if origin else "auto"
         return config.model_copy(update={"resume": began})
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def locate_checkpoint(path: Path, flag: str) -> Path:

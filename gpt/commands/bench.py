@@ -81,7 +81,7 @@ def _bench_step(command: BenchCommand) -> int:
     device = find_device(command.device)
     dist = DistContext(device)
     config = _without_sources(command.as_train_config())
-    runtime = set_up_cpu(config.runtime)
+    runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     corpus = CorpusFacts(_vocabulary(config), (StreamFacts("made-up tokens", 10**12),))
     facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
     machine = MachineFacts(**dist.broadcast(asdict(facts)))

@@ -33,6 +33,7 @@ def run(argv: Sequence[str]) -> int:
             if console:
                 console.print(plan_table(layout.plan))
         else:
-            reason = build(layout, console).train()
+            with layout.dist.naming_the_lost():
+                reason = build(layout, console).train()
     layout.dist.close()
     return STATUS.get(reason, 0 if reason == FINISHED else 1)

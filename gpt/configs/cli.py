@@ -39,7 +39,9 @@ VERBS = {
     "train": "train a model, or continue a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "let a trained model continue a text",
-    "verify-resume": "kill a run again and again, resume it, and compare every bit with a run left in peace",
+    "data-at": "show the documents that a step of a run was trained on",
+    "verify": "compare every checkpoint of a run with its digests",
+    "verify-resume": "kill and resume a run again and again, and compare every bit with one left in peace",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 

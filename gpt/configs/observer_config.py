@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from gpt.configs.base import LARGEST, Config
+from gpt.configs.base import LARGEST, Config, FilePath
 
 
 class LogConfig(Config):
@@ -48,3 +48,22 @@ class ProfileConfig(Config):
     """The first step to trace; the very first ones are not like the others."""
     steps: int = Field(0, ge=0, le=1000)
     """Steps to trace; 0: none."""
+
+
+class SpikeConfig(Config):
+    """What is done about a loss that is out of line: NaN or inf, of which an update is never made, or a spike."""
+
+    max_skips: int = Field(10, ge=1, le=LARGEST)
+    """Updates in a row that are skipped for a NaN or inf before the run ends."""
+    window: int = Field(128, ge=16, le=65_536)
+    """Losses that a new one is compared with: the last ones that were no spikes."""
+    threshold: float = Field(8.0, gt=0)
+    """A spike lies so many robust deviations (1.4826 median absolute deviations) above the window's median."""
+    least_rise: float = Field(0.2, ge=0)
+    """And so many nats above it, so that a flat stretch makes no spikes."""
+    rollback: bool = False
+    """After a spike go back to the last checkpoint before it, and on without the batches of the bad steps."""
+    max_rollbacks: int = Field(3, ge=1, le=LARGEST)
+    """How often a run goes back before it ends."""
+    journal: FilePath | None = None
+    """journal.jsonl of another run on the same data: leave out the batches that it left out."""

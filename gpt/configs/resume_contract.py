@@ -35,11 +35,13 @@ def _each(change: Change, section: str, names: str) -> dict[str, Change]:
 CONTRACT: dict[str, Change] = {
     **_each(Change.SAFE, "", "run_dir device compile resume resume_with_changes"),
     **_each(Change.SAFE, "data", "cache_dir workers"),
-    **_each(Change.SAFE, "parallel", "activation_checkpointing"),
+    **_each(Change.SAFE, "parallel", "activation_checkpointing check_replicas step_timeout"),
     **_each(Change.SAFE, "runtime", "threads keep_freed_memory flush_denormals"),
     **_each(Change.SAFE, "log", "interval"),
     **_each(Change.SAFE, "eval", "interval batches"),
-    **_each(Change.SAFE, "checkpoint", "interval keep"),
+    **_each(Change.SAFE, "checkpoint", "interval every_minutes keep keep_best asynchronous"),
+    **_each(Change.SAFE, "spike", "max_skips window threshold least_rise rollback max_rollbacks"),
+    **_each(Change.SAFE, "spike", "journal"),  # its records are the run's own once it has begun
     **_each(Change.SAFE, "sample", "max_new_tokens temperature top_k top_p prompts"),
     **_each(Change.SAFE, "profile", "start steps"),
     **_each(Change.BY_DROPOUT, "", "micro_batch_size"),
@@ -48,6 +50,7 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.WITH_FLAG, "lr", "schedule max_lr min_lr warmup_steps"),
     **_each(Change.WITH_FLAG, "optimizer", "muon_lr muon_momentum weight_decay beta1 beta2"),
     **_each(Change.WITH_FLAG, "", "grad_clip"),
+    **_each(Change.WITH_FLAG, "parallel", "reproducible"),
     **_each(Change.WITH_FLAG, "", "dtype"),  # of autocast: what is saved is of the same types under each
     **_each(Change.WITH_FLAG, "model", "dropout"),  # no weight depends on it
     **_each(Change.FORBIDDEN, "model", "n_layer n_head n_kv_head n_embd block_size vocab_size bias position norm mlp"),

@@ -1,17 +1,18 @@
 """resolve(config, machine, corpus) -> RunPlan: every derived number and every check across sections."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
+from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.train_config import MOST_SEQUENCES, TrainConfig
 from gpt.errors import UserError
 
-TOKENIZER = "the tokenizer's SHA-256"
-"""Its name in a run's identity."""
-DTYPE = "--dtype"
-"""Its name there."""
+CORPUS, TOKENIZER, DTYPE = "the corpus's SHA-256", "the tokenizer's SHA-256", "--dtype"
+"""Their names in a run's identity."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class RunPlan:
     machine: MachineFacts
     corpus: CorpusFacts
     batch: BatchPlan
+    reproducible: bool
+    """Every bit is to be the same at every number of processes."""
     seed: int
     dtype: str
     """float32, bfloat16 or float16."""
@@ -114,6 +117,7 @@ class RunPlan:
     """What is trained on."""
     lr: LRConfig
     """With `decay_steps` filled in."""
+    optimizer: OptimizerConfig
     log_interval: int
     eval_interval: int
     checkpoint_interval: int
@@ -129,12 +133,23 @@ class RunPlan:
 
         The values are resolved from the corpus and the machine, under names that a user can act on.
         """
-        return {
-            "the corpus's SHA-256": self.corpus.sha256,
+        identity: dict[str, str | int] = {
+            CORPUS: self.corpus.sha256,
             TOKENIZER: self.corpus.tokenizer_sha256,
             DTYPE: self.dtype,
             "--tokens-per-step": self.batch.tokens_per_step,
         }
+        if self.reproducible:  # what else decides the bits of a step
+            identity["--micro-batch-size"] = self.batch.micro_batch_size
+            identity["--runtime.threads"] = self.machine.runtime.get("threads", 1)
+        return identity
+
+    @property
+    def order(self) -> str:
+        """Digest of all that decides which sequences make up each global batch."""
+        shares = [source.share for source in self.sources]
+        facts = [self.corpus.sha256, self.seed, self.batch.tokens_per_step, self.batch.block_size]
+        return hashlib.sha256(json.dumps([*facts, self.windows_per_epoch, shares]).encode()).hexdigest()
 
     @property
     def epochs(self) -> float:
@@ -194,9 +209,34 @@ def plan_batch(config: TrainConfig, world_size: int, sequences_limit: int = 1) -
             f"--tokens-per-step {tokens} is not divisible by micro_batch_size*block_size*processes="
             f"{size}*{block_size}*{world_size}={unit}; nearest: {nearest}{remedy}"
         )
+    if config.parallel.reproducible:
+        _require_tree(config, world_size, n_leaves=tokens // (size * block_size))
     if config.micro_batch_size == "auto":
         size = max(n for n in divisors(tokens // unit) if n <= sequences_limit)
     return BatchPlan(size, block_size, world_size, tokens // (size * block_size * world_size))
+
+
+def _require_tree(config: TrainConfig, world_size: int, n_leaves: int) -> None:
+    """Check that the micro-batches of a step, over all processes, are the leaves of a whole binary tree.
+
+    Raises:
+        UserError: they are not, or are not the same at every number of processes.
+    """
+    flag = "--parallel.reproducible"
+    if config.micro_batch_size == "auto":
+        raise UserError(f"{flag}: --micro-batch-size auto is chosen by the machine, and decides bits; give a number")
+    if config.tokens_per_step == 0:
+        raise UserError(f"{flag}: --tokens-per-step 0 grows with the number of processes; give a number")
+    if world_size & (world_size - 1):
+        below = 1 << (world_size.bit_length() - 1)
+        raise UserError(f"{flag} needs a power of two of processes, not {world_size}; nearest: {below} or {2 * below}")
+    if n_leaves & (n_leaves - 1):
+        below = 1 << (n_leaves.bit_length() - 1)
+        unit = config.tokens_per_step // n_leaves
+        raise UserError(
+            f"{flag} needs a power of two of micro-batches in a step: --tokens-per-step {config.tokens_per_step} makes "
+            f"{n_leaves} of --micro-batch-size {config.micro_batch_size}; nearest: {below * unit} or {2 * below * unit}"
+        )
 
 
 def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> RunPlan:
@@ -221,6 +261,8 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
             f"--micro-batch-size auto is {batch.micro_batch_size}, which divides the step: "
             f"at most {machine.sequences_limit} sequences {bound}"
         )
+    if config.parallel.reproducible and machine.device != "cpu":
+        notes.append("--parallel.reproducible promises every bit on a CPU; kernels of a GPU may add in any order")
     if config.lr.warmup_steps >= max_steps:
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts the whole run of {max_steps}")
     if corpus.val_tokens < 2:
@@ -229,6 +271,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         machine=machine,
         corpus=corpus,
         batch=batch,
+        reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=_dtype(config, machine),
         model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}),
@@ -236,6 +279,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         windows_per_epoch=per_epoch,
         sources=_shares(config, sequences, max_steps * batch.sequences_per_step),
         lr=config.lr.model_copy(update={"decay_steps": _decay_steps(config.lr, max_steps)}),
+        optimizer=config.optimizer,
         log_interval=config.log.interval,
         eval_interval=config.eval.interval,
         checkpoint_interval=config.checkpoint.interval,

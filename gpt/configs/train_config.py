@@ -10,7 +10,7 @@ from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, TextSampleConfig
+from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, SpikeConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.parallel_config import ParallelConfig
 from gpt.configs.runtime_config import RuntimeConfig
@@ -62,6 +62,7 @@ class TrainConfig(Config):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: TextSampleConfig = TextSampleConfig()
+    spike: SpikeConfig = SpikeConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from gpt.data.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from gpt.data.packing import Packing, packing_of
 from gpt.data.preparation import find, prepare_into
 from gpt.data.sampler import Mixture
-from gpt.data.sequences import MixedSources, PackedDocuments, Sequences, Windows
+from gpt.data.sequences import MixedSources, PackedDocuments, TracedSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
@@ -32,6 +32,8 @@ class Corpus:
     packings: Mapping[str, Packing]
     """How the documents of each training stream are packed; empty where windows are cut."""
     facts: CorpusFacts
+    source_of: Mapping[Path, str]
+    """The source that each shard was made of."""
 
 
 def prepare(config: DataConfig) -> list[Path]:
@@ -109,7 +111,10 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
         val_documents=sum(stream.n_documents for stream in val.values()),
         xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
     )
-    return Corpus(tokenizer, train, val, packings, facts)
+    source_of = {
+        folder / shard.file: name for name, (folder, entry) in zip(names, entries, strict=True) for shard in entry.train
+    }
+    return Corpus(tokenizer, train, val, packings, facts, source_of)
 
 
 def _packings(
@@ -127,9 +132,9 @@ def _packings(
     return packings
 
 
-def sequences_of(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> Sequences:
+def sequences_of(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> TracedSequences:
     """What is trained on, in its order."""
-    each: list[Sequences] = [
+    each: list[TracedSequences] = [
         PackedDocuments(
             stream,
             corpus.packings[name],

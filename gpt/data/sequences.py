@@ -36,6 +36,15 @@ class Rows:
         return cls(np.empty(shape, np.int64), np.empty(shape, np.int64), np.zeros(shape, np.int64) if masked else None)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A range of a token stream that a sequence is made of."""
+
+    stream: TokenStream
+    start: int
+    length: int
+
+
 class Sequences(Protocol):
     """The sequences of a run, in its order."""
 
@@ -45,6 +54,14 @@ class Sequences(Protocol):
 
     def count_targets(self, first: int, count: int) -> int:
         """How many tokens they predict, found without reading them."""
+        ...
+
+
+class TracedSequences(Sequences, Protocol):
+    """Sequences of which is known where they come from."""
+
+    def pieces(self, first: int, count: int) -> list[list[Piece]]:
+        """What the inputs of each are made of, padding aside."""
         ...
 
 
@@ -76,6 +93,10 @@ class Windows:
     def count_targets(self, first: int, count: int) -> int:
         """One for every position."""
         return count * self._block_size
+
+    def pieces(self, first: int, count: int) -> list[list[Piece]]:
+        """One each."""
+        return [[Piece(self._stream, start, self._block_size)] for start in self._starts(first, count)]
 
     def _starts(self, first: int, count: int) -> list[int]:
         """Where windows begin; computed for a stretch of them at once, for it is the calls that take the time."""
@@ -134,6 +155,18 @@ class PackedDocuments:
             for _, _, numbers in shuffled(self._seed, first, count, self._packing.n_rows)
         )
 
+    def pieces(self, first: int, count: int) -> list[list[Piece]]:
+        """Whole documents, or parts of those that are longer than a sequence."""
+        packing = self._packing
+        rows = [
+            packing.row_offsets[number : number + 2].tolist()
+            for _, _, numbers in shuffled(self._seed, first, count, packing.n_rows)
+            for number in numbers.tolist()
+        ]
+        return [
+            [Piece(self._stream, int(packing.starts[i]), int(packing.lengths[i])) for i in range(*row)] for row in rows
+        ]
+
     def _fill(self, rows: Rows, row: int, number: int) -> None:
         packing, at = self._packing, 0
         first, last = packing.row_offsets[number : number + 2].tolist()
@@ -163,7 +196,7 @@ class MixedSources:
         mixture: which of them comes when.
     """
 
-    def __init__(self, sources: Sequence[Sequences], mixture: Mixture):
+    def __init__(self, sources: Sequence[TracedSequences], mixture: Mixture):
         self._sources, self._mixture = sources, mixture
 
     def read(self, first: int, count: int) -> Rows:
@@ -190,6 +223,15 @@ class MixedSources:
             before = self._mixture.count(index, first)
             total += source.count_targets(before, self._mixture.count(index, first + count) - before)
         return total
+
+    def pieces(self, first: int, count: int) -> list[list[Piece]]:
+        """Those of the sources."""
+        chosen = self._mixture.sources(first, count).tolist()
+        found = [
+            iter(source.pieces(self._mixture.count(index, first), chosen.count(index)) if index in chosen else ())
+            for index, source in enumerate(self._sources)
+        ]
+        return [next(found[index]) for index in chosen]
 
 
 def document_numbers(stream: TokenStream, start: int, length: int) -> Int64s:

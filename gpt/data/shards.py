@@ -224,6 +224,19 @@ class TokenStream:
             found.append(inside.astype(np.int64) + (self._starts[index] - start))
         return np.concatenate(found)
 
+    def locate(self, start: int) -> tuple[Path, int, int]:
+        """Where position `start` lies: the shard, the number of the document there, the token's place in it.
+
+        Raises:
+            UserError: the shard is not what was prepared.
+        """
+        ((index, first, _),) = self._span(start, 1)
+        folder, info = self._shards[index]
+        begins = self._shard(index).begins
+        number = int(np.searchsorted(begins, np.array(first, begins.dtype), side="right")) - 1
+        before = int(begins[number]) if number >= 0 else 0
+        return folder / info.file, number + info.continues, first - before
+
     def document_borders(self) -> Iterator[npt.NDArray[np.int64]]:
         """For shard after shard where its documents begin, and at last the end of the stream."""
         for index, start in enumerate(self._starts[:-1]):

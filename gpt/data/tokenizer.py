@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,7 @@ LONGEST_WORD = 2**11
 CUT = re.compile("(?<=[!-~])(?= )|(?<=[!-~\u00c0-\u0fff\u3001-\U0010ffff]\n)(?=[!-~\u00c0-\u0fff\u4000-\U0010ffff])")
 
 Ids = npt.NDArray[np.uint32]
+T = TypeVar("T")
 
 
 class Encoder(Protocol):
@@ -136,14 +137,7 @@ class Tokenizer:
         Raises:
             UserError: the text is not Unicode, or has a character that a character tokenizer does not know.
         """
-        try:
-            return self._encode(text)
-        except UserError:
-            raise
-        except UnicodeEncodeError as error:
-            raise UserError(f"not valid Unicode text: a lone surrogate at character {error.start}") from error
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"the tokenizer cannot encode the text: {first_line(error)}") from error
+        return _told(lambda: self._encode(text))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, at least one.
@@ -152,7 +146,7 @@ class Tokenizer:
         """
         first = 0 if self.end_of_text is None else self.end_of_text
         if self._is_byte_level:  # the fast way is the same, and takes longer to build than a prompt to encode
-            return self._library.encode(text, add_special_tokens=False).ids or [first]
+            return _told(lambda: self._library.encode(text, add_special_tokens=False).ids) or [first]
         return self.encode(text).tolist() or [first]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -344,6 +338,25 @@ def _is_tiktokens(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | s
     ranks = {_to_bytes(token): rank for token, rank in vocabulary.items()}
     listed = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return [(_to_bytes(left), _to_bytes(right)) for left, right in listed] == list(_merges_of(ranks))
+
+
+def _told(encode: Callable[[], T]) -> T:
+    """Encode, and say in one line why that cannot be.
+
+    Raises:
+        UserError: the text is not for this tokenizer, or the tokenizer is for none: a regular expression that explodes
+            ends the search after some ten million steps.
+    """
+    try:
+        return encode()
+    except UserError:
+        raise
+    except UnicodeEncodeError as error:
+        raise UserError(f"not valid Unicode text: a lone surrogate at character {error.start}") from error
+    except BaseException as error:  # the library raises bare Exceptions, and where it panics one that is not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the tokenizer cannot encode the text: {first_line(error)}") from error
 
 
 class _TiktokenEncoder:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from itertools import islice
 
 import torch
 from torch import nn
@@ -54,9 +55,12 @@ class ValLoss:
 
         Of several sources also `val/loss/NAME` of each.
         """
-        sums = [self._sum(model, stream) for stream in self._streams.values()]
-        reduced = self._dist.sum_on_host([number for pair in sums for number in pair])
-        losses = [nats / counted for nats, counted in zip(reduced[0::2], reduced[1::2], strict=True)]
+        read = [self._read(model, stream) for stream in self._streams.values()]
+        reduced = iter(self._dist.sum_on_host([number for numbers in read for number in numbers]))
+        losses = []
+        for numbers in read:
+            *nats, counted = islice(reduced, len(numbers))
+            losses.append(math.fsum(nats) / counted)
         sizes = [len(stream) - 1 for stream in self._streams.values()]
         n_targets = sum(sizes)
         # By the sets' sizes, not by what was read of each: then a few batches estimate what all of them would give.
@@ -70,19 +74,25 @@ class ValLoss:
             metrics |= {f"val/loss/{name}": loss for name, loss in zip(self._streams, losses, strict=True)}
         return metrics
 
-    def _sum(self, model: nn.Module, stream: TokenStream) -> tuple[float, float]:
-        """This rank's part of a set: nats, and the tokens they are of."""
+    def _read(self, model: nn.Module, stream: TokenStream) -> list[float]:
+        """Nats of every batch of a set, 0 for those that are not this rank's; last the tokens that this rank read.
+
+        Sums over the ranks then lose no digit, and what is made of them does not depend on who read what.
+        """
         n_windows = math.ceil((len(stream) - 1) / self._block_size)
         total = math.ceil(n_windows / self._batch_size)
         used = min(self._batches or total, total)
+        mine = range(self._dist.rank, used, self._dist.world_size)
         sums, n_tokens = [], 0
-        for index in [index * total // used for index in range(used)][self._dist.rank :: self._dist.world_size]:
-            tensors = self._batch(stream, index)
+        for turn in mine:
+            tensors = self._batch(stream, turn * total // used)
             n_tokens += int((tensors[1] != IGNORED).sum())
             with self._autocast():
                 sums.append(model(*(tensor.to(self._dist.device) for tensor in tensors)))
-        # float64 on the CPU: a float32 sum over a large set loses digits, and not every device has float64.
-        return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0, float(n_tokens)
+        numbers = [0.0] * used + [float(n_tokens)]
+        if sums:
+            numbers[mine.start : used : mine.step] = torch.stack(sums).tolist()  # float64 from here on, on the host
+        return numbers
 
     def _batch(self, stream: TokenStream, index: int) -> tuple[torch.Tensor, ...]:
         """Batch `index` of a set: inputs, targets and, with a mask, document numbers; (B, T) each."""

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from gpt.models.layers import as_autocast_would
+
 HAS_TRITON = find_spec("triton") is not None
 """Whether FlexAttention's kernels can be compiled; torch for Windows comes without Triton."""
-MATMUL_LONGEST = {torch.bfloat16: 512}
-"""On a CPU, up to which length plain matrix products beat SDPA, by type; in others they do not.
-
-Two to three times as fast up to 512 (docs/EXPERIMENTS.md); at 1,024 hardly, and T x T probabilities are kept.
-"""
+MATMUL_TYPES = frozenset({torch.bfloat16})
+"""Types in which, on a CPU, matrix products of our own beat SDPA; in float32 they do not (docs/EXPERIMENTS.md)."""
+QUERIES = 256
+"""Of a row, whose scores are made at once: what lies after them is not computed at all."""
+KEPT_LONGEST = 512
+"""Up to which length weights are kept for the backward pass; of longer rows, in which they would be most of what a
+model keeps, they are made again there."""
 FLEX_LEAST_WIDTH = 16
 """Narrower heads than Triton's product of matrices takes (torch/_inductor/kernel/flex/flex_attention.py)."""
 
@@ -70,9 +74,9 @@ def attend(
         (B, H, T, D).
     """
     out: torch.Tensor
-    q, k, v = _as_autocast_would(q, k, v)
-    if dropout == 0 and _matmul_wins(q) and (mask is None or mask.blocks is None):
-        out = _MatmulAttention.apply(q, k, v, _future(q) if mask is None else mask.hidden)  # type: ignore[no-untyped-call]
+    q, k, v = as_autocast_would(q, k, v)
+    if dropout == 0 and q.device.type == "cpu" and q.dtype in MATMUL_TYPES:
+        out = _MatmulAttention.apply(q, k, v, mask and mask.hidden)  # type: ignore[no-untyped-call]
         return out
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -82,57 +86,80 @@ def attend(
     return out
 
 
-def _as_autocast_would(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """In the type that autocast would have; a function of our own is not on its list."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+class _MatmulAttention(torch.autograd.Function):
+    """Attention as matrix products, for a block of queries at a time, with what they may see and no more.
+
+    Scores and weights are rounded to the inputs' type, sums are made in float32, as transformers' eager attention has
+    them. Shapes: N = B * H, R queries of a block, S keys up to the last of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None
+    ) -> torch.Tensor:
+        B, H, T, D = q.shape
+        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+        out, kept = torch.empty_like(q), []
+        for rows in _blocks(T):
+            weights = _weights(q, k, rows, hidden)  # (N, R, S)
+            torch.bmm(weights, v[:, : rows.stop], out=out[:, rows])
+            if T <= KEPT_LONGEST:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, hidden, *kept)
+        return out.view(B, H, T, D)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        q, k, v, hidden, *kept = ctx.saved_tensors
+        B, H, T, D = grad.shape
+        grad = grad.reshape(B * H, T, D)
+        q_grad, blocks = torch.empty_like(q), _blocks(T)
+        k_grad: torch.Tensor | None = None
+        v_grad: torch.Tensor | None = None
+        for index, rows in reversed([*enumerate(blocks)]):  # the last one sees every key
+            weights = kept[index] if kept else _weights(q, k, rows, hidden)  # (N, R, S)
+            weight_grad = torch.bmm(grad[:, rows], v[:, : rows.stop].transpose(1, 2))
+            score_grad = torch._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
+            q_grad[:, rows] = _scaled_bmm(score_grad, k[:, : rows.stop], D**-0.5)
+            k_grad = _plus(k_grad, _scaled_bmm(score_grad.transpose(1, 2), q[:, rows], D**-0.5), len(blocks))
+            v_grad = _plus(v_grad, torch.bmm(weights.transpose(1, 2), grad[:, rows]), len(blocks))
+        return *(x.to(q.dtype).view(B, H, T, D) for x in (q_grad, k_grad, v_grad) if x is not None), None
 
 
-def _matmul_wins(q: torch.Tensor) -> bool:
-    """Whether plain matrix products beat SDPA: see MATMUL_LONGEST."""
-    return q.device.type == "cpu" and q.shape[2] <= MATMUL_LONGEST.get(q.dtype, 0)
+def _plus(total: torch.Tensor | None, part: torch.Tensor, n_parts: int) -> torch.Tensor:
+    """(N, T, D) `total`, the first (N, S, D) of it increased in place by `part`; several are summed in float32."""
+    if total is None:
+        return part if n_parts == 1 else part.float()
+    total[:, : part.shape[1]] += part
+    return total
 
 
-def _future(q: torch.Tensor) -> torch.Tensor:
-    """(T, T) bool: what a position must not see."""
-    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+def _blocks(length: int) -> list[slice]:
+    """Which queries are taken together."""
+    return [slice(start, min(start + QUERIES, length)) for start in range(0, length, QUERIES)]
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, rows: slice, hidden: torch.Tensor | None) -> torch.Tensor:
+    """(N, R, S): how much each of the queries `rows` takes from each key up to the last of them.
+
+    Args:
+        q: (N, T, D).
+        k: (N, T, D).
+        rows: which queries.
+        hidden: (B, 1, T, T) bool, whom a position does not see; None: those after it.
+    """
+    scores = _scaled_bmm(q[:, rows], k[:, : rows.stop].transpose(1, 2), q.shape[2] ** -0.5)
+    if hidden is None:
+        n = rows.stop - rows.start
+        scores[:, :, rows] += torch.full((n, n), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    else:
+        scores.view(hidden.shape[0], -1, *scores.shape[1:]).masked_fill_(hidden[:, :, rows, : rows.stop], -math.inf)
+    return torch.softmax(scores, -1)
 
 
 def _scaled_bmm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """The product of a and b times `scale`, which is applied before it is rounded."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
-
-
-class _MatmulAttention(torch.autograd.Function):
-    """Attention as matrix products, with the probabilities kept for the backward pass.
-
-    Scores and probabilities are rounded to the inputs' type, sums are made in float32, as transformers' eager attention
-    has them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        B, H, T, D = q.shape
-        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-        scores = _scaled_bmm(q, k.transpose(1, 2), D**-0.5)  # (B * H, T, T)
-        scores.view(B, H, T, T).masked_fill_(hidden, -math.inf)
-        weights = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, weights)
-        return torch.bmm(weights, v).view(B, H, T, D)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        q, k, v, weights = ctx.saved_tensors
-        B, H, T, D = grad.shape
-        grad = grad.reshape(B * H, T, D)
-        v_grad = torch.bmm(weights.transpose(1, 2), grad)
-        weight_grad = torch.bmm(grad, v.transpose(1, 2))
-        score_grad = torch._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
-        q_grad = _scaled_bmm(score_grad, k, D**-0.5)
-        k_grad = _scaled_bmm(score_grad.transpose(1, 2), q, D**-0.5)
-        return q_grad.view(B, H, T, D), k_grad.view(B, H, T, D), v_grad.view(B, H, T, D), None
 
 
 def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:

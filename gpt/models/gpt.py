@@ -13,7 +13,16 @@ from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.attention import DocumentMask, attend, positions_in_documents
-from gpt.models.layers import ACTIVATIONS, FusedLinear, Rotation, make_norm, rotate, rotation, soft_cap
+from gpt.models.layers import (
+    ACTIVATIONS,
+    FusedLinear,
+    Rotation,
+    linear_of,
+    make_norm,
+    rotate,
+    rotation,
+    soft_cap,
+)
 from gpt.models.loss import head_loss
 
 INIT_STD = 0.02
@@ -35,11 +44,13 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: DocumentMask | None, turn: Rotation | None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(
+        self, norm: nn.Module, x: torch.Tensor, mask: DocumentMask | None, turn: Rotation | None
+    ) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C), of `norm(x)`."""
         B, T, C = x.shape
         D = self.head_width
-        q, k, v = self.c_attn(x).split(self.c_attn.parts, dim=2)
+        q, k, v = linear_of(norm, x, self.c_attn).split(self.c_attn.parts, dim=2)
         # Without qk_norm these two are identities; with it the scores are bounded (Dehghani et al. 2023, section 2).
         q = self.q_norm(q.view(B, T, -1, D)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(k.view(B, T, -1, D)).transpose(1, 2)  # (B, K, T, D)
@@ -65,10 +76,10 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = self.activation(self.c_fc(x))  # (B, T, F)
-        out: torch.Tensor = self.dropout(self.c_proj(x))
+    def forward(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C), of `norm(x)`."""
+        x = linear_of(norm, x, self.c_fc)  # (B, T, F)
+        out: torch.Tensor = self.dropout(linear_of(self.activation, x, self.c_proj))
         return out
 
 
@@ -84,8 +95,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: DocumentMask | None, turn: Rotation | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask, turn)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1, x, mask, turn)
+        x = x + self.mlp(self.ln_2, x)
         return x
 
 

@@ -26,6 +26,9 @@ class Muon(torch.optim.Optimizer):
     largest gradient would leave the others little. Every process computes the same from the same averaged gradient:
     there is nothing to exchange.
 
+    While an attribute `found_inf` is set, a scalar on the device, and it is 1, a step changes no bit of parameters and
+    state: as in torch's fused optimizers, so that nobody has to wait for the device to know.
+
     Args:
         matrices: a group with `params`, `weight_decay`, `momentum` and `parts`: of each parameter the rows of the
             matrices that are fused in it.
@@ -33,6 +36,9 @@ class Muon(torch.optim.Optimizer):
         betas: of AdamW.
         precision: type in which matrices are orthogonalised; bfloat16 serves, for what is lost is noise.
     """
+
+    _step_supports_amp_scaling = True
+    """Tells GradScaler to hand `found_inf` over instead of waiting for it."""
 
     def __init__(self, matrices: Group, others: list[Group], *, betas: tuple[float, float], precision: torch.dtype):
         super().__init__([matrices, *others], {"lr": 0.0, "betas": betas})
@@ -56,10 +62,17 @@ class Muon(torch.optim.Optimizer):
                     by_shape[views[0].shape].append(views)
         for (rows, columns), same in by_shape.items():
             weights, grads, momenta = (list(tensors) for tensors in zip(*same, strict=True))
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+            next_momenta = torch._foreach_lerp(momenta, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, next_momenta, group["momentum"])  # Nesterov's
             updates = orthogonalize(torch.stack(ahead).to(self._precision)).float()  # (N, rows, columns)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            kept: float | torch.Tensor = 1 - group["lr"] * group["weight_decay"]
+            if self._found_inf is not None:
+                skips = self._found_inf.bool()
+                next_momenta = tuple(torch.where(skips, *pair) for pair in zip(momenta, next_momenta, strict=True))
+                updates = torch.where(skips, 0.0, updates)
+                kept = torch.where(skips, 1.0, kept)
+            torch._foreach_copy_(momenta, next_momenta)
+            torch._foreach_mul_(weights, kept)
             torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
     def _update_by_adamw(self, group: Group) -> None:
@@ -83,7 +96,12 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=1e-8,
             maximize=False,
+            found_inf=self._found_inf,
         )
+
+    @property
+    def _found_inf(self) -> torch.Tensor | None:
+        return getattr(self, "found_inf", None)
 
     def _state(self, p: torch.Tensor, *names: str) -> dict[str, torch.Tensor]:
         """The state of a parameter, with zeros of its shape for each name that is not there yet."""

@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.configs.parallel_config import ParallelConfig
 from gpt.parallel.activation_checkpointing import checkpoint_activations
-from gpt.parallel.gradient_sync import gradient_sync
+from gpt.parallel.gradient_sync import AveragedGradients, GradientSync
+from gpt.parallel.reproducible import TreeGradients
 from gpt.utils.distributed import DistContext
 from gpt.utils.helper import first_line
 
@@ -28,7 +29,8 @@ def make_ready(
     """The module that the training step calls: compiled in place where asked, wrapped in DDP for several processes.
 
     `blocks` are the parts of the model that keep less for the backward pass where `config` asks for it; the compiler
-    must find them so. DDP averages gradients over processes. Compiling in place changes no name in a state dict.
+    must find them so. DDP averages gradients over processes, but for the reproducible mode, in which the module
+    stays bare. Compiling in place changes no name in a state dict.
     `trial` maps the module to a loss: it is run once, forward and backward, so that what the compiler cannot do shows
     before the first step; the model then runs as it is. It runs inside the wrapper, for the compiler cuts the graph to
     DDP's buckets.
@@ -37,16 +39,16 @@ def make_ready(
     if compiled:
         model.compile()
     ready = model
-    if dist.world_size > 1:
+    if dist.world_size > 1 and not config.reproducible:
         ready = DistributedDataParallel(
             model,
             device_ids=[dist.device] if dist.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            process_group=dist.step_group,
             gradient_as_bucket_view=True,
         )
     if compiled:
         try:
-            with gradient_sync(ready, is_last=False):
+            with AveragedGradients(ready, dist.world_size).micro_batch(is_last=False):
                 trial(ready).backward()
         except Exception as error:  # any of the compiler's many: no C++ compiler, no Triton, an unsupported Python
             model._compiled_call_impl = None
@@ -54,3 +56,10 @@ def make_ready(
             log.warning("torch.compile does not work here (%s); going on without it", first_line(error))
         model.zero_grad(set_to_none=True)
     return ready
+
+
+def build_gradient_sync(ready: nn.Module, dist: DistContext, config: ParallelConfig) -> GradientSync:
+    """How the gradients of what `make_ready` returned are added up."""
+    if config.reproducible:
+        return TreeGradients(ready.parameters(), dist)
+    return AveragedGradients(ready, dist.world_size)

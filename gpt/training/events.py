@@ -4,7 +4,7 @@ Events are frozen and hold no tensor, no model and no trainer; every field is eq
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpt.configs.run_plan import RunPlan
 
@@ -40,6 +40,8 @@ class MetricsReady(Event):
     """Host numbers, reduced over the processes."""
     losses: tuple[float, ...]
     """train/loss of every step since the last report, this one's last."""
+    skipped: tuple[int, ...] = ()
+    """Those of these steps whose update was skipped: a NaN or inf in a loss or gradient."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,25 @@ class CheckpointSaved(Event):
     """After the commit."""
 
     path: str
+
+
+@dataclass(frozen=True)
+class SpikeSeen(Event):
+    """Published by the SpikeGuard; `step` is the spike's own."""
+
+    loss: float
+    median: float
+    """Of the losses before it."""
+    deviations: float
+    """How many robust deviations lie between the two."""
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """After the state of `to_step` was loaded; `step` is the one that was left."""
+
+    to_step: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -95,5 +116,17 @@ class Stop:
 class Save:
     """Command: write a checkpoint of this step."""
 
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the model at this step; recorded in the checkpoint."""
 
-Command = Stop | Save
+
+@dataclass(frozen=True)
+class RollBack:
+    """Command: go back to the newest checkpoint before all bad steps, and on without their batches."""
+
+    reason: str
+    bad_steps: Mapping[int, str]
+    """Number of a step -> what was wrong with it."""
+
+
+Command = Stop | Save | RollBack

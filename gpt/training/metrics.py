@@ -1,5 +1,6 @@
 """From device scalars to reported numbers, with one reduction and one host sync per report."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -45,21 +46,27 @@ class Meter:
         """Keep a step's statistics, unread."""
         self._stats.append(stats)
 
-    def report(self) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Metrics of the last step and the rate since the window began; the losses of every step since then."""
+    def report(self) -> tuple[dict[str, float], tuple[float, ...], tuple[bool, ...]]:
+        """Metrics of the last step and the rate since the window began.
+
+        And of every step since then the loss, and whether its update was skipped.
+        """
         n_targets = torch.tensor([max(1, stats.n_targets) for stats in self._stats])
         sums = self._dist.sum(torch.stack([stats.loss_sum for stats in self._stats]))
         losses = sums / n_targets.to(sums.device, non_blocking=True)
-        others = torch.stack([self._stats[-1].grad_norm, self._skipped_updates.float()])
-        *values, grad_norm, skipped_updates = torch.cat([losses, others]).tolist()  # the one sync
-        rate = len(values) * self._tokens_per_step / (self._clock() - self._started)
+        norms = torch.stack([stats.grad_norm for stats in self._stats])
+        count = self._skipped_updates.to(losses.dtype)[None]
+        *values, skipped_updates = torch.cat([losses, norms, count]).tolist()  # the one sync
+        n_steps = len(self._stats)
+        values, grad_norms = values[:n_steps], values[n_steps:]
+        rate = n_steps * self._tokens_per_step / (self._clock() - self._started)
         metrics = {
             "train/loss": values[-1],
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norms[-1],
             "tokens_per_second": rate,
             "mfu": rate * self._mfu_of_rate,  # model FLOPs utilization (Chowdhery et al. 2022, "PaLM", section 4.1)
         }
         if skipped_updates:
             metrics["skipped_updates"] = int(skipped_updates)
         self._stats.clear()
-        return metrics, tuple(values)
+        return metrics, tuple(values), tuple(not math.isfinite(norm) for norm in grad_norms)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from gpt.data.data_loader import MicroBatch, StepBatch
-from gpt.parallel.gradient_sync import gradient_sync
+from gpt.parallel.gradient_sync import GradientSync
 from gpt.utils.helper import Purpose, draw
+from gpt.utils.tree_sum import tree_sum
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class TrainStep:
             processes.
         optimizer: updates the model's parameters.
         scaler: of float16; disabled otherwise.
-        skipped_updates: device counter, increased when a non-finite float16 gradient makes the scaler skip the update.
+        skipped_updates: device counter, increased when a NaN or inf makes every process skip the update.
         autocast: context of the forward pass.
-        world_size: processes over which the wrapped model averages gradients.
+        gradients: adds them up over micro-batches and processes.
         grad_clip: largest norm of the gradient; 0 does not clip.
         seed: of the run.
     """
@@ -51,38 +52,65 @@ class TrainStep:
         skipped_updates: torch.Tensor,
         *,
         autocast: Callable[[], AbstractContextManager[object]],
-        world_size: int,
+        gradients: GradientSync,
         grad_clip: float,
         seed: int,
     ):
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._skipped_updates = skipped_updates
         self._autocast = autocast
-        self._world_size = world_size
+        self._gradients = gradients
         self._max_norm = grad_clip or math.inf
         self._seed = seed
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def __call__(self, step: int, batch: StepBatch) -> StepStats:
         """Consume global batch `step` and update the parameters."""
-        # The wrapped model averages gradients over processes; this makes them those of the mean over the step's tokens.
-        scale = self._world_size / max(1, batch.n_targets)
+        scale = self._gradients.loss_factor / max(1, batch.n_targets)  # the mean over the step's tokens
         last = batch.micro_batches[-1]
         losses = [self._accumulate(step, piece, scale, is_last=piece is last) for piece in batch.micro_batches]
+        self._gradients.finish()
         self._scaler.unscale_(self._optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        is_finite = grad_norm.isfinite()
         if self._scaler.is_enabled():
-            self._skipped_updates += ~grad_norm.isfinite()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        else:
+            update_if(is_finite, self._optimizer)
+        self._skipped_updates += ~is_finite
         self._optimizer.zero_grad(set_to_none=True)
-        return StepStats(torch.stack(losses).sum(), grad_norm, batch.n_targets)
+        return StepStats(tree_sum(losses), grad_norm, batch.n_targets)
 
     def _accumulate(self, step: int, batch: MicroBatch, scale: float, *, is_last: bool) -> torch.Tensor:
         # Every draw of this micro-batch is addressed, so neither the process count nor a restart can change it.
         torch.manual_seed(draw(self._seed, Purpose.FORWARD, step, batch.index))
-        with gradient_sync(self._model, is_last=is_last):
+        with self._gradients.micro_batch(is_last=is_last):
             with self._autocast():
                 loss: torch.Tensor = self._model(batch.inputs, batch.targets, batch.documents)
-            self._scaler.scale(loss * scale).backward()
+            self._scaler.scale(loss * nan_unless_finite(loss, scale)).backward()
         return loss.detach()
+
+
+def nan_unless_finite(loss: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale`, to the bit, where `loss` is finite, else NaN.
+
+    A loss of inf may have a finite gradient. Scaled so its gradient is NaN, and so is every process's once gradients
+    are averaged: the norm of the gradient tells all of them alike, and nothing else has to be exchanged.
+    """
+    return scale + 0 * loss.detach()
+
+
+def update_if(is_finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Update, or leave parameters and the optimizer's state as they are, in every bit.
+
+    Args:
+        is_finite: scalar bool on the device of the parameters; on CUDA nobody waits for it.
+        optimizer: takes `found_inf` as those do that GradScaler hands it to.
+    """
+    if is_finite.device.type == "cuda":
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif is_finite:
+        optimizer.step()

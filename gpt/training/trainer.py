@@ -1,16 +1,22 @@
 """The training loop."""
 
+from itertools import compress
+from pathlib import Path
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
+from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
 from gpt.data.data_loader import DataLoader
+from gpt.errors import UserError
 from gpt.optim.build import set_learning_rate
 from gpt.training.events import (
     CheckpointSaved,
     Command,
     MetricsReady,
+    RollBack,
+    RolledBack,
     Save,
     StepEnd,
     Stop,
@@ -35,7 +41,8 @@ class Trainer(Subject):
         train_step: batch -> update.
         schedule: steps taken -> factor of every highest rate.
         meter: statistics -> metrics.
-        checkpoints: writes the state.
+        checkpoints: writes the state, and reads it back.
+        journal: of what the run leaves out.
         resumed_from: the checkpoint that `state` was loaded from, for those who watch.
     """
 
@@ -49,12 +56,13 @@ class Trainer(Subject):
         schedule: Schedule,
         meter: Meter,
         checkpoints: CheckpointManager,
+        journal: Journal,
         resumed_from: str | None = None,
     ):
         super().__init__()
         self._plan, self._state = plan, state
         self._loader, self._train_step, self._schedule = loader, train_step, schedule
-        self._meter, self._checkpoints = meter, checkpoints
+        self._meter, self._checkpoints, self._journal = meter, checkpoints, journal
         self._resumed_from = resumed_from
         self._stop_reason: str | None = None
 
@@ -70,6 +78,7 @@ class Trainer(Subject):
             while self._stop_reason is None and self._step < self._plan.max_steps:
                 self._advance()
             reason = self._stop_reason or FINISHED
+            self._tell_of(self._checkpoints.finish())
             self.notify(TrainEnd(self._step, reason))
             return reason
         except BaseException as failure:
@@ -77,7 +86,10 @@ class Trainer(Subject):
             raise
         finally:
             with self._loader:
-                self.close(error)
+                try:
+                    self._checkpoints.close(error)
+                finally:
+                    self.close(error)
 
     @property
     def _step(self) -> int:
@@ -92,7 +104,7 @@ class Trainer(Subject):
         self._meter.add(self._train_step(self._step, batch))
         self._state.progress = self._state.progress.advance(self._plan.batch.tokens_per_step)
 
-        commands: list[Command] = []
+        commands = self._tell_of(self._checkpoints.poll())
         reports = self._plan.logs_at(self._step)
         if reports:
             commands += self.notify(self._metrics(rate))
@@ -107,16 +119,41 @@ class Trainer(Subject):
             self._meter.start_window()
 
     def _metrics(self, rate: float) -> MetricsReady:
-        metrics, losses = self._meter.report()
+        metrics, losses, skips = self._meter.report()
         metrics |= {"lr": rate, "tokens": self._state.progress.tokens}
-        return MetricsReady(self._step, MappingProxyType(metrics), losses)
+        steps = range(self._step - len(losses) + 1, self._step + 1)
+        return MetricsReady(self._step, MappingProxyType(metrics), losses, tuple(compress(steps, skips)))
 
     def _execute(self, commands: list[Command]) -> None:
-        """Save at most once, then stop; a run that stops is saved first."""
+        """Go back, save at most once, then stop; a run that stops is saved first."""
         stops = [command.reason for command in commands if isinstance(command, Stop)]
+        rollback = next((command for command in commands if isinstance(command, RollBack)), None)
+        if rollback:
+            self._roll_back(rollback)
+            commands = [command for command in commands if isinstance(command, Stop)]
         if commands:
-            path = self._checkpoints.save(self._state)
-            commands = self.notify(CheckpointSaved(self._step, str(path)))
-            stops += [command.reason for command in commands if isinstance(command, Stop)]
+            metrics = [item for command in commands if isinstance(command, Save) for item in command.metrics.items()]
+            self._checkpoints.save(self._state, dict(metrics))
+            told = self._tell_of(self._checkpoints.poll())
+            stops += [command.reason for command in told if isinstance(command, Stop)]
         if stops:
             self._stop_reason = stops[0]
+
+    def _roll_back(self, command: RollBack) -> None:
+        """Load the newest checkpoint before the bad steps, and leave their batches out from now on.
+
+        Killed at any point, the run goes on in the same way: as long as the journal has no record, from before the bad
+        steps with their batches, which brings it here again.
+        """
+        left = self._step
+        self._tell_of(self._checkpoints.finish())
+        last_good = min(command.bad_steps) - 1
+        if self._checkpoints.load_newest(self._state, at_most=last_good) is None:
+            raise UserError(f"{command.reason}, and there is no sound checkpoint up to step {last_good} to go back to")
+        self._journal.add_rollback(command.bad_steps, self._step, command.reason)
+        commands = self.notify(RolledBack(left, self._step, command.reason))
+        assert not commands, "nobody commands after a rollback"
+
+    def _tell_of(self, committed: list[tuple[int, Path]]) -> list[Command]:
+        """Publish what is on the disk now."""
+        return [command for step, path in committed for command in self.notify(CheckpointSaved(step, str(path)))]

@@ -29,6 +29,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make `path` and the folders above it that are missing, each on the disk before anything is put into it."""
+    if not path.exists():
+        make_folder(path.parent)
+        path.mkdir()
+        fsync(path.parent)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends, and is removed when it raises.
@@ -37,7 +45,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}{UNFINISHED}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
         for file in temporary.iterdir():
@@ -63,8 +71,13 @@ def sweep(parent: Path) -> None:
     """Remove what `new_folder` and `remove_folder` left in `parent` when they were killed."""
     if parent.is_dir():
         for path in parent.iterdir():
-            if path.name.startswith(".") and path.name.endswith((UNFINISHED, DOOMED)):
+            if is_left_over(path):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether it is what `new_folder` or `remove_folder` is at, or was when it was killed."""
+    return path.name.startswith(".") and path.name.endswith((UNFINISHED, DOOMED))
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -97,6 +110,11 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, record
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records of a JSONL file that are of later steps, or of none."""
+    keep_jsonl(path, lambda record: isinstance(at := record.get("step"), int) and at <= step)
+
+
 def require_writable(folder: Path, flag: str) -> None:
     """Make `folder` and try to write in it.
 
@@ -104,7 +122,7 @@ def require_writable(folder: Path, flag: str) -> None:
         UserError: it cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; name another folder") from error
@@ -122,11 +140,17 @@ def require_possible(folder: Path, flag: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
+    """Force a file or a folder to the disk.
+
+    Raises:
+        OSError: the disk refused; names the path.
+    """
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folder; NTFS journals the rename itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)

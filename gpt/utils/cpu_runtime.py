@@ -11,6 +11,7 @@ from gpt.utils.resources import usable_cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 KEPT_BYTES = 2**30
+NEVER = -1
 
 
 def keep_freed_memory() -> bool:
@@ -25,11 +26,14 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another libc, such as musl
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
-def set_up_cpu(config: RuntimeConfig) -> dict[str, int | bool]:
+def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str, int | bool]:
     """Set what `config` says, and return what holds then, under its names.
+
+    How many threads share an operation decides the last bits of some: where they are to be the same everywhere, one
+    thread computes unless a number is given.
 
     Call it before the first operation: the threads of a pool take over how their maker treats denormals.
 
@@ -37,8 +41,9 @@ def set_up_cpu(config: RuntimeConfig) -> dict[str, int | bool]:
     where it is built with MKL), and a container may have been given fewer. A number in OMP_NUM_THREADS stands, as
     torchrun sets it.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    threads = config.threads or (1 if reproducible else 0)
+    if threads:
+        torch.set_num_threads(threads)
     elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())
     return {

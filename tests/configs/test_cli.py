@@ -72,7 +72,8 @@ REQUIRED_FLAGS = """
     --data.vocab-size --data.weights --data.packing --data.document-mask
     --lr.schedule --lr.max-lr --lr.min-lr --lr.warmup-steps --lr.decay-steps
     --optimizer.weight-decay --optimizer.beta1 --optimizer.beta2 --log.interval --eval.interval --eval.batches
-    --parallel.activation-checkpointing --runtime.threads --runtime.keep-freed-memory --runtime.flush-denormals
+    --parallel.activation-checkpointing --parallel.reproducible --parallel.check-replicas --parallel.step-timeout
+    --runtime.threads --runtime.keep-freed-memory --runtime.flush-denormals
     --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run
     --profile.start --profile.steps
 """.split()

@@ -48,6 +48,35 @@ def test_an_automatic_micro_batch_is_the_largest_within_its_limit_that_divides(
     assert f"--micro-batch-size auto is {size}, which divides the step: at most {limit} sequences" in resolved.notes[0]
 
 
+REPRODUCIBLE = {"parallel": {"reproducible": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({"tokens_per_step": 192}, 1, r"--tokens-per-step 192 makes 6 of --micro-batch-size 2; nearest: 128 or 256$"),
+        ({"tokens_per_step": 192}, 3, r"needs a power of two of processes, not 3; nearest: 2 or 4$"),
+        ({"tokens_per_step": 0}, 2, r"--tokens-per-step 0 grows with the number of processes; give a number$"),
+        ({"micro_batch_size": "auto"}, 1, r"--micro-batch-size auto is chosen by the machine, .*; give a number$"),
+    ],
+)
+def test_reproducible_mode_needs_a_whole_tree(changes: dict[str, Any], world_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"^--parallel.reproducible.*{message}"):
+        plan(MachineFacts("cpu", "", False, world_size), **REPRODUCIBLE | changes)
+    plan(MachineFacts("cpu", "", False, 1 if world_size == 2 else world_size), **changes)
+
+
+def test_what_decides_bits_is_part_of_a_reproducible_runs_identity() -> None:
+    assert "--runtime.threads" not in plan().identity
+    machine = MachineFacts("cpu", "", False, 4, runtime={"threads": 3})
+    identity = plan(machine, **REPRODUCIBLE, tokens_per_step=512).identity
+    assert (identity["--micro-batch-size"], identity["--runtime.threads"]) == (2, 3)
+    on_gpu = plan(MachineFacts("cuda", "", False), **REPRODUCIBLE).notes
+    assert set(on_gpu) - set(plan(**REPRODUCIBLE).notes) == {
+        "--parallel.reproducible promises every bit on a CPU; kernels of a GPU may add in any order"
+    }
+
+
 def test_an_automatic_micro_batch_of_a_step_that_does_not_divide_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"100 is not divisible by .*=1\*16\*1=16; nearest: 96 or 112$"):
         plan(micro_batch_size="auto", tokens_per_step=100)

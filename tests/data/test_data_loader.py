@@ -5,6 +5,7 @@ import torch
 from gpt.configs.run_plan import BatchPlan
 from gpt.data.data_loader import DataLoader, MicroBatch
 from gpt.data.packing import pack
+from gpt.data.quarantine import Quarantine
 from gpt.data.sampler import Mixture
 from gpt.data.sequences import MixedSources, PackedDocuments, Sequences, Windows
 from gpt.data.shards import TokenStream
@@ -108,3 +109,17 @@ def test_a_step_of_any_number_is_there_at_once(sequences: dict[str, Sequences], 
 
 def test_without_a_mask_there_are_no_documents(stream: TokenStream) -> None:
     assert [batch.documents for batch in batches(stream, [0])[0]] == [None] * 4
+
+
+def test_what_is_in_quarantine_is_left_out_also_when_it_was_fetched_already(stream: TokenStream) -> None:
+    whole = [[batch.inputs.tolist() for batch in step] for step in batches(stream, list(range(8)))]
+    plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=1, grad_accum_steps=4)
+    windows, quarantine = Windows(stream, BLOCK, seed=1, masked=False), Quarantine([1])
+    with DataLoader(windows, plan, rank=0, device=torch.device("cpu"), quarantine=quarantine) as loader:
+
+        def read(step: int) -> list[list[list[int]]]:
+            return [batch.inputs.tolist() for batch in loader.batch_of(step).micro_batches]
+
+        assert [read(step) for step in range(3)] == [whole[0], whole[2], whole[3]]
+        quarantine.add(4)
+        assert [read(step) for step in (3, 4, 1)] == [whole[5], whole[6], whole[2]]

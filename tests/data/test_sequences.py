@@ -6,7 +6,7 @@ import pytest
 
 from gpt.data.packing import pack
 from gpt.data.sampler import Mixture
-from gpt.data.sequences import MixedSources, PackedDocuments, Rows, Sequences, Windows, document_numbers
+from gpt.data.sequences import MixedSources, PackedDocuments, Rows, TracedSequences, Windows, document_numbers
 from gpt.data.shards import TokenStream
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
@@ -36,7 +36,7 @@ def first_appearances(numbers: np.ndarray) -> list[int]:
     return np.unique(numbers, return_inverse=True)[1].tolist()
 
 
-def kinds(folder: Path, *, masked: bool = True) -> dict[str, Sequences]:
+def kinds(folder: Path, *, masked: bool = True) -> dict[str, TracedSequences]:
     """Sequences of every kind."""
     streams = [stream_of(folder / str(seed), seed) for seed in range(3)]
     windows = Windows(streams[0], BLOCK, seed=1, masked=masked)
@@ -86,6 +86,16 @@ def test_targets_are_counted_without_being_read(tmp_path: Path, kind: str) -> No
         assert sequences.count_targets(first, count) == (rows.targets != IGNORED).sum()
         assert rows.inputs.shape == rows.targets.shape == (count, BLOCK)
         assert rows.inputs.dtype == rows.targets.dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pieces_of_sequences_are_their_inputs(tmp_path: Path, kind: str) -> None:
+    sequences = kinds(tmp_path)[kind]
+    for first, count in ((0, 200), (13, 1), (10**12, 64)):
+        for pieces, row in zip(sequences.pieces(first, count), sequences.read(first, count).inputs, strict=True):
+            tokens = np.concatenate([piece.stream.read(piece.start, piece.length) for piece in pieces])
+            assert tokens.tolist() == row[: len(tokens)].tolist()
+            assert (row[len(tokens) :] == END).all()
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1, 1, 1), (0.01, 0.98, 0.01)])

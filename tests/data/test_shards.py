@@ -36,6 +36,27 @@ def test_documents_come_back_as_one_stream_however_they_are_sharded(tmp_path: Pa
     assert np.concatenate(list(stream.document_borders())).tolist() == list(range(0, 71, 10))
 
 
+@pytest.mark.parametrize("per_shard", [1, 2, 100])
+def test_positions_are_located_by_shard_document_and_token(tmp_path: Path, per_shard: int) -> None:
+    stream = write_stream(tmp_path, DOCUMENTS, per_shard=per_shard)
+    for position in range(70):
+        document, token = divmod(position, 10)
+        shard = tmp_path / f"train-{document // per_shard:06d}.safetensors"
+        assert stream.locate(position) == (shard, document % per_shard, token)
+
+
+def test_a_further_piece_of_a_document_is_the_first_of_its_shard(tmp_path: Path) -> None:
+    first = write(tmp_path / "train-0.safetensors", DOCUMENTS[:2])
+    with ShardWriter(tmp_path / "train-1.safetensors", 2**16, continues=True) as writer:
+        for ids, n_bytes in DOCUMENTS[2:4]:
+            writer.add(np.array(ids), n_bytes)
+        second = writer.finish()
+    assert second is not None
+    stream = TokenStream([(tmp_path, first), (tmp_path, second)], 2**16)
+    assert stream.locate(23) == (tmp_path / second.file, 0, 3)
+    assert stream.locate(34) == (tmp_path / second.file, 1, 4)
+
+
 @pytest.mark.parametrize("vocab_size", [2**16, 2**16 + 1])
 @pytest.mark.parametrize("n_tokens", [0, 1, PER_BLOCK - 1, PER_BLOCK, 2 * PER_BLOCK + 3])
 def test_a_shard_is_a_safetensors_file_with_offsets_and_byte_counts(

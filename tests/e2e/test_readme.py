@@ -32,7 +32,11 @@ def commands() -> list[str]:
 def shortened(command: str) -> list[str]:
     """A training command gets fewer batches and steps, a resumed one a step more than it has done."""
     words = shlex.split(command)
-    if {"sample", "prepare", "bench"} & set(words) or "--help" in words or words[:2] == ["python", "-c"]:
+    if (
+        {"sample", "prepare", "bench", "verify", "data-at", "verify-resume"} & set(words)
+        or "--help" in words
+        or words[:2] == ["python", "-c"]
+    ):
         return words
     steps = {"--max-steps 500": "3", "debug": None, "--config": None}
     bound = next((steps[name] for name in steps if name in command), "2")

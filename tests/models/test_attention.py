@@ -183,7 +183,7 @@ def test_on_cuda_the_loss_and_the_gradients_are_the_same(dropout: float) -> None
         torch.testing.assert_close(mine.grad, other.grad.cpu(), atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("length", [1, 7, 64, 257])
+@pytest.mark.parametrize("length", [1, 7, 64, attention.QUERIES + 1, attention.KEPT_LONGEST + 88])
 @pytest.mark.parametrize("masked", [False, True])
 def test_plain_products_are_sdpa_to_within_rounding(length: int, masked: bool) -> None:
     """In bfloat16 on a CPU; values and gradients against float32's."""
@@ -197,13 +197,28 @@ def test_plain_products_are_sdpa_to_within_rounding(length: int, masked: bool) -
         out = attend(*tensors, mask, dropout=0.0)
         weight = torch.linspace(-1, 1, 16)
         results.append([out, *torch.autograd.grad((out.float() * weight).sum(), tensors)])
-    assert attention._matmul_wins(rounded[0]) and not attention._matmul_wins(exact[0])
     for expected, found in zip(*results, strict=True):
         assert found.dtype == torch.bfloat16
         assert (expected - found.float()).norm() <= 0.02 * expected.norm() + 1e-6
 
 
-def test_long_rows_are_left_to_sdpa() -> None:
-    longest = attention.MATMUL_LONGEST[torch.bfloat16]
-    assert attention._matmul_wins(torch.empty(1, 1, longest, 1, dtype=torch.bfloat16))
-    assert not attention._matmul_wins(torch.empty(1, 1, longest + 1, 1, dtype=torch.bfloat16))
+def test_weights_that_are_made_again_are_those_that_would_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 300, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    results = []
+    for longest in (300, 299):
+        monkeypatch.setattr(attention, "KEPT_LONGEST", longest)
+        out = attend(*tensors, None, dropout=0.0)
+        results.append(torch.autograd.grad(out.square().sum(), tensors))
+    for kept, made_again in zip(*results, strict=True):
+        assert torch.equal(kept, made_again)
+
+
+@pytest.mark.parametrize(("length", "saved"), [(512, 256 * 256 + 256 * 512), (1024, 0)])
+def test_weights_of_long_rows_are_not_kept(length: int, saved: int) -> None:
+    """Beside queries, keys and values: of 512 positions, two blocks of 256 with 256 and 512 keys."""
+    q = torch.randn(1, 1, length, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        attend(q, q, q, None, dropout=0.0)
+    assert sum(tensor.numel() for tensor in kept) - 3 * length * 16 == saved

@@ -3,7 +3,8 @@ import torch
 from transformers.activations import ACT2FN
 
 from gpt.configs.gpt_config import GPTConfig
-from gpt.models.layers import ACTIVATIONS, make_norm, rotate, rotation, soft_cap
+from gpt.models import layers
+from gpt.models.layers import ACTIVATIONS, linear_of, make_norm, rotate, rotation, soft_cap
 
 
 def some(*size: int, seed: int = 0) -> torch.Tensor:
@@ -55,3 +56,28 @@ def test_a_cap_bounds_large_logits_and_leaves_small_ones() -> None:
     logits = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4])
     torch.testing.assert_close(soft_cap(logits, 20.0), torch.tensor([-20.0, -0.01, 0.0, 0.01, 20.0]))
     assert soft_cap(logits, 0.0) is logits
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["gelu", "relu2", "swiglu", "layernorm", "rmsnorm"])
+def test_what_is_made_again_keeps_every_bit(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    function = ACTIVATIONS.get(name) or make_norm(GPTConfig(norm=name), 32)
+    layer = torch.nn.Linear(16 if name == "swiglu" else 32, 8)
+    x = some(2, 5, 32).requires_grad_()
+    trained = [x, *layer.parameters(), *(function.parameters() if isinstance(function, torch.nn.Module) else ())]
+    results, kept = [], []
+    for least in (2**30, 0):
+        monkeypatch.setattr(layers, "MADE_AGAIN", least)
+        saved: list[torch.Tensor] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            out = linear_of(function, x, layer)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), trained)])
+        kept.append(sum(t.numel() for t in saved))
+    assert kept[1] < kept[0]
+    for plain, made_again in zip(*results, strict=True):
+        assert plain.dtype == made_again.dtype
+        assert torch.equal(plain, made_again)

@@ -6,7 +6,7 @@ from torch import nn
 
 from gpt.configs.parallel_config import ParallelConfig
 from gpt.parallel.apply import make_ready
-from gpt.parallel.gradient_sync import gradient_sync
+from gpt.parallel.gradient_sync import AveragedGradients
 from gpt.utils.distributed import DistContext
 
 
@@ -32,7 +32,7 @@ def test_one_process_needs_no_wrapper() -> None:
 
     model = nn.Linear(2, 2)
     assert make_ready(model, (), DistContext("cpu"), ParallelConfig(), compiled=False, trial=trial) is model
-    with gradient_sync(model, is_last=False):
+    with AveragedGradients(model, world_size=1).micro_batch(is_last=False):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad is not None
 

@@ -20,4 +20,5 @@ def test_events_are_frozen_and_hold_no_tensor_model_or_trainer(event: type[Event
 def test_the_protocol_is_the_documented_one() -> None:
     names = {event.__name__ for event in EVENTS} - {"Event"}
     documented = {"TrainStart", "StepEnd", "MetricsReady", "EvalEnd", "TextSampled", "CheckpointSaved", "TrainEnd"}
+    documented |= {"SpikeSeen", "RolledBack"}
     assert names == documented

@@ -14,6 +14,8 @@ from gpt.training.events import (
     EvalEnd,
     Event,
     MetricsReady,
+    RolledBack,
+    SpikeSeen,
     StepEnd,
     TextSampled,
     TrainEnd,
@@ -114,3 +116,33 @@ def test_a_sink_that_raises_is_dropped_and_named_and_the_others_go_on(
     assert [record.message for record in caplog.records] == ["Broken stopped recording at step 0: the service is down"]
     assert broken.closed
     assert (tmp_path / "m").read_text().count("\n") == 2
+
+
+def test_spikes_skips_and_going_back_are_told(tmp_path: Path) -> None:
+    events = [
+        MetricsReady(10, METRICS, (2.5,)),
+        TextSampled(10, "def", " main()"),
+        MetricsReady(12, METRICS | {"train/loss": float("nan")}, (float("nan"),) * 2, (11, 12)),
+        SpikeSeen(12, 25.0, 2.5, float("inf")),
+        TextSampled(12, "def", " main()"),
+    ]
+    out = StringIO()
+    console = ConsoleSink(RunConsole(file=out, width=100, color_system=None), PLAN, Path("runs/a"))
+    files = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    for event in events:
+        console.write(event)
+        files.write(event)
+    spike = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert spike == {"step": 12, "spike/loss": 25.0, "spike/median": 2.5, "spike/deviations": None}
+    back = RolledBack(12, 10, "the loss of step 12 was 25.0")
+    console.write(back)
+    files.write(back)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (record,) = (json.loads(line) for line in (tmp_path / name).read_text().splitlines())
+        assert record["step"] == 10
+    for line in (
+        "step 11, 12: 2 updates skipped: a NaN or inf in the loss or gradient",
+        "step 12: loss 25.0000 is a spike, inf deviations above 2.5000",
+        "step 12: back to step 10: the loss of step 12 was 25.0",
+    ):
+        assert line in out.getvalue().splitlines()

@@ -1,3 +1,4 @@
+import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from gpt.data.data_loader import DataLoader, MicroBatch, StepBatch
 from gpt.data.packing import pack
 from gpt.data.sequences import PackedDocuments
 from gpt.models.gpt import GPT
-from gpt.optim.build import build_optimizer
-from gpt.training.train_step import TrainStep
+from gpt.optim.build import build_optimizer, set_learning_rate
+from gpt.parallel.gradient_sync import AveragedGradients
+from gpt.training.train_step import TrainStep, nan_unless_finite
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
 
@@ -30,14 +32,14 @@ def cut(size: int) -> StepBatch:
 
 
 def make(model: GPT, grad_clip: float = 1.0, **changes: Any) -> TrainStep:
-    optimizer = build_optimizer(model, OptimizerConfig(), max_lr=1e-2)
     settings: dict[str, Any] = {
+        "optimizer": build_optimizer(model, OptimizerConfig(), max_lr=1e-2),
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "skipped_updates": torch.zeros((), dtype=torch.int64),
         "autocast": nullcontext,
-        "world_size": 1,
+        "gradients": AveragedGradients(model, world_size=1),
     } | changes
-    return TrainStep(model, optimizer, grad_clip=grad_clip, seed=1, **settings)
+    return TrainStep(model, grad_clip=grad_clip, seed=1, **settings)
 
 
 def test_a_step_is_the_plain_torch_loop() -> None:
@@ -112,6 +114,66 @@ def test_float16_overflow_skips_the_update_and_is_counted() -> None:
     assert not torch.equal(before[0], next(model.parameters()))
 
 
+def bits(step: TrainStep, model: GPT) -> list[bytes]:
+    """Parameters and the optimizer's state."""
+    tensors = [t for p in model.parameters() for t in (p, *step._optimizer.state[p].values())]
+    return [tensor.detach().numpy().tobytes() for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fault", ["nan loss", "inf loss", "nan gradient", "inf gradient"])
+def test_a_number_that_is_not_finite_skips_the_update_to_the_bit(name: str, dtype: torch.dtype, fault: str) -> None:
+    model = GPT(CONFIG, seed=0)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name), max_lr=1e-2, hidden=model.hidden_matrices())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
+    skipped = torch.zeros((), dtype=torch.int64)
+    autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
+    step = make(model, optimizer=optimizer, scaler=scaler, skipped_updates=skipped, autocast=autocast)
+    step(0, cut(4))
+    before, value = bits(step, model), float(fault.split()[0])
+    if "loss" in fault:  # of one micro-batch alone; an inf that is added has a finite gradient
+        handle = model.register_forward_hook(lambda _, args, loss: loss + value if args[1] is second.targets else loss)
+    else:
+        handle = model.wpe.weight.register_hook(lambda gradient: gradient * value)
+    batch = cut(4)
+    second = batch.micro_batches[1]
+    stats = step(1, batch)
+    handle.remove()
+    assert not stats.grad_norm.isfinite()
+    assert bits(step, model) == before
+    assert int(skipped) == 1
+    assert step(2, cut(4)).grad_norm.isfinite()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert bits(step, model) != before
+    assert int(skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_optimizer_that_nobody_waits_for_skips_to_the_bit(name: str) -> None:
+    """What CUDA does, with its tensors on the CPU."""
+    finals = []
+    for gradients in ([1.0, math.nan, 2.0], [1.0, 2.0]):
+        model = GPT(CONFIG, seed=0)
+        optimizer = build_optimizer(model, OptimizerConfig(name=name), max_lr=1e-2, hidden=model.hidden_matrices())
+        set_learning_rate(optimizer, 1.0)
+        for gradient in gradients:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.found_inf = torch.tensor(float(math.isnan(gradient)))  # type: ignore[attr-defined]
+            optimizer.step()
+        finals.append(
+            [t.detach().numpy().tobytes() for p in model.parameters() for t in (p, *optimizer.state[p].values())]
+        )
+    assert finals[0] == finals[1]
+
+
+def test_the_guard_against_numbers_that_are_not_finite_changes_no_bit() -> None:
+    losses = 1e3 * torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    for scale in (1 / 64, 1 / 2999, 2 / 12345):
+        assert torch.equal(losses * scale, torch.stack([loss * nan_unless_finite(loss, scale) for loss in losses]))
+
+
 @pytest.fixture
 def padded(tmp_path: Path) -> PackedDocuments:
     """Documents packed in rows, of which some are padded more than others."""
@@ -140,7 +202,7 @@ def test_the_loss_is_the_mean_over_real_targets_however_a_step_is_cut(
     gradients = [torch.zeros_like(parameter) for parameter in theirs.parameters()]
     for rank in range(ranks):
         model = GPT(CONFIG, seed=0)
-        step = make(model, grad_clip=0, world_size=ranks)
+        step = make(model, grad_clip=0, gradients=AveragedGradients(model, world_size=ranks))
         seen: list[torch.Tensor] = []
         step._optimizer.register_step_pre_hook(lambda *_, m=model, s=seen: s.extend(p.grad for p in m.parameters()))
         with DataLoader(padded, plan, rank=rank, device=torch.device("cpu")) as loader:

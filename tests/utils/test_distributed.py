@@ -10,7 +10,22 @@ def test_one_process_talks_to_itself() -> None:
     assert dist.broadcast({"a": [1]}) == {"a": [1]}
     assert dist.on_main(lambda: 5) == 5
     assert dist.sum_on_host([1.5, 2.0]) == [1.5, 2.0]
+    assert dist.gather(7) == [7]
     assert dist.start_max(3).read() == 3
+    assert dist.least(4) == 4
+    dist.close()
+
+
+def test_an_error_of_another_kind_goes_through() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), DistContext("cpu").naming_the_lost():
+        raise RuntimeError("shapes do not match")
+
+
+def test_without_an_address_the_processes_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2 but MASTER_ADDR .*; start them with torchrun$"):
+        DistContext("cpu")
 
 
 def test_a_users_mistake_on_main_is_raised() -> None:

@@ -15,6 +15,8 @@ from gpt.training.events import (
     EvalEnd,
     Event,
     MetricsReady,
+    RolledBack,
+    SpikeSeen,
     StepEnd,
     TextSampled,
     TrainEnd,
@@ -61,8 +63,15 @@ class ConsoleSink:
                 self._start(event)
             case StepEnd(step=step):
                 self._progress.update(self._task, completed=step)
-            case MetricsReady(step=step, metrics=metrics):
+            case MetricsReady(step=step, metrics=metrics, skipped=skipped):
                 self._show_metrics(step, metrics)
+                if skipped:
+                    named = plural(len(skipped), "update") + " skipped: a NaN or inf in the loss or gradient"
+                    self._say(f"step {', '.join(map(str, skipped))}: {named}")
+            case SpikeSeen(step=step, loss=loss, median=median, deviations=deviations):
+                self._say(f"step {step}: loss {loss:.4f} is a spike, {deviations:.1f} deviations above {median:.4f}")
+            case RolledBack(step=step, to_step=to_step, reason=reason):
+                self._say(f"step {step}: back to step {to_step}: {reason}")
             case EvalEnd(step=step, metrics=metrics):
                 self._say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
                 self._compare_with_xz(metrics.get("val/bpb"))
@@ -133,7 +142,7 @@ def plan_table(plan: RunPlan) -> Table:
         "run": f"{plan.max_steps:,} steps, {si(plan.max_steps * batch.tokens_per_step)} tokens, "
         f"{plan.epochs:.2f} epochs",
         **_source_rows(plan),
-        "learning rate": f"{plan.lr.schedule}, up to {plan.lr.max_lr:g} after {plan.lr.warmup_steps} steps",
+        "learning rate": f"{plan.lr.schedule}, up to {_highest_rates(plan)} after {plan.lr.warmup_steps} steps",
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
@@ -141,6 +150,11 @@ def plan_table(plan: RunPlan) -> Table:
     for note in plan.notes:
         table.add_row("note", escape(note))
     return table
+
+
+def _highest_rates(plan: RunPlan) -> str:
+    adamw = f"{plan.lr.max_lr:g}"
+    return f"{plan.optimizer.muon_lr:g} (muon) and {adamw} (adamw)" if plan.optimizer.name == "muon" else adamw
 
 
 def _runtime(plan: RunPlan) -> str:

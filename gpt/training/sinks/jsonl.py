@@ -1,10 +1,11 @@
 """metrics.jsonl and samples.jsonl: one JSON object a line."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from gpt.training.events import EvalEnd, Event, MetricsReady, TextSampled
-from gpt.utils.atomic_io import append_jsonl
+from gpt.training.events import EvalEnd, Event, MetricsReady, RolledBack, SpikeSeen, TextSampled
+from gpt.utils.atomic_io import append_jsonl, keep_until
 
 
 class JsonlSink:
@@ -14,13 +15,22 @@ class JsonlSink:
         self._metrics, self._samples = metrics, samples
 
     def write(self, event: Event) -> None:
-        """One line per report, evaluation or text."""
+        """One line per report, evaluation, spike or text; what a run goes back over is struck out."""
         match event:
             case MetricsReady(step=step, metrics=metrics) | EvalEnd(step=step, metrics=metrics):
-                numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                append_jsonl(self._metrics, {"step": step, **numbers})
+                self._append(step, metrics)
+            case SpikeSeen(step=step, loss=loss, median=median, deviations=deviations):
+                numbers = {"spike/loss": loss, "spike/median": median, "spike/deviations": deviations}
+                self._append(step, numbers)
+            case RolledBack(to_step=to_step):
+                for records in (self._metrics, self._samples):
+                    keep_until(records, to_step)
             case TextSampled(step=step, prompt=prompt, text=text):
                 append_jsonl(self._samples, {"step": step, "prompt": prompt, "text": text})
+
+    def _append(self, step: int, metrics: Mapping[str, float]) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        append_jsonl(self._metrics, {"step": step, **numbers})
 
     def close(self, error: BaseException | None) -> None:
         """Nothing is held open."""

@@ -1,0 +1,134 @@
+"""Safetensors files, written and hashed in one pass; reading them is left to the library.
+
+`safetensors.torch.save_file` copies every tensor to `bytes` and leaves the digest to a second reading. The format
+(github.com/huggingface/safetensors, README): 8 bytes little-endian with the header's length, the header as JSON padded
+by spaces to a multiple of 8, the tensors' bytes. The order is the library's own, so the bytes are, too.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from gpt.errors import UserError
+from gpt.utils.helper import first_line
+
+CHUNK = 2**23
+"""Bytes written and hashed at once; hashing so many lets other threads run."""
+LONGEST_HEADER = 100_000_000
+"""Bytes; the library's own limit."""
+
+# The library's names, and its order: the types with the strictest alignment come first.
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of a file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+    """Write contiguous tensors that lie in host memory.
+
+    Raises:
+        OSError: the disk refused; names the file.
+    """
+    names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
+    return write_bytes(path, [_header(tensors, names), *(_bytes_of(tensors[name]) for name in names)])
+
+
+def write_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    """Write a new file and take its digest on the way.
+
+    Raises:
+        OSError: the disk refused; names the file.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("xb", buffering=CHUNK // 8) as file:
+            for part in parts:
+                for start in range(0, len(part), CHUNK):
+                    piece = part[start : start + CHUNK]
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+    except OSError as error:  # of a failed write it is not known which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return FileRecord(size, digest.hexdigest())
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Load a file; it should be verified before.
+
+    Raises:
+        UserError: it is no sound safetensors file.
+    """
+    try:
+        _require_unique_names(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, ValueError, KeyError, RecursionError, MemoryError, SafetensorError) as error:
+        raise UserError(f"{path}: not a sound safetensors file: {first_line(error)}") from error
+    return tensors
+
+
+def _header(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> bytes:
+    entries: dict[str, Any] = {}
+    at = 0
+    for name in names:
+        tensor = tensors[name]
+        end = at + tensor.nbytes
+        entries[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The tensor's own memory."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _require_unique_names(path: Path) -> None:
+    """The library takes the last of two tensors of one name; such a file was made to deceive."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name occurs twice in its header")
+        return dict(pairs)
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        json.loads(file.read(length), object_pairs_hook=unique)

@@ -1,0 +1,80 @@
+"""`gpt data-at RUN_DIR --step N`: the documents that a step of a run was trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from gpt.configs.base import LARGEST, Config
+from gpt.configs.cli import POSITIONAL, load_config, parse
+from gpt.configs.run_plan import CORPUS, MachineFacts, RunPlan, resolve
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+from gpt.utils.helper import plural, printable
+
+if TYPE_CHECKING:
+    from gpt.checkpoint.run_folder import RunFolder
+    from gpt.data.corpus import Corpus
+
+SHOWN = 32
+"""Tokens of each document that are shown as text."""
+
+
+class DataAtCommand(Config):
+    """Show the documents that a step of a run was, or will be, trained on."""
+
+    run_dir: Annotated[Path, POSITIONAL]
+    """A run's folder."""
+    step: int = Field(ge=1, le=LARGEST)
+    """The step, as metrics.jsonl numbers them: the first one is 1."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, find the batch, and print it."""
+    command = parse(DataAtCommand, argv, prog="gpt data-at")
+
+    from gpt.checkpoint.journal import quarantine_of, read_journal
+    from gpt.checkpoint.run_folder import RunFolder
+    from gpt.data.corpus import sequences_of
+    from gpt.data.provenance import excerpts_of_batch
+
+    folder = RunFolder(command.run_dir)
+    config = load_config(folder.config)
+    corpus, plan = _open(folder, config)
+    index = quarantine_of(read_journal(folder.journal, plan.order)).batch_of(command.step - 1)
+    sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
+    print(
+        f"step {command.step}: global batch {index}, {plural(plan.batch.sequences_per_step, 'sequence')} "
+        f"of {plan.batch.block_size} tokens"
+    )
+    for number, excerpts in enumerate(excerpts_of_batch(corpus, sequences, plan.batch, index)):
+        print(f"sequence {number}")
+        for excerpt in excerpts:
+            text = corpus.tokenizer.decode(excerpt.read(SHOWN).tolist())
+            shown = printable(text).replace("\n", "\\n").replace("\t", "\\t")
+            print(f"  {printable(str(excerpt))}: {shown}{'...' if excerpt.length > SHOWN else ''}")
+    return 0
+
+
+def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
+    """A run's corpus, and its plan as one process would have it, which takes the same global batches.
+
+    Raises:
+        UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
+    """
+    from gpt.checkpoint.resume import require_same_identity
+    from gpt.checkpoint.store import PROGRESS, read_json
+    from gpt.data.corpus import open_corpus, prepare
+
+    corpus = open_corpus(prepare(config.data), config.data, config.model.block_size)
+    checkpoints = folder.committed()
+    identity = read_json(checkpoints[-1] / PROGRESS)["identity"] if checkpoints else {}
+    tokens_per_step = identity.get("--tokens-per-step", config.tokens_per_step)
+    if not tokens_per_step:
+        raise UserError(f"{folder.path}: --tokens-per-step 0 leaves the size of a step to its first checkpoint")
+    sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
+    plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
+    if checkpoints:
+        require_same_identity(plan.identity, checkpoints[-1], {CORPUS})
+    return corpus, plan

@@ -1,0 +1,28 @@
+import pytest
+
+from gpt.checkpoint.retention import kept
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_best", "expected"),
+    [
+        (0, False, {1, 2, 3, 4}),
+        (0, True, {1, 2, 3, 4}),
+        (1, False, {4}),
+        (2, False, {3, 4}),
+        (9, False, {1, 2, 3, 4}),
+        (1, True, {2, 4}),
+        (3, True, {2, 3, 4}),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(keep: int, keep_best: bool, expected: set[int]) -> None:
+    losses = {1: 3.0, 2: 1.5, 3: 2.0, 9: 0.1}  # of 9 there is no checkpoint any more
+    assert kept([1, 2, 3, 4], losses, keep=keep, keep_best=keep_best) == expected
+
+
+def test_of_equals_the_newest_is_the_best() -> None:
+    assert kept([1, 2, 3], {1: 1.0, 2: 1.0}, keep=1, keep_best=True) == {2, 3}
+
+
+def test_without_any_evaluation_there_is_no_best() -> None:
+    assert kept([1, 2], {}, keep=1, keep_best=True) == {2}

@@ -1,0 +1,78 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt.configs.train_config import TrainConfig
+from gpt.data.corpus import sequences_of
+from gpt.data.data_loader import DataLoader
+from gpt.layout import Layout, lay_out
+from gpt.main import main
+from gpt.pipeline import build
+
+Configure = Callable[..., TrainConfig]
+
+
+def shown(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert main(["data-at", str(run_dir), "--step", str(step)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def loader_of(layout: Layout) -> DataLoader:
+    plan = layout.plan
+    sequences = sequences_of(layout.corpus, layout.config.data, plan.batch.block_size, plan.seed)
+    return DataLoader(sequences, plan.batch, rank=0, device=layout.dist.device)
+
+
+def test_the_documents_of_a_step_are_those_it_trains_on(
+    finished_run: Path, tiny: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = shown(finished_run, 3, capsys)
+    assert lines[0] == "step 3: global batch 2, 8 sequences of 16 tokens"
+    assert lines[1:17:2] == [f"sequence {n}" for n in range(8)]
+    layout = lay_out(tiny(finished_run), dry_run=True)
+    with loader_of(layout) as loader:
+        inputs = np.concatenate([micro.inputs.numpy() for micro in loader.batch_of(2).micro_batches])
+    for line, row in zip(lines[2::2], inputs, strict=True):
+        place, text = line.split(": ", 2)[1:]
+        assert place.startswith("train-000000.safetensors document 0, tokens ")
+        assert text == layout.corpus.tokenizer.decode(row.tolist()).replace("\n", "\\n")
+
+
+@pytest.mark.parametrize("packing", ["stream", "best-fit"])
+def test_documents_are_told_apart_and_cannot_steer_the_terminal(
+    packing: str, tiny: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"document {n} \x1b[31m\u202e\n" + "word " * (n % 5) for n in range(60)]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    other = tmp_path / "other.txt"
+    other.write_text("other text " * 100)
+    data = {"source": [str(source), str(other)], "packing": packing, "val_fraction": 0.0, "weights": [3, 1]}
+    build(
+        lay_out(tiny(tmp_path / "run", data=data, max_steps=2, model={"block_size": 64}, tokens_per_step=512))
+    ).train()
+    lines = [line for step in range(1, 9) for line in shown(tmp_path / "run", step, capsys)]
+    assert all(line.isprintable() for line in lines)
+    documents = [line for line in lines if line.startswith("  ")]
+    assert any(line.startswith("  other: ") for line in documents)
+    begun = [line for line in documents if line.startswith("  texts: ") and ", tokens 0 to " in line]
+    assert len(begun) > 60
+    for line in begun:
+        number = int(line.split(" document ")[1].split(",")[0])
+        text, expected = line.split(": ", 2)[2].removesuffix("..."), f"<|endoftext|>document {number} "
+        assert text.startswith(expected) or expected.startswith(text)
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
+    for arguments, told in (
+        ([str(tmp_path), "--step", "1"], "a run's folder holds its config.json"),
+        ([str(finished_run), "--step", "0"], "--step 0: must be at least 1; nearest: 1"),
+        ([str(finished_run)], "usage: gpt data-at RUN_DIR STEP"),
+    ):
+        assert main(["data-at", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert error.count("\n") == 1

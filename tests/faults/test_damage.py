@@ -1,0 +1,231 @@
+"""Checkpoints that were damaged, or made to deceive: nothing of them is loaded, run or followed."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, verify
+from gpt.data.tokenizer import Tokenizer, byte_tokenizer
+from gpt.errors import UserError
+from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
+from tests.checkpoint.test_tensor_file import MALICIOUS
+from tests.conftest import contents
+
+pytestmark = pytest.mark.faults
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_a_thousand_flipped_bits_are_found(tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    write_checkpoint(step, trained_state(), '{"seed": 1}', {"val/loss": 1.5})
+    files = {path: path.read_bytes() for path in step.iterdir()}
+    bits = [(path, bit) for path, content in files.items() for bit in range(8 * len(content))]
+    for path, bit in random.Random(0).sample(bits, 1000):
+        content = bytearray(files[path])
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(UserError) as told:
+            verify(step)
+        assert str(step) in str(told.value)
+        path.write_bytes(files[path])
+    verify(step)
+
+
+def sign(step: Path) -> None:
+    """Make every digest consistent, as whoever can write the files can."""
+    manifest = json.loads((step / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        if (step / name).is_file():
+            content = (step / name).read_bytes()
+            entry.update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    write_signed(step, manifest)
+
+
+def write_signed(step: Path, manifest: dict[str, Any]) -> None:
+    blank = json.dumps(manifest | {"manifest_sha256": "0" * 64}, indent=2)
+    digest = hashlib.sha256(blank.encode()).hexdigest()
+    (step / MANIFEST).write_text(json.dumps(manifest | {"manifest_sha256": digest}, indent=2))
+
+
+def with_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(step: Path) -> None:
+        manifest = json.loads((step / MANIFEST).read_text())
+        change(manifest)
+        write_signed(step, manifest)
+
+    return apply
+
+
+def with_text(name: str, text: str, *, signed: bool = True) -> Callable[[Path], None]:
+    def apply(step: Path) -> None:
+        (step / name).write_text(text)
+        if signed:
+            sign(step)
+
+    return apply
+
+
+def with_progress(**changes: Any) -> Callable[[Path], None]:
+    def apply(step: Path) -> None:
+        progress = json.loads((step / PROGRESS).read_text())
+        (step / PROGRESS).write_text(json.dumps(progress | changes))
+        sign(step)
+
+    return apply
+
+
+def linked(step: Path) -> None:
+    (step / MODEL).rename(step.parent / "elsewhere")
+    (step / MODEL).symlink_to(step.parent / "elsewhere")
+
+
+def a_pipe(step: Path) -> None:
+    (step / MODEL).unlink()
+    os.mkfifo(step / MODEL)
+
+
+def linked_folder(step: Path) -> None:
+    step.rename(step.parent / "elsewhere")
+    step.symlink_to(step.parent / "elsewhere", target_is_directory=True)
+
+
+DECEITFUL: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a path upwards": (with_manifest(lambda m: m["files"].update({"../x": {}})), r"names '\.\./x'"),
+    "an absolute path": (with_manifest(lambda m: m["files"].update({"/etc/passwd": {}})), "names '/etc/passwd'"),
+    "a pickle": (with_manifest(lambda m: m["files"].update({"model.pt": {}})), r"names 'model\.pt'"),
+    "a file less": (with_manifest(lambda m: m["files"].pop(MODEL)), "does not name 'model.safetensors'"),
+    "files as a list": (with_manifest(lambda m: m.update(files=[MODEL])), "does not name"),
+    "a size in words": (with_manifest(lambda m: m["files"][MODEL].update(size="1")), "no size and SHA-256"),
+    "a long digest": (with_manifest(lambda m: m["files"][MODEL].update(sha256="0" * 10**5)), "no size and SHA-256"),
+    "a version in words": (with_manifest(lambda m: m.update(format_version="2")), "checkpoint format '2'"),
+    "version 0": (with_manifest(lambda m: m.update(format_version=0)), "checkpoint format 0"),
+    "a version as a list": (with_manifest(lambda m: m.update(format_version=[[[2]]])), "checkpoint format"),
+    "deep JSON": (with_text(MANIFEST, "[" * 10**5, signed=False), "not valid JSON"),
+    "a long manifest": (with_text(MANIFEST, " " * 2**21, signed=False), "longer than"),
+    "a manifest of another kind": (with_text(MANIFEST, "[]", signed=False), "not a JSON object"),
+    "a lone surrogate": (with_text(MANIFEST, '{"manifest_sha256": "\\ud800"}', signed=False), "damaged"),
+    "a digest of nothing": (with_text(MANIFEST, '{"manifest_sha256": ""}', signed=False), "damaged"),
+    "a linked file": (linked, "not a regular file"),
+    "a linked folder": (linked_folder, "symbolic link"),
+    "a pipe": (a_pipe, "not a regular file"),
+    "deep progress": (with_text(PROGRESS, "[" * 10**5), "not valid JSON"),
+    "progress of another kind": (with_text(PROGRESS, "[1]"), "not a JSON object"),
+    "a step before the first": (with_progress(step=-1), "progress is damaged: step is -1"),
+    "a scaler of another kind": (with_progress(scaler=3), "is no checkpoint of this program's"),
+    "a scaler without its scale": (with_progress(scaler={"_growth_tracker": 1}), "is no checkpoint of this program's"),
+    "observers of another kind": (with_progress(observers=[1]), "is no checkpoint of this program's"),
+}
+
+
+@pytest.mark.parametrize("case", DECEITFUL)
+def test_a_deceitful_checkpoint_is_one_line(tmp_path: Path, case: str) -> None:
+    deceive, message = DECEITFUL[case]
+    write_checkpoint(tmp_path / "step", trained_state(scaled=True), "{}")
+    deceive(tmp_path / "step")
+    started = time.monotonic()
+    with pytest.raises(UserError, match=message) as told:
+        read_checkpoint(tmp_path / "step", make_state(1, scaled=True))
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 600
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("case", MALICIOUS)
+def test_a_deceitful_header_with_the_right_digests_is_one_line(tmp_path: Path, case: str) -> None:
+    write_checkpoint(tmp_path / "step", trained_state(), "{}")
+    (tmp_path / "step" / MODEL).write_bytes(MALICIOUS[case]())
+    sign(tmp_path / "step")
+    verify(tmp_path / "step")
+    with pytest.raises(UserError, match=r"model\.safetensors: not a sound safetensors file"):
+        read_checkpoint(tmp_path / "step", make_state(1))
+
+
+AUDITED = """
+import sys
+from pathlib import Path
+
+allowed, seen = tuple(sys.argv[1].split("\\t")), []
+
+
+def watch(event, arguments):
+    if event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
+                 "socket.connect"):
+        seen.append((event, str(arguments)[:200]))
+    writes = event == "open" and (arguments[2] or 0) & 3 and isinstance(arguments[0], (str, bytes))
+    if writes and not str(arguments[0]).startswith((*allowed, "/dev/null")):
+        seen.append((event, str(arguments)[:200]))
+    if event in ("os.rename", "os.remove", "os.mkdir", "os.symlink", "os.rmdir"):
+        if not str(arguments[0]).startswith(allowed):
+            seen.append((event, str(arguments)[:200]))
+
+
+from gpt.main import main
+import gpt.pipeline, gpt.commands.sample, gpt.commands.verify, gpt.commands.train
+import torch.optim, torch._dynamo  # what torch imports when it is first used is torch's own affair
+
+sys.dont_write_bytecode = True
+sys.addaudithook(watch)
+status = [main(command.split("\\t")) for command in sys.argv[2:]]
+print("STATUS", status)
+print("SEEN", seen)
+"""
+
+PICKLE = b"cos\nsystem\n(S'touch %b'\ntR."
+
+
+def test_a_malicious_run_runs_nothing_and_writes_nowhere_else(
+    finished_run: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Pickles under every name that other programs would load; links; escapes in a sample's prompt."""
+    run_dir, marker = tmp_path / "run", tmp_path / "marker"
+    shutil.copytree(finished_run, run_dir)
+    evil = PICKLE % bytes(marker)
+    for place in (run_dir, *(run_dir / "checkpoints").iterdir()):
+        for name in ("model.pt", "optimizer.pt", "pytorch_model.bin", ".metadata", "data.pkl"):
+            (place / name).write_bytes(evil)
+    newest = run_dir / "checkpoints/step_00000008"
+    (newest / MODEL).write_bytes(evil)
+    sign(newest)
+    older = run_dir / "checkpoints/step_00000004"
+    (run_dir / "checkpoints/step_00000006").symlink_to(tmp_path, target_is_directory=True)
+    commands = [
+        ["verify", str(run_dir)],
+        ["sample", str(newest), "--device", "cpu"],
+        ["sample", str(older), "--device", "cpu", "--max-new-tokens", "4"],
+        ["train", "--config", str(run_dir / "config.json"), "--run-dir", str(run_dir), "--max-steps", "9"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", AUDITED, f"{tmp_path}\t{cache_dir}", *("\t".join(command) for command in commands)],
+        capture_output=True, text=True, cwd=REPOSITORY, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert "STATUS [1, 2, 0, " in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "SEEN []"
+    assert not marker.exists()
+    assert set(contents(tmp_path)) - set(contents(run_dir)) <= {f"run/{name}" for name in contents(run_dir)}
+
+
+def test_a_regular_expression_that_explodes_is_given_up() -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    definition = json.loads(byte_tokenizer().definition)
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    tokenizer = Tokenizer(json.dumps(definition))
+    for encode in (tokenizer.encode, tokenizer.encode_prompt):
+        started = time.monotonic()
+        with pytest.raises(UserError, match="the tokenizer cannot encode the text: ") as told:
+            encode("a" * 60 + "b")
+        assert time.monotonic() - started < 2
+        assert "\n" not in str(told.value)
