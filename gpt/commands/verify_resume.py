@@ -214,7 +214,7 @@ def _show_verdict(console: "Console", found: "Comparison") -> bool:
     if found.differences:
         first = found.differences[0]
         console.print(f"first difference: {first}")
-        console.print(f"{plural(sum(difference.count for difference in found.differences), 'value')} differ")
+        console.print(f"values that differ: {sum(difference.count for difference in found.differences):,}")
         return False
     console.print(
         f"0 differing bits in {plural(found.losses, 'loss', 'es')}, {plural(found.evaluations, 'evaluation')}, "

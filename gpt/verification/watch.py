@@ -3,10 +3,11 @@
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.utils.atomic_io import DOOMED, UNFINISHED
+from gpt.utils.atomic_io import is_left_over
 
 LOSS, VAL_LOSS = "train/loss", "val/loss"
 
@@ -46,9 +47,9 @@ class Watch:
         self._begun = self._begun or self._count_starts() > self._starts
         if self._begun:
             self._read_on()
-        names = self._checkpoints()
-        saving = any(name.startswith(".") and name.endswith((UNFINISHED, DOOMED)) for name in names)
-        steps = [int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal()]
+        found = self._checkpoints()
+        steps = [int(number) for path in found if (number := path.name.removeprefix("step_")).isdecimal()]
+        saving = any(is_left_over(path) for path in found)
         return Sight(self._begun, self._step, self._evaluated, saving, max(steps, default=0))
 
     def _count_starts(self) -> int:
@@ -57,9 +58,9 @@ class Watch:
         except FileNotFoundError:
             return 0
 
-    def _checkpoints(self) -> list[str]:
+    def _checkpoints(self) -> list[Path]:
         try:
-            return [path.name for path in self._folder.checkpoints.iterdir()]
+            return list(self._folder.checkpoints.iterdir())
         except FileNotFoundError:
             return []
 
