@@ -187,7 +187,8 @@ def kill_and_continue(
         if status != -signal.SIGKILL:
             raise UserError(f"it ended by itself with status {status}")
         sight = watch.look()
-        kills.append(Kill(_place(sight, course, resumed_at=before), sight.step, sight.committed))
+        place = _place(sight, course, resumed_at=before)
+        kills.append(Kill(place, before if place is Place.START_UP else sight.step, sight.committed))
         tell(kills[-1])
         fruitless = 0 if sight.committed > before else fruitless + 1
     raise AssertionError("the last life is not killed")
