@@ -83,11 +83,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _of_records(name: str, reference: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> Iterator[Difference]:
     for number, (ours, theirs) in enumerate(zip_longest(reference, resumed), 1):
-        if ours is None or theirs is None or ours.get("step") != theirs.get("step"):
+        if ours is None or theirs is None or ours["step"] != theirs["step"] or ours.keys() != theirs.keys():
             shown = [_ABSENT if record is None else _shown(record) for record in (ours, theirs)]
             yield Difference(f"{name}, record {number}", *shown)
             return  # what comes after it is moved, not changed
-        yield from _of_record(f"{name}, step {ours.get('step')}", ours, theirs)
+        yield from _of_record(f"{name}, step {ours['step']}", ours, theirs)
 
 
 def _of_record(place: str, reference: dict[str, Any], resumed: dict[str, Any]) -> Iterator[Difference]:

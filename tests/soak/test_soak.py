@@ -62,13 +62,13 @@ def scale(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--soak-scale"))
 
 
-def tell(capsys: pytest.CaptureFixture[str], figures: str) -> None:
-    with capsys.disabled():
+def tell(capfd: pytest.CaptureFixture[str], figures: str) -> None:
+    with capfd.disabled():
         print(f"\n{figures}")
 
 
 @pytest.mark.parametrize("share", range(SHARES))
-def test_kills(share: int, scale: float, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kills(share: int, scale: float, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ranks = 2 if share % 4 == 3 else 1
     (tmp_path / "text.txt").write_text("\n\n".join(make_text(100, seed) for seed in range(60)))  # an epoch: ~60 steps
     kills = max(1, round(scale * KILLS_AT_A_TIME))
@@ -82,18 +82,16 @@ def test_kills(share: int, scale: float, cache_dir: Path, tmp_path: Path, capsys
             *("--kill-seed", str(share), "--seed", str(share), *VARIANTS[share // 4 % len(VARIANTS)]),
         ]
     )
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert status == 0, said
     assert f"kill {kills}: " in said
     places = Counter(re.findall(r"^kill \d+: (.*?), after", said, re.MULTILINE))
     most = re.findall(r"most steps lost by a kill: (\d+)", said)
     seconds = time.monotonic() - started
-    tell(
-        capsys, f"kills, {ranks} rank(s): {dict(places)}; most steps lost {most[0]}; {seconds:.0f} s; 0 differing bits"
-    )
+    tell(capfd, f"kills, {ranks} rank(s): {dict(places)}; most steps lost {most[0]}; {seconds:.0f} s; 0 differing bits")
 
 
-def test_flipped_bits(scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flipped_bits(scale: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     step = tmp_path / "step"
     write_checkpoint(step, trained_state(n_embd=32), '{"seed": 1}', {"val/loss": 1.5})
     files = {path: path.read_bytes() for path in sorted(step.iterdir())}
@@ -108,7 +106,7 @@ def test_flipped_bits(scale: float, tmp_path: Path, capsys: pytest.CaptureFixtur
             verify(step)
         path.write_bytes(files[path])
     verify(step)
-    tell(capsys, f"flipped bits: {flips:,}, all caught; {time.monotonic() - started:.0f} s")
+    tell(capfd, f"flipped bits: {flips:,}, all caught; {time.monotonic() - started:.0f} s")
 
 
 ODD = [-1, 0, 2**63, 2**64, 10**400, 1e308, -0.0, float("nan"), None, True, "", "\0", "../x", "\ud800", [], {}, [[]]]
@@ -177,7 +175,7 @@ def at_most(seconds: float) -> Iterator[None]:
     assert time.monotonic() - started < seconds
 
 
-def soaked(name: str, content: bytes, read: Callable[[bytes], object], times: int, capsys: Any) -> None:
+def soaked(name: str, content: bytes, read: Callable[[bytes], object], times: int, capfd: Any) -> None:
     """Read mutations of a content: each gives a result, or one line."""
     refused, longest, started = 0, 0.0, time.monotonic()
     for number in range(times):
@@ -193,26 +191,25 @@ def soaked(name: str, content: bytes, read: Callable[[bytes], object], times: in
         except BaseException as error:
             raise AssertionError(f"{name}, mutation {number}: {type(error).__name__}: {error}") from error
         longest = max(longest, time.monotonic() - before)
+        assert (said := capfd.readouterr().err) == "", f"{name}, mutation {number}: {said}"
     seconds = time.monotonic() - started
-    tell(
-        capsys, f"mutated {name}: {times:,}, {refused:,} refused in one line; longest {longest:.2f} s; {seconds:.0f} s"
-    )
+    tell(capfd, f"mutated {name}: {times:,}, {refused:,} refused in one line; longest {longest:.2f} s; {seconds:.0f} s")
 
 
 READERS = [
     *("flags", "config.json", "a checkpoint's manifest.json", "the same, signed", "progress.json, signed"),
-    *("model.safetensors", "metrics.jsonl", "journal.jsonl", "tokenizer.json", "a corpus's manifest.json", "shard"),
+    *("model.safetensors", "metrics.jsonl", "journal.jsonl", "tokenizer.json", "corpus.json", "shard"),
     *("text", "JSON lines"),
 ]
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_mutated_inputs(
-    name: str, scale: float, finished_run: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, scale: float, finished_run: Path, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     content, read = reader_of(name, finished_run, cache_dir, tmp_path)
     read(content)
-    soaked(name, content, read, round(scale * (MUTATIONS - RUNS_AMONG_THEM) / len(READERS)), capsys)
+    soaked(name, content, read, round(scale * (MUTATIONS - RUNS_AMONG_THEM) / len(READERS)), capfd)
 
 
 def reader_of(
@@ -281,9 +278,9 @@ def reader_of(
 
 def in_corpus(name: str, cache_dir: Path, tmp_path: Path) -> tuple[bytes, Callable[[bytes], object]]:
     """The file of a prepared corpus, and what opens the corpus and reads all of its tokens."""
-    prepared = next(path.parent for path in cache_dir.glob("*/manifest.json"))
+    prepared = next(path.parent for path in cache_dir.glob("*/corpus.json"))
     corpus = Path(shutil.copytree(prepared, tmp_path / "corpus"))
-    file = next(corpus.glob("manifest.json" if name.endswith("manifest.json") else "train-*.safetensors"))
+    file = next(corpus.glob("corpus.json" if name == "corpus.json" else "train-*.safetensors"))
 
     def read(content: bytes) -> object:
         file.write_bytes(content)
@@ -296,7 +293,7 @@ def in_corpus(name: str, cache_dir: Path, tmp_path: Path) -> tuple[bytes, Callab
 
 
 def test_mutated_run_folders(
-    scale: float, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scale: float, finished_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """`gpt train` on a finished run with a file that is not what it was: it trains on, or says in one line why not."""
     statuses: Counter[int] = Counter()
@@ -317,5 +314,5 @@ def test_mutated_run_folders(
             verify(RunFolder(folder).committed()[-1])
         statuses[status] += 1
         shutil.rmtree(folder)
-    capsys.readouterr()
-    tell(capsys, f"mutated run folders: {times:,}, {dict(statuses)} by exit status; {time.monotonic() - started:.0f} s")
+    capfd.readouterr()
+    tell(capfd, f"mutated run folders: {times:,}, {dict(statuses)} by exit status; {time.monotonic() - started:.0f} s")
