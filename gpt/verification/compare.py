@@ -84,8 +84,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _of_records(name: str, reference: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> Iterator[Difference]:
     for number, (ours, theirs) in enumerate(zip_longest(reference, resumed), 1):
         if ours is None or theirs is None or ours["step"] != theirs["step"] or ours.keys() != theirs.keys():
-            shown = [_ABSENT if record is None else _shown(record) for record in (ours, theirs)]
-            yield Difference(f"{name}, record {number}", *shown)
+            there, here = (_ABSENT if record is None else _shown(record) for record in (ours, theirs))
+            yield Difference(f"{name}, record {number}", there, here)
             return  # what comes after it is moved, not changed
         yield from _of_record(f"{name}, step {ours['step']}", ours, theirs)
 
@@ -108,21 +108,22 @@ def _of_tensors(reference: Path, resumed: Path) -> Iterator[tuple[Difference | N
     with safe_open(reference, framework="pt") as ours, safe_open(resumed, framework="pt") as theirs:
         for name in sorted({*ours.keys(), *theirs.keys()}):
             if name not in ours.keys() or name not in theirs.keys():  # noqa: SIM118
-                found = [name if name in file.keys() else _ABSENT for file in (ours, theirs)]  # noqa: SIM118
-                yield Difference(place, *found), 0
+                there, here = (name if name in file.keys() else _ABSENT for file in (ours, theirs))  # noqa: SIM118
+                yield Difference(place, there, here), 0
                 continue
             pair = ours.get_tensor(name), theirs.get_tensor(name)
             yield _of_tensor(f"{place}: {name}", *pair), pair[0].nbytes
 
 
 def _of_tensor(place: str, reference: torch.Tensor, resumed: torch.Tensor) -> Difference | None:
-    kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (reference, resumed)]
-    if kinds[0] != kinds[1]:
-        return Difference(place, *kinds)
+    there, here = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (reference, resumed))
+    if there != here:
+        return Difference(place, there, here)
     width = reference.element_size()
     ours, theirs = (tensor.reshape(-1).view(torch.uint8).reshape(-1, width) for tensor in (reference, resumed))
     apart = (ours != theirs).any(dim=1).reshape(reference.shape).nonzero()
     if not len(apart):
         return None
     at = tuple(apart[0].tolist())
-    return Difference(f"{place}{list(at)}", *(repr(tensor[at].item()) for tensor in (reference, resumed)), len(apart))
+    there, here = (repr(tensor[at].item()) for tensor in (reference, resumed))
+    return Difference(f"{place}{list(at)}", there, here, len(apart))

@@ -48,7 +48,7 @@ class Course:
     @property
     def closing(self) -> int:
         """From here on a kill does not wait for anything that may not come before the end."""
-        return max(0, self.last_step - (self.checkpoint_interval or self.last_step))
+        return max(self.first_step, self.last_step - (self.checkpoint_interval or self.last_step))
 
 
 @dataclass
@@ -112,14 +112,14 @@ class Kill:
 
 
 def draw_aims(seed: int, kills: int, course: Course) -> list[Aim]:
-    """Half of the kills at any time, the others where things are written and read, over the whole course."""
+    """Half of the kills at any time, the others where things are written and read, up to the last interval."""
     places = [Place.START_UP, Place.SAVE]
     places += [Place.EVALUATION] if course.evaluated else []
     places += [Place.EPOCH] if course.epoch_ends else []
     drawn = random.Random(seed)
     chosen = [Place.STEP if i % 2 else places[i // 2 % len(places)] for i in range(kills)]
     drawn.shuffle(chosen)
-    steps = sorted(drawn.uniform(course.first_step, course.last_step) for _ in range(kills))
+    steps = sorted(drawn.uniform(course.first_step, course.closing) for _ in range(kills))
     return [Aim(place, step, drawn.random()) for place, step in zip(chosen, steps, strict=True)]
 
 

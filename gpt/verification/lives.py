@@ -112,20 +112,20 @@ def _descendants(ancestor: int) -> list[int]:
     """Processes that `ancestor` started, and theirs."""
     children: dict[int, list[int]] = {}
     for entry in PROCESSES.iterdir():
-        if entry.name.isdigit() and (found := _stat(int(entry.name))) is not None:
-            children.setdefault(int(found[1]), []).append(int(entry.name))
-    found, rest = [], [ancestor]
+        if entry.name.isdigit() and (stat := _stat(int(entry.name))) is not None:
+            children.setdefault(int(stat[1]), []).append(int(entry.name))
+    found, rest = list[int](), [ancestor]
     while rest:
-        ours = children.get(rest.pop(), [])
-        found += ours
-        rest += ours
+        own = children.get(rest.pop(), [])
+        found += own
+        rest += own
     return found
 
 
 def _lives(pid: int) -> bool:
     """Whether a process still has its files; one that nobody has waited for has none."""
-    found = _stat(pid)
-    return found is not None and found[0] != "Z"
+    stat = _stat(pid)
+    return stat is not None and stat[0] != "Z"
 
 
 def _stat(pid: int) -> list[str] | None:

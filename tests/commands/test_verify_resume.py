@@ -59,20 +59,36 @@ def test_a_flipped_bit_in_the_last_weights_is_told_and_the_runs_are_kept(
         run(flags)
 
 
+def test_another_seed_in_the_second_run_is_told_from_the_first_step_on(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = kills.kill_and_continue
+
+    def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[Kill]:
+        config = folder.path.with_name("config.json")
+        config.write_text(config.read_text().replace('"seed": 1337', '"seed": 1338'))
+        return really(start, folder, *arguments)
+
+    monkeypatch.setattr(kills, "kill_and_continue", sabotage)
+    assert run([*flags, "--kills", "1", "--max-steps", "6"]) == 1
+    assert "first difference: metrics.jsonl, step 1: " in capsys.readouterr().out
+
+
 def test_a_run_that_cannot_go_on_is_told(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     really = kills.kill_and_continue
 
     def sabotage(start: Callable[[], Any], folder: RunFolder, *arguments: Any) -> list[Kill]:
-        folder.path.write_text("no folder")
+        folder.path.mkdir()
+        folder.metrics.touch()
         return really(start, folder, *arguments)
 
     monkeypatch.setattr(kills, "kill_and_continue", sabotage)
     assert run([*flags, "--kills", "1", "--max-steps", "2"]) == 1
     said = capsys.readouterr().out
     assert "the killed run does not go on: it ended by itself with status 2" in said
-    assert "gpt: error: --run-dir " in said
+    assert "holds a run without its config.json" in said
 
 
 @pytest.mark.parametrize(
@@ -81,7 +97,7 @@ def test_a_run_that_cannot_go_on_is_told(
         (("--kils", "3"), "unknown flag --kils; did you mean --kills?"),
         (("--kills", "0"), "--kills 0: must be at least 1"),
         (("--data.source", "/no/such/text"), "--data.source /no/such/text: no such file or folder"),
-        (("--tokens-per-step", "1000"), "tokens_per_step=1000"),
+        (("--tokens-per-step", "1000"), "--tokens-per-step 1000 is not divisible"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(

@@ -21,7 +21,7 @@ FLAGS = [
     [
         (1, 12, ["--checkpoint.keep-best"]),
         (1, 6, ["--checkpoint.no-asynchronous", "--optimizer.name", "muon"]),
-        (2, 3, []),
+        (2, 3, ["--max-steps", "80"]),
     ],
 )
 def test_kills_at_every_kind_of_place_change_no_bit(
