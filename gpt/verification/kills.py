@@ -119,7 +119,8 @@ def draw_aims(seed: int, kills: int, course: Course) -> list[Aim]:
     drawn = random.Random(seed)
     chosen = [Place.STEP if i % 2 else places[i // 2 % len(places)] for i in range(kills)]
     drawn.shuffle(chosen)
-    steps = sorted(drawn.uniform(course.first_step, course.closing) for _ in range(kills))
+    end = course.closing if course.closing > course.first_step else course.last_step
+    steps = sorted(drawn.uniform(course.first_step, end) for _ in range(kills))
     return [Aim(place, step, drawn.random()) for place, step in zip(chosen, steps, strict=True)]
 
 

@@ -26,7 +26,11 @@ def test_a_seed_decides_the_aims_and_half_of_them_wait_for_nothing() -> None:
     assert aims != draw_aims(4, 100, COURSE)
     assert Counter(aim.place for aim in aims)[Place.STEP] == 50
     assert {aim.place for aim in aims} == set(Place)
-    assert [aim.step for aim in aims] == sorted(aim.step for aim in aims)
+    steps = [aim.step for aim in aims]
+    assert steps == sorted(steps)
+    assert 80 < steps[-1] < COURSE.closing == 90
+    one_save = Course(0, 100, 0, frozenset(), frozenset())
+    assert 90 < draw_aims(3, 100, one_save)[-1].step < 100
     assert Place.EPOCH not in {aim.place for aim in draw_aims(3, 100, Course(0, 100, 10, frozenset(), frozenset()))}
 
 
