@@ -95,7 +95,7 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.utils.helper import plural
     from gpt.verification.compare import compare
-    from gpt.verification.kills import Kill, draw_aims, kill_and_continue
+    from gpt.verification.kills import draw_aims, kill_and_continue
     from gpt.verification.lives import starter
 
     saved = folder / "config.json"
@@ -108,25 +108,15 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
         f"reference: {plural(course.last_step - course.first_step, 'step')} on {plural(command.ranks, 'rank')} in "
         f"{pace.whole:.1f} s, {pace.start_up:.1f} s of them before the first report"
     )
-    kills: list[Kill] = []
 
-    def tell(kill: Kill) -> None:
-        kills.append(kill)
-        console.print(
-            f"kill {len(kills)}: {kill.place.value}, after step {kill.step}; {plural(kill.lost, 'step')} lost"
-        )
+    def tell(number: int, kill: "Kill") -> None:
+        console.print(f"kill {number}: {kill.place.value}, after step {kill.step}; {plural(kill.lost, 'step')} lost")
 
     log = folder / "resumed.log"
+    aims = draw_aims(command.kill_seed, command.kills, course)
     arguments = ["train", "--config", str(saved), "--run-dir", str(resumed.path)]
     try:
-        kill_and_continue(
-            lambda: start(arguments, log),
-            resumed,
-            draw_aims(command.kill_seed, command.kills, course),
-            course,
-            pace,
-            tell,
-        )
+        kills = kill_and_continue(lambda: start(arguments, log), resumed, aims, course, pace, tell)
     except UserError as error:
         console.print(f"the killed run does not go on: {error}; its last words in {log}: {_last_words(log)}")
         return False

@@ -101,9 +101,9 @@ class Kill:
 
     place: Place
     step: int
-    """Last step that was reported."""
+    """Last step that was reported; of a life that reported none, the step that it continued from."""
     kept: int
-    """Step of the newest checkpoint."""
+    """Step of the newest checkpoint, from which the next life goes on."""
 
     @property
     def lost(self) -> int:
@@ -155,7 +155,7 @@ def kill_and_continue(
     aims: Sequence[Aim],
     course: Course,
     pace: Pace,
-    tell: Callable[[Kill], None],
+    tell: Callable[[int, Kill], None],
 ) -> list[Kill]:
     """Kill one life after the other, then let the last one finish.
 
@@ -165,7 +165,7 @@ def kill_and_continue(
         aims: one for each kill.
         course: of the whole run.
         pace: of the reference.
-        tell: of each kill.
+        tell: of each kill as it happens, and how many there were.
 
     Returns:
         The kills; fewer than there were aims if the run came to its end before.
@@ -177,7 +177,7 @@ def kill_and_continue(
     fruitless = 0
     for aim in [*aims, None]:
         watch = Watch(folder)
-        before = watch.look().committed
+        before = max(watch.look().committed, course.first_step)
         life = start()
         try:
             _watch_until_due(life, watch, aim, course, pace, saved_at=before if fruitless >= FRUITLESS else None)
@@ -185,14 +185,15 @@ def kill_and_continue(
             life.kill()
         if (status := life.poll()) == 0:
             return kills
-        if status != -signal.SIGKILL:
+        if status != -signal.SIGKILL or aim is None:
             raise UserError(f"it ended by itself with status {status}")
         sight = watch.look()
         place = _place(sight, course, resumed_at=before)
-        kills.append(Kill(place, before if place is Place.START_UP else sight.step, sight.committed))
-        tell(kills[-1])
-        fruitless = 0 if sight.committed > before else fruitless + 1
-    raise AssertionError("the last life is not killed")
+        kept = max(sight.committed, course.first_step)
+        kills.append(Kill(place, before if place is Place.START_UP else sight.step, kept))
+        tell(len(kills), kills[-1])
+        fruitless = 0 if kept > before else fruitless + 1
+    raise AssertionError("the last life is nobody's to kill")
 
 
 def _watch_until_due(

@@ -97,7 +97,12 @@ def test_a_life_that_fails_by_itself_is_told(tmp_path: Path) -> None:
     start, log = starter(1), tmp_path / "log"
     with pytest.raises(UserError, match="ended by itself with status 2"):
         kill_and_continue(
-            lambda: start(["train", "--nonsense"], log), RunFolder(tmp_path), [], COURSE, Pace(), lambda kill: None
+            lambda: start(["train", "--nonsense"], log),
+            RunFolder(tmp_path),
+            [],
+            COURSE,
+            Pace(),
+            lambda number, kill: None,
         )
     assert "unknown flag --nonsense" in log.read_text()
 
@@ -110,7 +115,7 @@ def test_a_life_that_hangs_is_killed_and_told(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="hangs at step 0"):
         kill_and_continue(
             lambda: lives.append(start(["train", "--config", str(pipe)], tmp_path / "log")) or lives[-1],
-            RunFolder(tmp_path), [], COURSE, Pace(), lambda kill: None,
+            RunFolder(tmp_path), [], COURSE, Pace(), lambda number, kill: None,
         )  # fmt: skip
     assert lives[0].poll() == -9
 
