@@ -34,7 +34,7 @@ HELP = f"""usage: gpt [VERB] [ARGS]
 Train GPT models. Without a verb: gpt train quickstart.
 
 verbs:
-{chr(10).join(f"  {name:8}{purpose}" for name, purpose in VERBS.items())}
+{chr(10).join(f"  {name:15}{purpose}" for name, purpose in VERBS.items())}
 
 presets of gpt train:
   {", ".join(PRESETS)}
@@ -47,6 +47,7 @@ examples:
   gpt sample runs/quickstart --prompt "def main("
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               is every checkpoint as it was written?
+  gpt verify-resume debug --kills 10       kill a run again and again: is a bit lost?
   gpt bench quickstart                     tokens per second, and where a step's time goes
 
 gpt VERB --help lists every flag."""

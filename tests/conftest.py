@@ -35,6 +35,10 @@ WORDS = """
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-scale", type=float, default=1.0, help="how much of the soak to do (pytest -m soak)")
+
+
 def make_text(n_words: int, seed: int = 0) -> str:
     draw = random.Random(seed)
     return "".join(draw.choice(WORDS) + draw.choice([" ", " ", " ", ", ", ".\n"]) for _ in range(n_words))

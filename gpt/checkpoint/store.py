@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -177,7 +178,7 @@ def read_manifest(path: Path) -> Manifest:
         {
             str(name): float(value)
             for name, value in _dict(content.get("metrics")).items()
-            if isinstance(value, (int, float)) and math.isfinite(value)
+            if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
         },
     )
 

@@ -41,6 +41,7 @@ VERBS = {
     "sample": "let a trained model continue a text",
     "data-at": "show the documents that a step of a run was trained on",
     "verify": "compare every checkpoint of a run with its digests",
+    "verify-resume": "kill and resume a run again and again, and compare every bit with one left in peace",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 
@@ -79,7 +80,7 @@ def parse_over_preset(model: type[T], argv: Sequence[str], *, verb: str) -> T:
     if preset is not None and preset not in PRESETS:
         raise UserError(f"unknown verb or preset {preset!r}; {_nearest(preset, [*VERBS, *PRESETS])}")
     base = _saved_or_preset(_value_of("--config", flags), preset)
-    named = {name for name in HORIZON if _is_named(f"--{name}", flags)}
+    named = {name for name in HORIZON if is_named(f"--{name}", flags)}
     if named:  # a horizon on the command line replaces the preset's, whichever of the three that one uses
         base |= {name: 0 for name in HORIZON if name not in named}
     return parse(model, flags, prog=f"gpt {verb} {preset or ''}".strip(), default=base)
@@ -209,7 +210,8 @@ def _saved_or_preset(saved: str | None, preset: str | None) -> dict[str, Any]:
     return {name: getattr(config, name) for name in type(config).model_fields}
 
 
-def _is_named(flag: str, argv: Sequence[str]) -> bool:
+def is_named(flag: str, argv: Sequence[str]) -> bool:
+    """Whether a command line gives a value to `--flag`."""
     return any(word.split("=")[0].replace("_", "-") == flag.replace("_", "-") for word in argv)
 
 

@@ -335,6 +335,8 @@ def _is_tiktokens(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | s
     """
     if not (vocabulary.keys() >= set(_CHAR_TO_BYTE) and set().union(*vocabulary) <= set(_CHAR_TO_BYTE)):
         return False
+    if len(set(vocabulary.values())) < len(vocabulary):  # of two tokens with one id tiktoken panics
+        return False
     ranks = {_to_bytes(token): rank for token, rank in vocabulary.items()}
     listed = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return [(_to_bytes(left), _to_bytes(right)) for left, right in listed] == list(_merges_of(ranks))

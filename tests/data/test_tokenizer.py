@@ -252,6 +252,15 @@ def test_a_vocabulary_that_lacks_a_byte_is_left_to_the_library() -> None:
     assert Tokenizer(json.dumps(definition)).encode("Quick Q").tolist() == library.encode("Quick Q").ids
 
 
+def test_two_tokens_of_one_id_are_left_to_the_library(capfd: pytest.CaptureFixture[str]) -> None:
+    definition = json.loads(KINDS["byte"]().definition)
+    vocabulary = definition["model"]["vocab"]
+    vocabulary["Q"] = vocabulary["R"]
+    library = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    assert Tokenizer(json.dumps(definition)).encode("QR").tolist() == library.encode("QR").ids
+    assert capfd.readouterr().err == ""  # tiktoken panics there, and says so
+
+
 def test_truncation_and_padding_of_the_file_are_not_obeyed() -> None:
     library = tokenizers.Tokenizer.from_str(byte_tokenizer().definition)
     library.enable_truncation(5)

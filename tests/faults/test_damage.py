@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, verify
+from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, read_manifest, verify
 from gpt.data.tokenizer import Tokenizer, byte_tokenizer
 from gpt.errors import UserError
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
@@ -139,6 +139,13 @@ def test_a_deceitful_checkpoint_is_one_line(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(told.value)
     assert len(str(told.value)) < 600
     assert time.monotonic() - started < 2
+
+
+def test_metrics_of_no_use_are_left_out(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "step", trained_state(), "{}")
+    huge = {"a": 10**400, "b": float("nan"), "c": "1", "val/loss": 1.5, "d": 2}
+    with_manifest(lambda manifest: manifest.update(metrics=huge))(tmp_path / "step")
+    assert read_manifest(tmp_path / "step").metrics == {"val/loss": 1.5, "d": 2.0}
 
 
 @pytest.mark.parametrize("case", MALICIOUS)

@@ -1,0 +1,1 @@
+"""A run that is killed and continued, beside the same run left in peace."""
