@@ -30,7 +30,7 @@ from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 from gpt.parallel.apply import build_gradient_sync, make_ready
 from gpt.planning.flops import flops_per_token
-from gpt.planning.hardware import find_device
+from gpt.planning.hardware import find_device, peak_memory
 from gpt.planning.peak import matmul_peak
 from gpt.training.eval_saver import EvalSaver
 from gpt.training.evaluator import Evaluator
@@ -107,6 +107,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
             dist,
             flops_per_token=flops_per_token(plan.model),
             peak=peak * dist.world_size,
+            peak_memory=partial(peak_memory, dist.device.type),
         ),
         checkpoints=checkpoints,
         journal=journal,
@@ -156,7 +157,7 @@ def build_train_step(
         state.model.get_submodule("h").children(),
         dist,
         config.parallel,
-        compiled=config.compile,
+        compile_mode=config.compile_mode if config.compile else None,
         trial=partial(
             trial_loss,
             n_sequences=plan.batch.micro_batch_size,

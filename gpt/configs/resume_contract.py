@@ -33,7 +33,7 @@ def _each(change: Change, section: str, names: str) -> dict[str, Change]:
 
 
 CONTRACT: dict[str, Change] = {
-    **_each(Change.SAFE, "", "run_dir device compile resume resume_with_changes"),
+    **_each(Change.SAFE, "", "run_dir device compile compile_mode resume resume_with_changes"),
     **_each(Change.SAFE, "data", "cache_dir workers"),
     **_each(Change.SAFE, "parallel", "activation_checkpointing check_replicas step_timeout"),
     **_each(Change.SAFE, "runtime", "threads keep_freed_memory flush_denormals"),

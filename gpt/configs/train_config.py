@@ -44,6 +44,8 @@ class TrainConfig(Config):
     """Compute type under autocast; auto: bfloat16 where the hardware has it, else float32."""
     compile: bool = False
     """Compile the model with torch.compile; a machine that cannot falls back, and says so."""
+    compile_mode: Literal["default", "max-autotune"] = "default"
+    """max-autotune times several kernels for each product of matrices, and takes long to compile."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0: no clipping."""
     resume: str = Field("auto", min_length=1)

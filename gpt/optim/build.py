@@ -22,7 +22,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW, or Muon with it.
 
-    Each group holds its highest rate as `max_lr`; `set_learning_rate` sets the rate before every update.
+    Each group holds its highest rate as `max_lr`, and begins with it; `set_learning_rate` sets the rate of an update.
 
     Args:
         model: whose parameters it updates.
@@ -32,17 +32,21 @@ def build_optimizer(
         precision: type in which Muon orthogonalises.
     """
     betas = (config.beta1, config.beta2)
+    optimizer: torch.optim.Optimizer
     if config.name == "adamw":
-        return AdamW(decay_groups(model, config.weight_decay, max_lr), betas=betas)
-    matrices: dict[str, Any] = {
-        "params": list(hidden),
-        "parts": list(hidden.values()),
-        "weight_decay": config.weight_decay,
-        "max_lr": config.muon_lr,
-        "momentum": config.muon_momentum,
-    }
-    others = decay_groups(model, config.weight_decay, max_lr, without=hidden.keys())
-    return Muon(matrices, others, betas=betas, precision=precision)
+        optimizer = AdamW(decay_groups(model, config.weight_decay, max_lr), betas=betas)
+    else:
+        matrices: dict[str, Any] = {
+            "params": list(hidden),
+            "parts": list(hidden.values()),
+            "weight_decay": config.weight_decay,
+            "max_lr": config.muon_lr,
+            "momentum": config.muon_momentum,
+        }
+        others = decay_groups(model, config.weight_decay, max_lr, without=hidden.keys())
+        optimizer = Muon(matrices, others, betas=betas, precision=precision)
+    set_learning_rate(optimizer, 1.0)
+    return optimizer
 
 
 def decay_groups(

@@ -16,6 +16,9 @@ from gpt.utils.helper import first_line
 
 log = logging.getLogger(__name__)
 
+COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
+"""torch's names. CUDA graphs would overwrite the loss of a micro-batch with the next one's."""
+
 
 def make_ready(
     model: nn.Module,
@@ -23,21 +26,22 @@ def make_ready(
     dist: DistContext,
     config: ParallelConfig,
     *,
-    compiled: bool,
+    compile_mode: str | None,
     trial: Callable[[nn.Module], torch.Tensor],
 ) -> nn.Module:
     """The module that the training step calls: compiled in place where asked, wrapped in DDP for several processes.
 
     `blocks` are the parts of the model that keep less for the backward pass where `config` asks for it; the compiler
     must find them so. DDP averages gradients over processes, but for the reproducible mode, in which the module
-    stays bare. Compiling in place changes no name in a state dict.
+    stays bare. Compiling in place changes no name in a state dict; `compile_mode` is one of COMPILE_MODES, None does not
+    compile.
     `trial` maps the module to a loss: it is run once, forward and backward, so that what the compiler cannot do shows
     before the first step; the model then runs as it is. It runs inside the wrapper, for the compiler cuts the graph to
     DDP's buckets.
     """
     checkpoint_activations(blocks, config.activation_checkpointing)
-    if compiled:
-        model.compile()
+    if compile_mode is not None:
+        model.compile(mode=COMPILE_MODES[compile_mode])
     ready = model
     if dist.world_size > 1 and not config.reproducible:
         ready = DistributedDataParallel(
@@ -46,7 +50,7 @@ def make_ready(
             process_group=dist.step_group,
             gradient_as_bucket_view=True,
         )
-    if compiled:
+    if compile_mode is not None:
         try:
             with AveragedGradients(ready, dist.world_size).micro_batch(is_last=False):
                 trial(ready).backward()

@@ -19,6 +19,7 @@ class Meter:
         dist: the processes over which losses are summed.
         flops_per_token: arithmetic of a step, by its tokens.
         peak: FLOP/s that all processes together reach at best.
+        peak_memory: the most bytes that this process needed so far; None where nobody tells.
         clock: seconds; monotonic.
     """
 
@@ -30,11 +31,13 @@ class Meter:
         *,
         flops_per_token: float,
         peak: float,
+        peak_memory: Callable[[], int | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._tokens_per_step, self._skipped_updates = tokens_per_step, skipped_updates
         self._dist, self._clock = dist, clock
         self._mfu_of_rate = flops_per_token / peak
+        self._peak_memory = peak_memory
         self._stats: list[StepStats] = []
         self._started = clock()
 
@@ -66,6 +69,8 @@ class Meter:
             "tokens_per_second": rate,
             "mfu": rate * self._mfu_of_rate,  # model FLOPs utilization (Chowdhery et al. 2022, "PaLM", section 4.1)
         }
+        if (needed := self._peak_memory()) is not None:
+            metrics["peak_memory_bytes"] = self._dist.most(needed)
         if skipped_updates:
             metrics["skipped_updates"] = int(skipped_updates)
         self._stats.clear()

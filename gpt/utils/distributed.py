@@ -175,6 +175,10 @@ class DistContext:
         self._started = [earlier for earlier in self._started if not earlier.is_completed()] + [work]
         return _ReducedFlag(flag, work)
 
+    def most(self, value: int) -> int:
+        """The largest value that any process gives."""
+        return -self.least(-value)
+
     def least(self, value: int) -> int:
         """The smallest value that any process gives; before the first step, for it is waited for long."""
         if self.world_size == 1:

@@ -20,8 +20,8 @@ from gpt.configs.resume_contract import leaves
 from gpt.utils.atomic_io import read_jsonl
 from gpt.verification.watch import LOSS, VAL_LOSS
 
-OF_THE_CLOCK = {"tokens_per_second", "mfu"}
-"""Metrics that are never the same twice."""
+OF_THE_CLOCK = {"tokens_per_second", "mfu", "peak_memory_bytes"}
+"""Metrics of the machine, which are never the same twice."""
 _ABSENT = "nothing"
 
 

@@ -42,7 +42,7 @@ STEPS = 20
 def record(run_dir: Path) -> dict[str, Any]:
     """All that is to be the same, of a whole run: losses, norms, evaluations, weights, optimizer."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = {"tokens_per_second", "mfu"}
+    timed = {"tokens_per_second", "mfu", "peak_memory_bytes"}
     last = run_dir / "checkpoints" / f"step_{STEPS:08d}"
     return {
         "metrics": [{name: value for name, value in line.items() if name not in timed} for line in lines],

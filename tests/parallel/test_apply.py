@@ -19,7 +19,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCapt
         raise RuntimeError("no C++ compiler\nand much more")
 
     with caplog.at_level(logging.WARNING):
-        assert make_ready(model, (), DistContext("cpu"), ParallelConfig(), compiled=True, trial=trial) is model
+        assert make_ready(model, (), DistContext("cpu"), ParallelConfig(), compile_mode="default", trial=trial) is model
     assert "torch.compile does not work here (no C++ compiler)" in caplog.text
     assert model._compiled_call_impl is None
     assert model.weight.grad is None
@@ -31,7 +31,7 @@ def test_one_process_needs_no_wrapper() -> None:
         raise AssertionError("nothing is compiled")
 
     model = nn.Linear(2, 2)
-    assert make_ready(model, (), DistContext("cpu"), ParallelConfig(), compiled=False, trial=trial) is model
+    assert make_ready(model, (), DistContext("cpu"), ParallelConfig(), compile_mode=None, trial=trial) is model
     with AveragedGradients(model, world_size=1).micro_batch(is_last=False):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad is not None
@@ -51,5 +51,20 @@ def test_blocks_are_checkpointed_before_the_model_is_compiled() -> None:
 
     model.compile = compile_model  # type: ignore[method-assign]
     config = ParallelConfig(activation_checkpointing="block")
-    make_ready(model, model, DistContext("cpu"), config, compiled=True, trial=trial)
+    make_ready(model, model, DistContext("cpu"), config, compile_mode="default", trial=trial)
     assert seen == [True]
+
+
+def test_the_compiler_gets_the_mode_by_torchs_name() -> None:
+    class Recorder(nn.Linear):
+        def compile(self, *args: object, **kwargs: object) -> None:
+            self.asked = kwargs
+
+    model = Recorder(2, 2)
+
+    def trial(module: nn.Module) -> torch.Tensor:
+        return module(torch.ones(1, 2)).sum()
+
+    make_ready(model, (), DistContext("cpu"), ParallelConfig(), compile_mode="max-autotune", trial=trial)
+    assert model.asked == {"mode": "max-autotune-no-cudagraphs"}
+    assert model.asked["mode"] in torch._inductor.list_mode_options()

@@ -9,7 +9,15 @@ from gpt.utils.distributed import DistContext
 
 def test_a_report_has_every_loss_and_the_rate_of_its_window() -> None:
     now = [100.0]
-    meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"), flops_per_token=30, peak=600, clock=lambda: now[0])
+    meter = Meter(
+        10,
+        torch.tensor(0),
+        dist=DistContext("cpu"),
+        flops_per_token=30,
+        peak=600,
+        peak_memory=lambda: 7,
+        clock=lambda: now[0],
+    )
     now[0] = 500.0  # set-up is not training
     meter.start_window()
     for loss, norm, n_targets in ((20.0, 1.0, 10), (27.0, 2.0, 9)):  # a step of ten positions, one of them padding
@@ -18,12 +26,18 @@ def test_a_report_has_every_loss_and_the_rate_of_its_window() -> None:
     metrics, losses, skips = meter.report()
     assert losses == (2.0, 3.0)
     assert skips == (False, False)
-    assert metrics == {"train/loss": 3.0, "grad_norm": 2.0, "tokens_per_second": 5.0, "mfu": 0.25}
+    assert metrics == {
+        "train/loss": 3.0,
+        "grad_norm": 2.0,
+        "tokens_per_second": 5.0,
+        "mfu": 0.25,
+        "peak_memory_bytes": 7,
+    }
     meter.start_window()
     meter.add(StepStats(torch.tensor(10.0), torch.tensor(1.0), 10))
     now[0] = 505.0
     assert meter.report() == (
-        {"train/loss": 1.0, "grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.5},
+        {"train/loss": 1.0, "grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.5, "peak_memory_bytes": 7},
         (1.0,),
         (False,),
     )

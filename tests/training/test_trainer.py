@@ -61,7 +61,16 @@ def test_metrics_file_has_the_documented_keys(finished_run: Path) -> None:
     evaluations = [record for record in records if "val/loss" in record]
     assert [record["step"] for record in train] == list(range(1, 9))
     assert [record["step"] for record in evaluations] == [4, 8]
-    assert set(train[0]) == {"step", "tokens", "train/loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
+    assert set(train[0]) == {
+        "step",
+        "tokens",
+        "train/loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+    }
     assert set(evaluations[0]) == {"step", "val/loss", "val/perplexity", "val/bpb"}
     assert [record["tokens"] for record in train] == [128 * step for step in range(1, 9)]
     assert [record["lr"] for record in train][:2] == [0.005, 0.01]
