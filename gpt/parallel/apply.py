@@ -33,8 +33,7 @@ def make_ready(
 
     `blocks` are the parts of the model that keep less for the backward pass where `config` asks for it; the compiler
     must find them so. DDP averages gradients over processes, but for the reproducible mode, in which the module
-    stays bare. Compiling in place changes no name in a state dict; `compile_mode` is one of COMPILE_MODES, None does not
-    compile.
+    stays bare. `compile_mode` is one of COMPILE_MODES, or None; compiling in place changes no name in a state dict.
     `trial` maps the module to a loss: it is run once, forward and backward, so that what the compiler cannot do shows
     before the first step; the model then runs as it is. It runs inside the wrapper, for the compiler cuts the graph to
     DDP's buckets.
