@@ -113,16 +113,17 @@ class _MatmulAttention(torch.autograd.Function):
         q, k, v, hidden, *kept = ctx.saved_tensors
         B, H, T, D = grad.shape
         grad = grad.reshape(B * H, T, D)
-        q_grad, blocks = torch.empty_like(q), _blocks(T)
+        q_grads, blocks = [], _blocks(T)
         k_grad: torch.Tensor | None = None
         v_grad: torch.Tensor | None = None
         for index, rows in reversed([*enumerate(blocks)]):  # the last one sees every key
             weights = kept[index] if kept else _weights(q, k, rows, hidden)  # (N, R, S)
             weight_grad = torch.bmm(grad[:, rows], v[:, : rows.stop].transpose(1, 2))
             score_grad = torch._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
-            q_grad[:, rows] = _scaled_bmm(score_grad, k[:, : rows.stop], D**-0.5)
+            q_grads.append(_scaled_bmm(score_grad, k[:, : rows.stop], D**-0.5))  # (N, R, D)
             k_grad = _plus(k_grad, _scaled_bmm(score_grad.transpose(1, 2), q[:, rows], D**-0.5), len(blocks))
             v_grad = _plus(v_grad, torch.bmm(weights.transpose(1, 2), grad[:, rows]), len(blocks))
+        q_grad = q_grads[0] if len(blocks) == 1 else torch.cat(q_grads[::-1], 1)
         return *(x.to(q.dtype).view(B, H, T, D) for x in (q_grad, k_grad, v_grad) if x is not None), None
 
 

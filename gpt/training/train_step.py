@@ -13,6 +13,9 @@ from gpt.parallel.gradient_sync import GradientSync
 from gpt.utils.helper import Purpose, draw
 from gpt.utils.tree_sum import tree_sum
 
+ROUNDING = 1e-6
+"""What torch adds to a norm that it divides by."""
+
 
 @dataclass(frozen=True)
 class StepStats:
@@ -71,7 +74,7 @@ class TrainStep:
         losses = [self._accumulate(step, piece, scale, is_last=piece is last) for piece in batch.micro_batches]
         self._gradients.finish()
         self._scaler.unscale_(self._optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        grad_norm = clip(self._parameters, self._max_norm)
         is_finite = grad_norm.isfinite()
         if self._scaler.is_enabled():
             self._scaler.step(self._optimizer)
@@ -90,6 +93,18 @@ class TrainStep:
                 loss: torch.Tensor = self._model(batch.inputs, batch.targets, batch.documents)
             self._scaler.scale(loss * nan_unless_finite(loss, scale)).backward()
         return loss.detach()
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, to the bit; but a CPU, where the norm is known, does not multiply by one.
+
+    Returns:
+        The norm before clipping.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.device.type != "cpu" or norm + ROUNDING > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def nan_unless_finite(loss: torch.Tensor, scale: float) -> torch.Tensor:

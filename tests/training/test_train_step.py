@@ -18,7 +18,7 @@ from gpt.data.sequences import PackedDocuments
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer, set_learning_rate
 from gpt.parallel.gradient_sync import AveragedGradients
-from gpt.training.train_step import TrainStep, nan_unless_finite
+from gpt.training.train_step import TrainStep, clip, nan_unless_finite
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
 
@@ -233,3 +233,15 @@ def test_a_step_that_predicts_nothing_leaves_finite_weights() -> None:
     stats = make(model)(0, StepBatch((batch,), 0))
     assert (float(stats.loss_sum), float(stats.grad_norm)) == (0, 0)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1.0, 5.0, 5.0 + 5e-7, 6.0, math.inf])
+def test_clipping_is_torchs_to_the_bit(max_norm: float) -> None:
+    """A norm of 5, below, above and within rounding of the bound."""
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))] for _ in range(2))
+    for parameters in (ours, theirs):
+        parameters[0].grad = torch.tensor([3.0, 4.0])
+    norms = clip(ours, max_norm), torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    assert torch.equal(*norms)
+    assert torch.equal(ours[0].grad, theirs[0].grad)
+    assert ours[1].grad is None
