@@ -51,7 +51,7 @@ def speedrun_char() -> TrainConfig:
     """The loss of nanoGPT's documented CPU setting on tinyshakespeare, several times as fast; docs/EXPERIMENTS.md."""
     return TrainConfig(
         run_dir=Path("runs/speedrun-char"),
-        max_steps=240,
+        max_steps=220,
         micro_batch_size=8,
         tokens_per_step=8 * 128,
         grad_clip=0,
@@ -68,7 +68,7 @@ def speedrun_char() -> TrainConfig:
             logit_softcap=15,
         ),
         data=DataConfig(source=("tinyshakespeare.txt",), tokenizer="char"),
-        lr=LRConfig(schedule="wsd", max_lr=2e-2, warmup_steps=0, decay_steps=144),
+        lr=LRConfig(schedule="wsd", max_lr=2e-2, warmup_steps=0, decay_steps=132),
         optimizer=OptimizerConfig(name="muon", muon_lr=2e-2, muon_momentum=0.7, weight_decay=0),  # a short memory
         log=LogConfig(interval=20),
         eval=EvalConfig(interval=0),

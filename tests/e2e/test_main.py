@@ -39,9 +39,9 @@ def test_three_ways_to_start_are_one_program(tmp_path: Path) -> None:
 
 
 def test_the_packages_own_folder_is_not_on_the_import_path(tmp_path: Path) -> None:
-    code = f"import runpy, sys; sys.argv = ['main.py', '--help']; sys.path[0] = {str(MAIN.parent)!r}\n"
-    code += f"try: runpy.run_path({str(MAIN)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-    code += "print(); print(sys.path)"
+    code = f"import atexit, runpy, sys; sys.argv = ['main.py', '--help']; sys.path[0] = {str(MAIN.parent)!r}\n"
+    code += "atexit.register(lambda: print('', sys.path, sep='\\n'))\n"
+    code += f"runpy.run_path({str(MAIN)!r}, run_name='__main__')\n"
     path = run(sys.executable, "-c", code, cwd=tmp_path).stdout.splitlines()[-1]
     assert repr(str(REPOSITORY)) in path
     assert repr(str(MAIN.parent)) not in path

@@ -40,10 +40,10 @@ def test_one_process_needs_no_wrapper() -> None:
 def test_blocks_are_checkpointed_before_the_model_is_compiled() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     plain = model[0].forward
-    seen: list[bool] = []
+    seen: list[tuple[bool, str | None]] = []
 
-    def compile_model() -> None:
-        seen.append(model[0].forward != plain)
+    def compile_model(mode: str | None) -> None:
+        seen.append((model[0].forward != plain, mode))
 
     def trial(module: nn.Module) -> torch.Tensor:
         loss: torch.Tensor = module(torch.ones(1, 2)).sum()
@@ -51,20 +51,6 @@ def test_blocks_are_checkpointed_before_the_model_is_compiled() -> None:
 
     model.compile = compile_model  # type: ignore[method-assign]
     config = ParallelConfig(activation_checkpointing="block")
-    make_ready(model, model, DistContext("cpu"), config, compile_mode="default", trial=trial)
-    assert seen == [True]
-
-
-def test_the_compiler_gets_the_mode_by_torchs_name() -> None:
-    class Recorder(nn.Linear):
-        def compile(self, *args: object, **kwargs: object) -> None:
-            self.asked = kwargs
-
-    model = Recorder(2, 2)
-
-    def trial(module: nn.Module) -> torch.Tensor:
-        return module(torch.ones(1, 2)).sum()
-
-    make_ready(model, (), DistContext("cpu"), ParallelConfig(), compile_mode="max-autotune", trial=trial)
-    assert model.asked == {"mode": "max-autotune-no-cudagraphs"}
-    assert model.asked["mode"] in torch._inductor.list_mode_options()
+    make_ready(model, model, DistContext("cpu"), config, compile_mode="max-autotune", trial=trial)
+    assert seen == [(True, "max-autotune-no-cudagraphs")]
+    assert seen[0][1] in torch._inductor.list_mode_options()
