@@ -135,6 +135,8 @@ def program() -> NoReturn:
         traceback.print_exc()
         status = 1
     if not (status and launch.world_size() > 1):
+        if sys.getprofile() or sys.gettrace():
+            sys.exit(status)  # a profiler or a debugger is to have its say
         atexit._run_exitfuncs()
     _flush()
     with contextlib.suppress(OSError):

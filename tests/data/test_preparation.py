@@ -435,8 +435,8 @@ START = "import sys, gpt.data.parts as parts; parts.PART_BYTES = 30_000; from gp
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     with path.open("w") as file:
-        for index in range(1000):
-            file.write(json.dumps({"text": make_text(1000, seed=index % 900)}) + "\n")
+        for index in range(3000):
+            file.write(json.dumps({"text": make_text(1000, seed=index % 2900)}) + "\n")
     return path
 
 
