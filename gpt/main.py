@@ -10,8 +10,6 @@ if __name__ == "__main__" and __package__ in (None, "") and sys.path:
     if Path(sys.path[0]).resolve() == here:
         sys.path[0] = str(here.parent)
 
-import atexit
-import contextlib
 import importlib
 import io
 import logging
@@ -124,24 +122,13 @@ def _tell(message: str) -> None:
 
 
 def program() -> NoReturn:
-    """The process: `main`, and then its end, at once.
-
-    Python would take half a second to take torch apart. A process that has failed would also wait for the threads of
-    collectives that nobody joins any more, for as long as a step may take, or be aborted by one that still runs.
-    """
+    """The process: `main`, and then its end, at once."""
     try:
         status = main()
     except Exception:
         traceback.print_exc()
         status = 1
-    if not (status and launch.world_size() > 1):
-        if sys.getprofile() or sys.gettrace():
-            sys.exit(status)  # a profiler or a debugger is to have its say
-        atexit._run_exitfuncs()
-    _flush()
-    with contextlib.suppress(OSError):
-        sys.stderr.flush()
-    os._exit(status)
+    launch.end_process(status)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.layout import lay_out
 from gpt.pipeline import build
+from gpt.utils.launch import end_process
 
 for path in sys.argv[1:]:
     with lay_out(TrainConfig.model_validate_json(Path(path).read_text())) as layout:
         build(layout).train()
     layout.dist.close()
+end_process()
 """
 MODERN = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "dropout": 0.1}
 CASES: dict[str, dict[str, Any]] = {

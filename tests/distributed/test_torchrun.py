@@ -150,6 +150,7 @@ from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.layout import lay_out
 from gpt.pipeline import build
+from gpt.utils.launch import end_process
 
 layout = lay_out(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
 trainer = build(layout)
@@ -158,6 +159,8 @@ digest = hashlib.sha256()
 for tensor in trainer._state.model.state_dict().values():
     digest.update(tensor.numpy().tobytes())
 Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(digest.hexdigest())
+layout.dist.close()
+end_process()
 """
 
 

@@ -268,6 +268,7 @@ from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.layout import lay_out
 from gpt.pipeline import build
+from gpt.utils.launch import end_process
 
 config = TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())
 folder, stale = config.run_dir / "checkpoints", Path(sys.argv[2])
@@ -279,6 +280,7 @@ layout = lay_out(config)
 assert layout.origin == folder / "step_00000004", layout.origin
 build(layout).train()
 layout.dist.close()
+end_process()
 """
 
 

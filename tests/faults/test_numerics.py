@@ -241,6 +241,7 @@ from gpt.errors import UserError
 from gpt.layout import lay_out
 from gpt.pipeline import build
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
+from gpt.utils.launch import end_process
 
 folder, faults = Path(sys.argv[1]), json.loads(sys.argv[2])
 layout = lay_out(TrainConfig.model_validate_json((folder / "config.json").read_text()))
@@ -283,6 +284,7 @@ except UserError:
     pass
 (folder / f"seen.{layout.dist.rank}").write_text(json.dumps(seen))
 layout.dist.close()
+end_process()
 """
 
 

@@ -224,7 +224,8 @@ ELSEWHERE = """
 import os, sys
 os.chdir(os.path.join(sys.argv[1], os.environ["RANK"]))
 from gpt.main import main
-sys.exit(main(sys.argv[2:]))
+from gpt.utils.launch import end_process
+end_process(main(sys.argv[2:]))
 """
 
 
