@@ -63,7 +63,7 @@ def peers_section(result: dict[str, Any]) -> str:
         "",
         f"{sizes['n_layer']} layers, {sizes['n_head']} heads, {sizes['n_embd']} wide, vocabulary "
         f"{sizes['vocab_size']:,}, {sizes['batch']} sequences of {sizes['block_size']:,} a step in one forward pass, "
-        "AdamW, clipping, no dropout, random tokens.",
+        "exact GELU, AdamW, clipping, no dropout, random tokens.",
         "",
         _machine(result),
         "",

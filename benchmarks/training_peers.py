@@ -3,7 +3,8 @@
     python -m benchmarks.training_peers NAME SETTING SPEC
 
 SPEC is the JSON of a `Spec`. Each contender is its project's own loop, as its documentation or its training script has
-it: the same sizes, sequences a step, clipping at 1, AdamW with decay, no dropout. The settings of the peers:
+it: the same sizes, sequences a step, clipping at 1, AdamW with decay, no dropout, and GELU in its exact form, for
+nanoGPT's model has no other. The settings of the peers:
 
     fp32             what each documents for a CPU, and what it does there by itself
     bf16             bfloat16 autocast and the fused AdamW
@@ -151,6 +152,7 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
                 n_embd=spec.n_embd,
                 block_size=spec.block_size,
                 vocab_size=spec.vocab_size,
+                mlp="gelu_erf",
             ),
             data=DataConfig(
                 source=(spec.tokens,), tokenizer=spec.tokenizer, val_fraction=0, cache_dir=folder / "cache", workers=1
@@ -226,7 +228,7 @@ def litgpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
         parallel_residual=False,
         bias=True,
         attn_bias=True,
-        gelu_approximate="tanh",
+        gelu_approximate="none",
         intermediate_size=4 * spec.n_embd,
     )
     model = GPT(config)
@@ -285,6 +287,7 @@ def transformers(spec: Spec, setting: str, watch: Stopwatch) -> None:
             n_embd=spec.n_embd,
             n_positions=spec.block_size,
             vocab_size=spec.vocab_size,
+            activation_function="gelu",
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -10,6 +10,7 @@ from threading import Thread
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
+from gpt.checkpoint.resume import newest_whole
 from gpt.checkpoint.retention import kept
 from gpt.checkpoint.run_folder import RunFolder, step_of
 from gpt.checkpoint.staging import Staging
@@ -124,7 +125,7 @@ class CheckpointManager:
             The checkpoint; None if there is none, and then nothing is changed.
         """
         self._settle()
-        found = self._dist.on_main(lambda: self._newest_sound(at_most))
+        found = self._dist.on_main(lambda: self._newest_whole(at_most))
         if found is None:
             return None
         path = Path(found)
@@ -246,16 +247,11 @@ class CheckpointManager:
                 continue
         return losses
 
-    def _newest_sound(self, at_most: int | None) -> str | None:
-        for step, path in reversed(self._steps()):
-            if at_most is None or step <= at_most:
-                try:
-                    verify(path)
-                except UserError as error:
-                    log.warning("%s; skipped", error)
-                else:
-                    return str(path)
-        return None
+    def _newest_whole(self, at_most: int | None) -> str | None:
+        start = newest_whole([path for step, path in self._steps() if at_most is None or step <= at_most])
+        for path, reason in start.damaged:
+            log.warning("skipped %s: %s", path.name, reason)
+        return None if start.checkpoint is None else str(start.checkpoint)
 
     def _give_up_after(self, step: int) -> None:
         for at, path in reversed(self._steps()):

@@ -1,7 +1,7 @@
 """Where a run begins: afresh, from the newest of its own checkpoints that is whole, or from another run's."""
 
 import errno
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Start:
     checkpoint: Path | None
     """None: afresh."""
     damaged: tuple[tuple[Path, str], ...] = ()
-    """Newer ones of the run's own that are not whole, newest first, each with the reason."""
+    """Newer ones that are not whole, newest first, each with the reason."""
 
 
 def find_start(folder: RunFolder, config: TrainConfig) -> Start:
@@ -51,9 +51,33 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
             f"--run-dir {folder.path} holds a run that did not start from {config.resume}; name another --run-dir"
         )
     else:
-        start = _newest_whole(folder) if folder.steps() else Start(_fork(config, began.resume))
+        start = _own(folder) if folder.steps() else Start(_fork(config, began.resume))
     _require_continuable(folder, config, began, start)
     return start
+
+
+def newest_whole(checkpoints: Sequence[Path]) -> Start:
+    """The last of `checkpoints` that verifies, if one does.
+
+    Raises:
+        UserError: on the way there is one that only a newer version of this program can read.
+        OSError: one cannot be read, and may be another time.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(checkpoints):
+        try:
+            verify(checkpoint)
+        except UserError as error:
+            if _is_of_a_newer_version(checkpoint):
+                raise
+            damaged.append((checkpoint, str(error)))
+        except OSError as error:
+            if error.errno != errno.EIO:  # a disk that lost a block; anything else may pass
+                raise
+            damaged.append((checkpoint, f"{error.filename or checkpoint}: {error.strerror}"))
+        else:
+            return Start(checkpoint, tuple(damaged))
+    return Start(None, tuple(damaged))
 
 
 def changes(config: TrainConfig, checkpoint: Path) -> list[Difference]:
@@ -94,27 +118,20 @@ def require_same_identity(identity: Mapping[str, str | int], checkpoint: Path, n
             )
 
 
-def _newest_whole(folder: RunFolder) -> Start:
-    """The newest checkpoint that verifies; never one that only a newer version of this program can read."""
-    damaged: list[tuple[Path, str]] = []
-    for checkpoint in reversed(folder.steps()):
-        try:
-            verify(checkpoint)
-        except UserError as error:
-            if _is_of_a_newer_version(checkpoint):
-                raise
-            damaged.append((checkpoint, str(error)))
-        except OSError as error:
-            if error.errno != errno.EIO:  # a disk that lost a block; anything else may pass
-                raise
-            damaged.append((checkpoint, f"{error.filename or checkpoint}: {error.strerror}"))
-        else:
-            return Start(checkpoint, tuple(damaged))
-    listed = "; ".join(reason for _, reason in damaged)
-    raise UserError(
-        f"--run-dir {folder.path} holds checkpoints and none is whole: {listed}; bring one back from a copy, or name "
-        "another --run-dir to start afresh"
-    )
+def _own(folder: RunFolder) -> Start:
+    """The newest of the run's own that is whole; there are some.
+
+    Raises:
+        UserError: none is whole.
+    """
+    start = newest_whole(folder.steps())
+    if start.checkpoint is None:
+        listed = "; ".join(reason for _, reason in start.damaged)
+        raise UserError(
+            f"--run-dir {folder.path} holds checkpoints and none is whole: {listed}; bring one back from a copy, or "
+            "name another --run-dir to start afresh"
+        )
+    return start
 
 
 def _is_of_a_newer_version(checkpoint: Path) -> bool:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +68,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _bench_step(command: BenchCommand) -> int:
-    import torch
-
     from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
     from gpt.fitting import fitted
     from gpt.planning.flops import flops_per_token
-    from gpt.planning.hardware import find_device, machine_facts, peak_memory
-    from gpt.planning.peak import matmul_peak, measure_own_peak
+    from gpt.planning.hardware import find_device, machine_facts
+    from gpt.planning.peak import matmul_peak
     from gpt.utils.cpu_runtime import set_up_cpu
     from gpt.utils.distributed import DistContext
 
@@ -86,18 +84,12 @@ def _bench_step(command: BenchCommand) -> int:
     facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
     machine = MachineFacts(**dist.broadcast(asdict(facts)))
     plan = fitted(config, resolve(config, machine, corpus), dist)
-    rate, seconds = _measure(config, plan, dist, command.steps)
-    memory = peak_memory(device)
-
-    # Last, for what is multiplied here does not belong to the step's memory.
-    rows = plan.batch.micro_batch_size * plan.batch.block_size
-    peak, own_peak = dist.on_main(
-        lambda: [
-            matmul_peak(dist.device, machine.device_name, plan.dtype, config.data.cache_dir),
-            measure_own_peak(dist.device, getattr(torch, plan.dtype), plan.model, rows),
-        ]
+    measured = _measure(config, plan, dist, command.steps)
+    peak = dist.on_main(
+        lambda: matmul_peak(dist.device, machine.device_name, plan.dtype, config.data.cache_dir) * dist.world_size
     )
-    flops = rate * flops_per_token(plan.model) / dist.world_size
+    flops = flops_per_token(plan.model) * plan.batch.tokens_per_step
+    seconds = statistics.median(measured.step_seconds)
     if dist.is_main:
         figures = {
             "device": machine.device_name,
@@ -106,14 +98,16 @@ def _bench_step(command: BenchCommand) -> int:
             "parameters": plan.model.n_parameters,
             "tokens_per_step": plan.batch.tokens_per_step,
             "steps": command.steps,
-            "tokens_per_second": rate,
-            "milliseconds": {phase: 1e3 * median for phase, median in seconds.items()},
-            "peak_memory_bytes": memory,
+            "tokens_per_second": plan.batch.tokens_per_step / seconds,
+            "milliseconds": {phase: 1e3 * median for phase, median in measured.phase_seconds.items()},
+            "peak_memory_bytes": measured.peak_memory,
             "flops_per_token": flops_per_token(plan.model),
             "peak_flops_per_second": peak,
-            "mfu": flops / peak,
-            "own_shapes_flops_per_second": own_peak,
-            "mfu_of_own_shapes": flops / own_peak,
+            "mfu": flops / seconds / peak,
+            "own_shapes_flops_per_second": statistics.median(measured.own_rates),
+            "mfu_of_own_shapes": statistics.median(
+                flops / step / own for step, own in zip(measured.step_seconds, measured.own_rates, strict=True)
+            ),
         }
         _show(_rows(figures), figures, command.json_file)
     dist.close()
@@ -134,14 +128,27 @@ def _vocabulary(config: TrainConfig) -> int:
     return config.model.vocab_size or learnt.get(kind) or build_tokenizer(kind).vocab_size
 
 
-def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int) -> tuple[float, dict[str, float]]:
-    """Tokens per second over all processes, and the median seconds of each phase of a step."""
+@dataclass(frozen=True)
+class _Measured:
+    step_seconds: list[float]
+    own_rates: list[float]
+    """FLOP/s of products in the model's own shapes, after each step: what disturbs one disturbs the other."""
+    phase_seconds: dict[str, float]
+    """Medians of the parts of steps that are timed by part."""
+    peak_memory: int | None
+    """Bytes."""
+
+
+def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int) -> _Measured:
+    import torch
+
     from gpt.data.data_loader import DataLoader
     from gpt.data.made_up import MadeUpTokens
     from gpt.fitting import autocast_of
     from gpt.optim.build import set_learning_rate
     from gpt.pipeline import build_state, build_train_step
-    from gpt.planning.peak import synchronize
+    from gpt.planning.hardware import peak_memory
+    from gpt.planning.peak import own_rate, synchronize
     from gpt.training.stopwatch import Stopwatch, TimedScaler
     from gpt.utils.custom_scheduler import build_schedule
 
@@ -151,6 +158,7 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     train_step = build_train_step(config, plan, dist, state, stopwatch.around(autocast_of(plan)))
     schedule = build_schedule(plan.lr, plan.max_steps)
     tokens = MadeUpTokens(plan.model.vocab_size, plan.batch.block_size, masked=config.data.document_mask)
+    rows = plan.batch.micro_batch_size * plan.batch.block_size
 
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
 
@@ -161,22 +169,29 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
             train_step(step, batch)
             stopwatch.lap("optimizer")
 
-        def advance_timed(step: int) -> dict[str, float]:
+        def seconds_of(step: int) -> float:
+            synchronize(dist.device)
+            start = time.perf_counter()
+            advance(step)
+            synchronize(dist.device)
+            return time.perf_counter() - start
+
+        def phases_of(step: int) -> dict[str, float]:
             stopwatch.start()
             advance(step)
             return stopwatch.stop()
 
         for step in range(WARM_UP):
             advance(step)
-        synchronize(dist.device)
-        start = time.perf_counter()
+        memory = peak_memory(dist.device.type)  # what is multiplied below does not belong to it
+        step_seconds, own_rates = [], []
         for step in range(WARM_UP, WARM_UP + steps):
-            advance(step)
-        synchronize(dist.device)
-        seconds = time.perf_counter() - start
-        laps = [advance_timed(step) for step in range(WARM_UP + steps, WARM_UP + 2 * steps)]
-    medians = {phase: statistics.median(lap[phase] for lap in laps) for phase in laps[0]}
-    return steps * plan.batch.tokens_per_step / seconds, medians
+            step_seconds.append(seconds_of(step))
+            own = dist.on_main(lambda: own_rate(dist.device, getattr(torch, plan.dtype), plan.model, rows))
+            own_rates.append(own * dist.world_size)
+        laps = [phases_of(step) for step in range(WARM_UP + steps, WARM_UP + 2 * steps)]
+    phases = {phase: statistics.median(lap[phase] for lap in laps) for phase in laps[0]}
+    return _Measured(step_seconds, own_rates, phases, memory)
 
 
 def _rows(figures: Mapping[str, Any]) -> dict[str, str]:

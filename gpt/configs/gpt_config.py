@@ -30,8 +30,9 @@ class GPTConfig(Config):
     """How a token knows its place: a learned embedding, or queries and keys that are turned by their position."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Norm before each branch of a block and before the head."""
-    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"
-    """Activation of the MLP; swiglu is gated, and narrower, so that it has as many weights."""
+    mlp: Literal["gelu", "gelu_erf", "relu2", "swiglu"] = "gelu"
+    """Activation of the MLP: gelu in the tanh form, as GPT-2 has it; gelu_erf exactly, as in nanoGPT; swiglu
+    is gated, and narrower, so that it has as many weights."""
     qk_norm: bool = False
     """Normalise the queries and keys of each head."""
     logit_softcap: float = Field(0.0, ge=0, le=1e6)

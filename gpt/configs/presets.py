@@ -30,13 +30,13 @@ def debug() -> TrainConfig:
 
 
 def shakespeare_char() -> TrainConfig:
-    """Sizes, batch and steps of nanoGPT's documented CPU setting, at twice its rate; --data.source names the text."""
+    """Model, batch and steps of nanoGPT's documented CPU setting, at twice its rate; --data.source names the text."""
     return TrainConfig(
         run_dir=Path("runs/shakespeare-char"),
         max_steps=2000,
         micro_batch_size=12,
         tokens_per_step=12 * 64,
-        model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False),
+        model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, mlp="gelu_erf"),
         data=DataConfig(source=("tinyshakespeare.txt",), tokenizer="char"),
         lr=LRConfig(schedule="cosine", max_lr=2e-3, min_lr=2e-4, warmup_steps=100),
         optimizer=OptimizerConfig(beta2=0.99),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.models.gelu import gelu
 
 RMS_EPSILON = 1e-6
 """As in Llama and Qwen 3."""
@@ -53,11 +54,6 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, bias=config.bias)
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """The tanh form, which GPT-2 was trained with (Hendrycks and Gimpel 2016, section 2)."""
-    return F.gelu(x, approximate="tanh")
-
-
 def relu2(x: torch.Tensor) -> torch.Tensor:
     """Squared ReLU (So et al. 2021, "Primer", section 4)."""
     return F.relu(x).square()
@@ -69,7 +65,12 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * value
 
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": gelu,
+    "gelu_erf": F.gelu,  # x times the normal distribution (Hendrycks and Gimpel 2016, section 2)
+    "relu2": relu2,
+    "swiglu": swiglu,
+}
 
 
 def linear_of(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

@@ -11,10 +11,15 @@ import torch.nn.functional as F
 from gpt.models.layers import soft_cap
 from gpt.utils.helper import IGNORED
 
-CHUNK_LOGITS = 2**24
-"""Logits that are made at once: 64 MiB as float32, and as much again while their gradient is made."""
+CHUNK_BYTES = 2**27
+"""Of logits that are made at once, and then turned into their gradients where they lie. The more, the faster are the
+products, and the fewer parts of the head's gradient are added up."""
 LEAST_ROWS = 256
 """Rows below which the matrix product of a chunk would be inefficient."""
+PIECE = 2**20
+"""Of these logits, how many are worked on in float32 at once, on a CPU: they stay in its cache."""
+WORDS = 8192
+"""Of the vocabulary, whose part of the head's gradient is made at once."""
 
 
 def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *, softcap: float = 0.0) -> torch.Tensor:
@@ -57,21 +62,28 @@ class _HeadLoss(torch.autograd.Function):
         softcap: float,
         wants_gradients: bool,
     ) -> torch.Tensor:
-        rows = max(LEAST_ROWS, CHUNK_LOGITS // head.shape[0] // 64 * 64)  # oneDNN is faster with whole tiles
+        n_vocab = head.shape[0]
+        rows = max(
+            LEAST_ROWS, CHUNK_BYTES // (n_vocab * dtype.itemsize) // 64 * 64
+        )  # oneDNN is faster with whole tiles
+        # A GPU has the bandwidth, and a compiler fuses the operations.
+        in_pieces = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows_of_piece = max(1, PIECE // n_vocab) if in_pieces else rows
+        losses: list[torch.Tensor] = []
+        hidden_grads: list[torch.Tensor] = []
+        head_grad = torch.empty_like(head, dtype=torch.float32) if wants_gradients else None  # (V, C)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.to(dtype)
-            chunks = zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True)
-            if not wants_gradients:
-                return torch.stack([_nats(_log_probabilities(x @ weight.T, softcap), t).sum() for x, t in chunks]).sum()
-            losses, hidden_grads = [], []
-            head_grad = torch.zeros_like(head, dtype=torch.float32)  # (V, C)
-            for x, target in chunks:
-                loss, logit_grad = _loss_and_gradient(x @ weight.T, target, softcap)
-                losses.append(loss)
-                hidden_grads.append(logit_grad @ weight)
-                head_grad += logit_grad.T @ x
-                del logit_grad  # or it would lie there beside the next chunk's logits
-        ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad.to(head.dtype))
+            for x, target in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
+                logits = x @ weight.T
+                for piece, its_target in zip(logits.split(rows_of_piece), target.split(rows_of_piece), strict=True):
+                    losses.append(_loss(piece, its_target, softcap, into_gradient=wants_gradients))
+                if head_grad is not None:
+                    _add_products(head_grad, logits, x, is_first=not hidden_grads)
+                    hidden_grads.append(logits @ weight)
+                del logits  # or they would lie there beside the next chunk's
+        if head_grad is not None:
+            ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad.to(head.dtype))
         return torch.stack(losses).sum()
 
     @staticmethod
@@ -81,30 +93,32 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_grad, head_grad, None, None, None, None
 
 
-def _log_probabilities(logits: torch.Tensor, softcap: float) -> torch.Tensor:
-    """(rows, V) logits -> float32."""
-    if softcap:
-        logits = soft_cap(logits.float(), softcap)
-    return F.log_softmax(logits, dim=1, dtype=torch.float32)
+def _add_products(total: torch.Tensor, logit_grad: torch.Tensor, x: torch.Tensor, *, is_first: bool) -> None:
+    """Add to the (V, C) gradient of the head, float32, that of a chunk's rows; the first is put in its place.
+
+    A part of the vocabulary at a time, so that a product is still in the cache when it is converted and added.
+    """
+    for part, some in zip(total.split(WORDS), logit_grad.split(WORDS, dim=1), strict=True):
+        product = some.T @ x
+        if is_first:
+            part.copy_(product)
+        else:
+            part += product
 
 
-def _nats(logp: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(rows,) float32; 0 for IGNORED targets."""
-    return F.nll_loss(logp, targets, ignore_index=IGNORED, reduction="none")
-
-
-def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, softcap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss, and its gradient with regard to (rows, V) logits, in their type.
+def _loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float, *, into_gradient: bool) -> torch.Tensor:
+    """Summed loss of (rows, V) logits, float32; with `into_gradient` they become its gradient with regard to them.
 
     The gradient is probabilities less one at the target, and 0 in rows whose target is IGNORED.
     """
-    logp = _log_probabilities(logits, softcap)  # float32
-    loss = _nats(logp, targets).sum()
-    counted = (targets != IGNORED).float()[:, None]
-    grad = logp.exp_().mul_(counted)
-    grad.scatter_add_(1, targets.clamp_min(0)[:, None], -counted)
-    if softcap:  # the derivative of c * tanh(x / c)
-        grad.mul_(1 - torch.tanh(logits.float() / softcap).square_())
-    return loss, grad.to(logits.dtype)
+    capped = soft_cap(logits.float(), softcap) if softcap else logits
+    logp = F.log_softmax(capped, dim=1, dtype=torch.float32)
+    loss = F.nll_loss(logp, targets, ignore_index=IGNORED, reduction="sum")
+    if into_gradient:
+        counted = (targets != IGNORED).float()[:, None]
+        grad = logp.exp_().mul_(counted)
+        grad.scatter_add_(1, targets.clamp_min(0)[:, None], -counted)
+        if softcap:  # the derivative of c * tanh(x / c)
+            grad.mul_(1 - (capped / softcap).square_())
+        logits.copy_(grad)
+    return loss

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ LONGEST_PRODUCT = 0.02
 Two Zen 4 cores reach their peak at 512 to 1024 rows, and lose 5 to 10% at 2048, in bfloat16 as in float32; a large GPU
 needs 8192, which takes it milliseconds.
 """
+MOST_QUERIES = 1024
+"""Of one sequence, whose attention is measured; more need much memory, and are no faster."""
 SECONDS_PER_SHAPE = 0.05
 """How long a product is repeated."""
 BUSY = 0.5
@@ -58,8 +60,8 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     return _undisturbed(lambda: _square_rate(device, dtype), device)
 
 
-def measure_own_peak(device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: int) -> float:
-    """FLOP/s of the products of the model's own linear layers, forward and backward, each at its best.
+def own_rate(device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: int) -> float:
+    """FLOP/s of all products of a model's forward and backward pass, each in its own shape, as they go just now.
 
     Args:
         device: where.
@@ -67,7 +69,11 @@ def measure_own_peak(device: torch.device, dtype: torch.dtype, model: GPTConfig,
         model: with its vocabulary filled in.
         rows: tokens of a micro-batch.
     """
-    return _undisturbed(lambda: _own_rate(device, dtype, model, rows), device)
+    flops, seconds = 0.0, 0.0
+    for a, b, needed in _own_products(device, dtype, model, rows):
+        seconds += _shortest_product(a, b) * needed / (2 * a.numel() * b.shape[-1])
+        flops += needed
+    return flops / seconds
 
 
 def synchronize(device: torch.device) -> None:
@@ -102,48 +108,55 @@ def _square_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of square products with the threads that torch has."""
     rate, size = 0.0, SMALLEST
     while True:
-        best = _shortest_product(_made_up(size, size, device, dtype), _made_up(size, size, device, dtype))
+        a, b = (_made_up(size, size, device=device, dtype=dtype) for _ in range(2))
+        best = _shortest_product(a, b)
         rate = max(rate, 2 * size**3 / best)
         if 8 * best > LONGEST_PRODUCT or size == LARGEST:
             return rate
         size *= 2
 
 
-def _own_rate(device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: int) -> float:
-    """FLOP/s of the products of a model's linear layers with the threads that torch has."""
-    flops, seconds = 0, 0.0
+def _own_products(
+    device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Two factors of each shape, and how many FLOPs of such products a step on `rows` tokens needs."""
     for n_in, n_out, layers in linear_layers(model):
-        x, grad = _made_up(rows, n_in, device, dtype), _made_up(rows, n_out, device, dtype)
-        weight = _made_up(n_out, n_in, device, dtype)
+        x, grad = _made_up(rows, n_in, device=device, dtype=dtype), _made_up(rows, n_out, device=device, dtype=dtype)
+        weight = _made_up(n_out, n_in, device=device, dtype=dtype)
         for a, b in ((x, weight.T), (grad, weight), (grad.T, x)):  # forward; the gradients of input and weight
-            seconds += layers * _shortest_product(a, b)
-            flops += layers * 2 * rows * n_in * n_out
-    return flops / seconds
+            yield a, b, layers * 2 * rows * n_in * n_out
+    length, queries = model.block_size, min(model.block_size, MOST_QUERIES)
+    q = _made_up(model.n_head, queries, model.head_width, device=device, dtype=dtype)
+    k = _made_up(model.n_head, length, model.head_width, device=device, dtype=dtype)
+    weights = _made_up(model.n_head, queries, length, device=device, dtype=dtype)
+    # Scores and weights' gradients; outputs and queries' gradients; keys' and values' gradients. Half is in the future.
+    for a, b in ((q, k.mT), (weights, k), (weights.mT, q)):
+        yield a, b, 2 * model.n_layer * rows * length * model.n_embd
 
 
 def _shortest_product(a: torch.Tensor, b: torch.Tensor) -> float:
     """Seconds of the shortest of many tries, after one that chooses kernels: other programs only ever slow one down."""
-    out = torch.mm(a, b)
+    out = a @ b
     synchronize(a.device)
     best, now = math.inf, time.perf_counter()
     end = now + SECONDS_PER_SHAPE
     while best == math.inf or now < end:
         start = now
-        torch.mm(a, b, out=out)
+        torch.matmul(a, b, out=out)
         synchronize(a.device)
         now = time.perf_counter()
         best = min(best, now - start)
     return best
 
 
-def _made_up(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _made_up(*size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Random numbers, from a generator of their own: the run's must not notice.
 
     A GPU multiplies constants faster than it ever will a model's weights: fewer bits flip, and power is what bounds it
     (He 2024, "Strangely, Matrix Multiplications on GPUs Run Faster When Given 'Predictable' Data!").
     """
     generator = torch.Generator(device).manual_seed(0)
-    return torch.empty(rows, columns, device=device, dtype=dtype).uniform_(-1, 1, generator=generator)
+    return torch.empty(size, device=device, dtype=dtype).uniform_(-1, 1, generator=generator)
 
 
 def _read(path: Path) -> float:

@@ -112,7 +112,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
             "model: position=rotary turns pairs of channels, and n_embd=36 over n_head=4 gives each head 9; "
             "nearest n_embd: 32 or 40",
         ),
-        ("--model.mlp swigl", "--model.mlp swigl: did you mean swiglu? one of gelu, relu2, swiglu"),
+        ("--model.mlp swigl", "--model.mlp swigl: did you mean swiglu? one of gelu, gelu_erf, relu2, swiglu"),
         ("--optimizer.name moun", "--optimizer.name moun: did you mean muon? one of adamw, muon"),
         ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr="),
         ("--lr.schedule constant --lr.decay-steps 5", "lr: decay_steps=5 means nothing for schedule=constant"),

@@ -11,7 +11,7 @@ def some(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("gelu", "gelu_new"), ("relu2", "relu2")])
+@pytest.mark.parametrize(("ours", "theirs"), [("gelu", "gelu_new"), ("gelu_erf", "gelu"), ("relu2", "relu2")])
 def test_activations_are_transformers(ours: str, theirs: str) -> None:
     x = some(100)
     torch.testing.assert_close(ACTIVATIONS[ours](x), ACT2FN[theirs](x))
@@ -59,7 +59,7 @@ def test_a_cap_bounds_large_logits_and_leaves_small_ones() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["gelu", "relu2", "swiglu", "layernorm", "rmsnorm"])
+@pytest.mark.parametrize("name", ["gelu", "gelu_erf", "relu2", "swiglu", "layernorm", "rmsnorm"])
 def test_what_is_made_again_keeps_every_bit(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     function = ACTIVATIONS.get(name) or make_norm(GPTConfig(norm=name), 32)

@@ -21,12 +21,13 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-@pytest.mark.parametrize("rows", [1, 4, 15, 100])
+@pytest.mark.parametrize(("rows", "rows_of_piece"), [(1, 1), (4, 3), (15, 1), (15, 15), (100, 4)])
 def test_it_is_torchs_cross_entropy_however_it_is_cut(
-    rows: int, softcap: float, monkeypatch: pytest.MonkeyPatch
+    rows: int, rows_of_piece: int, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LEAST_ROWS", rows)
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 0)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "PIECE", rows_of_piece * V)
     hidden, head, targets = inputs()
     ours = head_loss(hidden, head, targets, softcap=softcap)
     logits = hidden @ head.t()
@@ -88,7 +89,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 0)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "LEAST_ROWS", 8)
     hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
     with Largest() as seen:

@@ -6,7 +6,8 @@ import torch
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.planning import peak as module
-from gpt.planning.peak import matmul_peak, measure_own_peak, measure_peak
+from gpt.planning.flops import flops_per_token
+from gpt.planning.peak import matmul_peak, measure_peak, own_rate
 
 CPU = torch.device("cpu")
 
@@ -68,11 +69,19 @@ def test_threads_that_hold_each_other_up_are_measured_apart(
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("block_size", [16, 2048])
+def test_the_own_products_are_all_that_a_step_needs(block_size: int) -> None:
+    model = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=block_size, vocab_size=24, mlp="swiglu")
+    products = [*module._own_products(CPU, torch.float32, model, rows=32)]
+    assert sum(needed for _, _, needed in products) == 32 * flops_per_token(model)
+    assert all((a @ b).shape[-2:] == (a.shape[-2], b.shape[-1]) for a, b, _ in products)
+
+
 def test_measuring_draws_nothing_from_the_runs_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS_PER_SHAPE", 0)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     assert measure_peak(CPU, torch.float32) > 0
     model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu")
-    assert measure_own_peak(CPU, torch.bfloat16, model, rows=4) > 0
+    assert own_rate(CPU, torch.bfloat16, model, rows=4) > 0
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,57 @@
+"""GELU in the tanh form, which GPT-2 was trained with; in bfloat16 on a CPU in less than half of torch's time.
+
+torch computes tanh there to the last bit of float32, and does so again for the gradient. As x * sigmoid(2u) the
+function takes one fast exponential, and the derivative, made along with it, a few products more. All of it in float32,
+in pieces that stay in the cache; what is kept for the backward pass is the derivative instead of x.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+PIECE = 2**18
+"""Numbers that are worked on at once; 2**17 to 2**19 are equally fast, 2**15 and 2**22 take twice as long."""
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715 * SLOPE
+"""2u = SLOPE * x + CUBIC * x^3 (Hendrycks and Gimpel 2016, section 2); x * (1 + tanh(u)) / 2 = x * sigmoid(2u)."""
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """Of any shape."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    out: torch.Tensor = _Gelu.apply(x, x.requires_grad and torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, wants_gradient: bool) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        derivative = torch.empty_like(x) if wants_gradient else None
+        _compute(x.view(-1), out.view(-1), None if derivative is None else derivative.view(-1))
+        ctx.save_for_backward(derivative)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (derivative,) = ctx.saved_tensors
+        return grad * derivative, None
+
+
+def _compute(x: torch.Tensor, out: torch.Tensor, derivative: torch.Tensor | None) -> None:
+    """Fill `out` and, where it is wanted, `derivative`; all are one-dimensional."""
+    slope = torch.tensor(SLOPE)
+    scratch = [torch.empty(min(PIECE, len(x))) for _ in range(4)]
+    for start in range(0, len(x), PIECE):
+        piece = slice(start, start + PIECE)
+        value, sigmoid, result, factor = (buffer[: len(x) - start] for buffer in scratch)
+        value.copy_(x[piece])
+        torch.addcmul(slope, value, value, value=CUBIC, out=sigmoid).mul_(value).sigmoid_()
+        out[piece] = torch.mul(value, sigmoid, out=result)
+        if derivative is not None:  # s + x s (1 - s) (2u)'
+            torch.addcmul(slope, value, value, value=3 * CUBIC, out=factor)
+            derivative[piece] = sigmoid.addcmul_(result.addcmul_(result, sigmoid, value=-1), factor)
