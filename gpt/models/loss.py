@@ -3,10 +3,10 @@
 Shapes: N positions of all sequences together, C = width, V = vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from gpt.models.layers import soft_cap
 from gpt.utils.helper import IGNORED
@@ -17,9 +17,9 @@ products, and the fewer parts of the head's gradient are added up."""
 LEAST_ROWS = 256
 """Rows below which the matrix product of a chunk would be inefficient."""
 PIECE = 2**20
-"""Of these logits, how many are worked on in float32 at once, on a CPU: they stay in its cache."""
+"""On a CPU, how many of them are worked on in float32 at once: they stay in its cache."""
 WORDS = 8192
-"""Of the vocabulary, whose part of the head's gradient is made at once."""
+"""On a CPU, words of the vocabulary whose part of the head's gradient is made at once, for the same reason."""
 
 
 def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *, softcap: float = 0.0) -> torch.Tensor:
@@ -63,12 +63,11 @@ class _HeadLoss(torch.autograd.Function):
         wants_gradients: bool,
     ) -> torch.Tensor:
         n_vocab = head.shape[0]
-        rows = max(
-            LEAST_ROWS, CHUNK_BYTES // (n_vocab * dtype.itemsize) // 64 * 64
-        )  # oneDNN is faster with whole tiles
+        # oneDNN is faster with whole tiles.
+        rows = max(LEAST_ROWS, CHUNK_BYTES // (n_vocab * dtype.itemsize) // 64 * 64)
         # A GPU has the bandwidth, and a compiler fuses the operations.
         in_pieces = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-        rows_of_piece = max(1, PIECE // n_vocab) if in_pieces else rows
+        rows_of_piece, words = (max(1, PIECE // n_vocab), WORDS) if in_pieces else (rows, n_vocab)
         losses: list[torch.Tensor] = []
         hidden_grads: list[torch.Tensor] = []
         head_grad = torch.empty_like(head, dtype=torch.float32) if wants_gradients else None  # (V, C)
@@ -79,8 +78,10 @@ class _HeadLoss(torch.autograd.Function):
                 for piece, its_target in zip(logits.split(rows_of_piece), target.split(rows_of_piece), strict=True):
                     losses.append(_loss(piece, its_target, softcap, into_gradient=wants_gradients))
                 if head_grad is not None:
-                    _add_products(head_grad, logits, x, is_first=not hidden_grads)
-                    hidden_grads.append(logits @ weight)
+                    counted = (target != IGNORED)[:, None].to(dtype)
+                    logit_grads = logits.split(words, dim=1)
+                    _add_products(head_grad.split(words), logit_grads, x * counted, is_first=not hidden_grads)
+                    hidden_grads.append((logits @ weight).mul_(counted))
                 del logits  # or they would lie there beside the next chunk's
         if head_grad is not None:
             ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad.to(head.dtype))
@@ -93,31 +94,35 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_grad, head_grad, None, None, None, None
 
 
-def _add_products(total: torch.Tensor, logit_grad: torch.Tensor, x: torch.Tensor, *, is_first: bool) -> None:
-    """Add to the (V, C) gradient of the head, float32, that of a chunk's rows; the first is put in its place.
+def _add_products(
+    totals: Iterable[torch.Tensor], logit_grads: Iterable[torch.Tensor], x: torch.Tensor, *, is_first: bool
+) -> None:
+    """Add to the gradient of the head, float32, that of a chunk's rows; the first is put in its place.
 
-    A part of the vocabulary at a time, so that a product is still in the cache when it is converted and added.
+    Both come as parts of the vocabulary, so that a product is still in the cache when it is converted and added.
     """
-    for part, some in zip(total.split(WORDS), logit_grad.split(WORDS, dim=1), strict=True):
-        product = some.T @ x
+    for total, logit_grad in zip(totals, logit_grads, strict=True):
+        product = logit_grad.T @ x
         if is_first:
-            part.copy_(product)
+            total.copy_(product)
         else:
-            part += product
+            total += product
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float, *, into_gradient: bool) -> torch.Tensor:
     """Summed loss of (rows, V) logits, float32; with `into_gradient` they become its gradient with regard to them.
 
-    The gradient is probabilities less one at the target, and 0 in rows whose target is IGNORED.
+    The gradient is probabilities less one at the target; rows whose target is IGNORED have one, too, and are not to be
+    counted. Exponentials are taken once, for the largest probability, being that of the largest logit, tells their sum.
     """
     capped = soft_cap(logits.float(), softcap) if softcap else logits
-    logp = F.log_softmax(capped, dim=1, dtype=torch.float32)
-    loss = F.nll_loss(logp, targets, ignore_index=IGNORED, reduction="sum")
+    probabilities = torch.softmax(capped, dim=1, dtype=torch.float32)
+    index = targets.clamp_min(0)[:, None]  # (rows, 1)
+    largest, chosen = capped.amax(1, keepdim=True).float(), capped.gather(1, index).float()
+    nats = largest - probabilities.amax(1, keepdim=True).log() - chosen
+    loss = torch.where(targets[:, None] == IGNORED, 0, nats).sum()
     if into_gradient:
-        counted = (targets != IGNORED).float()[:, None]
-        grad = logp.exp_().mul_(counted)
-        grad.scatter_add_(1, targets.clamp_min(0)[:, None], -counted)
+        grad = probabilities.scatter_add_(1, index, index.new_full(index.shape, -1, dtype=torch.float32))
         if softcap:  # the derivative of c * tanh(x / c)
             grad.mul_(1 - (capped / softcap).square_())
         logits.copy_(grad)
