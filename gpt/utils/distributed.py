@@ -27,8 +27,10 @@ _joined = itertools.count()
 """How often this process has joined others: a run in Python code may follow another one."""
 ROLL_CALL = 5.0
 """Seconds in which a process that has lost another one hears of all that are still there."""
-LOST = ("Timed out waiting", "Application timeout", "Connection closed", "Connection reset", "Broken pipe", "gloo")
-"""What gloo's errors say where another process does not answer; they have no type of their own."""
+TIMED_OUT = ("Timed out waiting", "Application timeout")
+"""What gloo's errors say where another process does not answer in time: of a collective, and of those beside it."""
+LOST = (*TIMED_OUT, "Connection closed", "Connection reset", "Broken pipe", "gloo")
+"""What they say where one does not answer at all, too; they have no type of their own."""
 
 
 class PendingFlag(Protocol):
@@ -207,7 +209,7 @@ class DistContext:
         ranks = " and ".join(f"rank {rank}" for rank in self._absent())
         if not ranks:
             return f"the connection between the processes broke ({first_line(error)})"
-        if "Timed out" in str(error):
+        if any(words in str(error) for words in TIMED_OUT):
             return f"{ranks} took no part in a step for {self._step_timeout:g} s (--parallel.step-timeout)"
         return f"{ranks} ended"
 

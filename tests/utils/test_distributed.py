@@ -21,6 +21,22 @@ def test_an_error_of_another_kind_goes_through() -> None:
         raise RuntimeError("shapes do not match")
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("Timed out waiting 2000ms for recv operation to complete", "rank 1 took no part in a step for 2 s"),
+        ("Application timeout caused pair closure", "rank 1 took no part in a step for 2 s"),
+        ("Connection closed by peer [127.0.0.1]:4242", "rank 1 ended; the same command"),
+    ],
+)
+def test_who_is_lost_is_told(error: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist = DistContext("cpu", step_timeout=2)
+    dist.world_size = 2
+    monkeypatch.setattr(dist, "_absent", lambda: [1])
+    with pytest.raises(UserError, match=told), dist.naming_the_lost():
+        raise RuntimeError(error)
+
+
 def test_without_an_address_the_processes_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
