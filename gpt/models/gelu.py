@@ -1,4 +1,4 @@
-"""GELU in the tanh form, which GPT-2 was trained with; in bfloat16 on a CPU in less than half of torch's time.
+"""GELU in the tanh form, which GPT-2 was trained with; in bfloat16 on a CPU in half of torch's time.
 
 torch computes tanh there to the last bit of float32, and does so again for the gradient. As x * sigmoid(2u) the
 function takes one fast exponential, and the derivative, made along with it, a few products more. All of it in float32,
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 PIECE = 2**18
-"""Numbers that are worked on at once; 2**17 to 2**19 are equally fast, 2**15 and 2**22 take twice as long."""
+"""Numbers that are worked on at once; 2**19 is as fast, 2**15 and 2**22 are much slower."""
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * SLOPE
 """2u = SLOPE * x + CUBIC * x^3 (Hendrycks and Gimpel 2016, section 2); x * (1 + tanh(u)) / 2 = x * sigmoid(2u)."""
