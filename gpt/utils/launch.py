@@ -66,7 +66,7 @@ def end_process(status: int = 0) -> NoReturn:
         if sys.getprofile() or sys.gettrace():
             sys.exit(status)  # a profiler or a debugger is to have its say
         atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # closed ones are None
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(status)

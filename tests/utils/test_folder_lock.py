@@ -58,6 +58,7 @@ def test_a_killed_holder_leaves_no_lock_though_its_children_live(tmp_path: Path)
         process.wait()
         os.kill(child, 0)
         lock_folder(tmp_path, "--run-dir")
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     unlock_folder(tmp_path)
 
 
