@@ -173,6 +173,7 @@ def _lineage(layout: Layout, step: int) -> dict[str, Any]:
         "torch": machine["libraries"]["torch"],
         "threads": machine["threads"],
         "cpu_capability": machine["cpu_capability"],
+        "fused_attention": machine["runtime"]["fused_attention"],
         "git_commit": machine["git_commit"],
     }
 

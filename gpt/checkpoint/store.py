@@ -21,6 +21,7 @@ import torch
 from gpt.checkpoint.app_state import AppState, Tensors
 from gpt.checkpoint.tensor_file import CHUNK, FileRecord, read_tensors, write_bytes, write_tensors
 from gpt.errors import UserError
+from gpt.kernels import attention
 from gpt.utils.atomic_io import make_folder, new_folder
 from gpt.utils.helper import first_line
 from gpt.utils.resources import usable_cores
@@ -43,7 +44,12 @@ _LONGEST_MANIFEST = 2**20
 _OWN_DIGEST = "manifest_sha256"
 _BLANK = "0" * 64
 """Stands for the manifest's digest while it is taken."""
-_BITS_DEPEND_ON = {"torch": "torch", "threads": "threads per process", "cpu_capability": "CPU capability"}
+_BITS_DEPEND_ON = {
+    "torch": "torch",
+    "threads": "threads per process",
+    "cpu_capability": "CPU capability",
+    "fused_attention": "fused attention",
+}
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,7 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fused_attention": attention.in_use(),
     }
 
 

@@ -36,7 +36,7 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.SAFE, "", "run_dir device compile compile_mode resume resume_with_changes"),
     **_each(Change.SAFE, "data", "cache_dir workers"),
     **_each(Change.SAFE, "parallel", "activation_checkpointing check_replicas step_timeout"),
-    **_each(Change.SAFE, "runtime", "threads keep_freed_memory flush_denormals"),
+    **_each(Change.SAFE, "runtime", "threads keep_freed_memory flush_denormals fused_attention"),
     **_each(Change.SAFE, "log", "interval"),
     **_each(Change.SAFE, "eval", "interval batches"),
     **_each(Change.SAFE, "checkpoint", "interval every_minutes keep keep_best asynchronous"),

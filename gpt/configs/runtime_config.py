@@ -15,3 +15,6 @@ class RuntimeConfig(Config):
     """Let the allocator keep large blocks that were freed, for the next step to use: faster, with more memory held."""
     flush_denormals: bool = False
     """Take numbers below the smallest normal one as zero, on CPUs that are slow with them."""
+    fused_attention: bool = True
+    """Compute attention of bfloat16 by gpt/kernels/attention.c: on CPUs with AVX512_BF16, where the installation found
+    a C compiler."""

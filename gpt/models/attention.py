@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from gpt.kernels import attention as kernel
 from gpt.models.layers import as_autocast_would
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether FlexAttention's kernels can be compiled; torch for Windows comes without Triton."""
 MATMUL_TYPES = frozenset({torch.bfloat16})
-"""Types in which, on a CPU, matrix products of our own beat SDPA; in float32 they do not (docs/EXPERIMENTS.md)."""
+"""Types in which, on a CPU, matrix products of our own beat SDPA; in float32 they do not (docs/EXPERIMENTS.md). Where
+`gpt.kernels.attention` serves, it takes 0.4 times as long as they do."""
 QUERIES = 256
 """Of a row, whose scores are made at once: what lies after them is not computed at all."""
 KEPT_LONGEST = 512
@@ -33,26 +35,32 @@ class DocumentMask:
     """Who sees whom where rows hold several documents: made once in a forward pass, for all its layers.
 
     On CUDA it holds FlexAttention's blocks (Dong et al. 2024, "Flex Attention"): those in which nobody sees anybody are
-    skipped, and no layer holds T x T of anything. Elsewhere, and where FlexAttention cannot serve, it holds a boolean
-    for each pair of positions. With these, nothing of one document reaches another, to the bit: what is masked has the
-    weight exp(-inf) = 0, and 0 times a finite number, added to a sum, leaves it as it was, forward and backward.
+    skipped, and no layer holds T x T of anything. So it is with `gpt.kernels.attention`, for which it holds where
+    documents begin. Elsewhere, and where neither can serve, it holds a boolean for each pair of positions. With all of
+    these, nothing of one document reaches another, to the bit: what is masked has the weight exp(-inf) = 0, and 0 times
+    a finite number, added to a sum, leaves it as it was, forward and backward.
 
-    Of the exact ways on a CPU this is not always the fastest: a call for each document takes half the time in rows of
-    1024 and twice the time in rows of 128. But it needs the lengths on the host, and a compiled model would be compiled
-    anew for each layout.
+    Of the exact ways on a CPU the booleans are not always the fastest: a call for each document takes half the time in
+    rows of 1024 and twice the time in rows of 128. But it needs the lengths on the host, and a compiled model would be
+    compiled anew for each layout.
 
     Args:
         documents: (B, T) int64.
         dropout: probability that a layer drops a weight of attention in this pass.
         head_width: D.
+        dtype: of queries, keys and values.
     """
 
-    def __init__(self, documents: torch.Tensor, *, dropout: float, head_width: int):
+    def __init__(self, documents: torch.Tensor, *, dropout: float, head_width: int, dtype: torch.dtype):
         self.blocks: BlockMask | None = None
+        self.begins: torch.Tensor | None = None  # (B, T) int32, the first position of each one's document
         self.visible: torch.Tensor | None = None  # (B, 1, T, T) bool, the same for every head
         self.hidden: torch.Tensor | None = None  # its opposite
         if _flex_serves(documents.device, dropout=dropout, head_width=head_width):
             self.blocks = _block_mask(documents)
+        elif _kernel_serves(documents.device, dtype, dropout=dropout, head_width=head_width):
+            index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
+            self.begins = (index - positions_in_documents(documents)).int()
         else:
             self.visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
             self.hidden = ~self.visible
@@ -75,6 +83,9 @@ def attend(
     """
     out: torch.Tensor
     q, k, v = as_autocast_would(q, k, v)
+    if _kernel_serves(q.device, q.dtype, dropout=dropout, head_width=q.shape[3]):
+        out = _KernelAttention.apply(q, k, v, mask and mask.begins)  # type: ignore[no-untyped-call]
+        return out
     if dropout == 0 and q.device.type == "cpu" and q.dtype in MATMUL_TYPES:
         out = _MatmulAttention.apply(q, k, v, mask and mask.hidden)  # type: ignore[no-untyped-call]
         return out
@@ -84,6 +95,22 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, dropout_p=dropout)
     out = _compiled(flex_attention)(q, k, v, block_mask=mask.blocks)
     return out
+
+
+class _KernelAttention(torch.autograd.Function):
+    """What `gpt.kernels.attention` computes; weights are kept nowhere, and the backward pass makes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begins: torch.Tensor | None
+    ) -> torch.Tensor:
+        saved = kernel.forward(q, k, v, begins)
+        ctx.save_for_backward(*saved)
+        return saved.out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return *kernel.backward(kernel.Saved(*ctx.saved_tensors), grad), None
 
 
 class _MatmulAttention(torch.autograd.Function):
@@ -168,6 +195,11 @@ def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
     index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
     begins = documents.diff(dim=1, prepend=documents[:, :1]) != 0  # (B, T); the row's first stays False: it is at 0
     return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def _kernel_serves(device: torch.device, dtype: torch.dtype, *, dropout: float, head_width: int) -> bool:
+    # A compiler cannot see into it, and would have to cut the model there.
+    return dropout == 0 and not torch.compiler.is_compiling() and kernel.serves(device, dtype, head_width)
 
 
 def _flex_serves(device: torch.device, *, dropout: float, head_width: int) -> bool:

@@ -17,6 +17,7 @@ from gpt.models.layers import (
     ACTIVATIONS,
     FusedLinear,
     Rotation,
+    compute_dtype,
     linear_of,
     make_norm,
     rotate,
@@ -145,6 +146,7 @@ class GPT(nn.Module):
                 documents,
                 dropout=self.config.dropout if self.training else 0.0,
                 head_width=self.config.head_width,
+                dtype=compute_dtype(self.wte.weight),
             )
             positions = positions_in_documents(documents)  # (B, T)
         x = self.wte(tokens)  # (B, T, C)

@@ -127,10 +127,13 @@ class _LinearOf(torch.autograd.Function):
 
 def as_autocast_would(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """In the type that autocast would have; functions of our own are not on its list."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+    return [tensor.to(compute_dtype(tensor)) for tensor in tensors]
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type that autocast would have products of this tensor in; its own where there is no autocast."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def rotation(positions: torch.Tensor, head_width: int) -> Rotation:

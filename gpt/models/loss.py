@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpt.models.layers import soft_cap
+from gpt.models.layers import compute_dtype, soft_cap
 from gpt.utils.helper import IGNORED
 
 CHUNK_BYTES = 2**27
@@ -34,13 +34,11 @@ def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *
         targets: (B, T) int64; IGNORED ones add nothing.
         softcap: c > 0 bounds the logits, see `soft_cap`.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # apply() hands a custom function detached tensors, and says nowhere whether anyone will ask for the gradients.
     wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     rows = hidden.flatten(0, 1)  # (N, C)
     loss: torch.Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        rows, head, targets.flatten(), dtype, softcap, wants_gradients
+        rows, head, targets.flatten(), compute_dtype(hidden), softcap, wants_gradients
     )
     return loss
 
@@ -62,27 +60,18 @@ class _HeadLoss(torch.autograd.Function):
         softcap: float,
         wants_gradients: bool,
     ) -> torch.Tensor:
-        n_vocab = head.shape[0]
         # oneDNN is faster with whole tiles.
-        rows = max(LEAST_ROWS, CHUNK_BYTES // (n_vocab * dtype.itemsize) // 64 * 64)
-        # A GPU has the bandwidth, and a compiler fuses the operations.
-        in_pieces = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-        rows_of_piece, words = (max(1, PIECE // n_vocab), WORDS) if in_pieces else (rows, n_vocab)
+        rows = max(LEAST_ROWS, CHUNK_BYTES // (head.shape[0] * dtype.itemsize) // 64 * 64)
         losses: list[torch.Tensor] = []
         hidden_grads: list[torch.Tensor] = []
         head_grad = torch.empty_like(head, dtype=torch.float32) if wants_gradients else None  # (V, C)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.to(dtype)
             for x, target in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
-                logits = x @ weight.T
-                for piece, its_target in zip(logits.split(rows_of_piece), target.split(rows_of_piece), strict=True):
-                    losses.append(_loss(piece, its_target, softcap, into_gradient=wants_gradients))
-                if head_grad is not None:
-                    counted = (target != IGNORED)[:, None].to(dtype)
-                    logit_grads = logits.split(words, dim=1)
-                    _add_products(head_grad.split(words), logit_grads, x * counted, is_first=not hidden_grads)
-                    hidden_grads.append((logits @ weight).mul_(counted))
-                del logits  # or they would lie there beside the next chunk's
+                loss, hidden_grad = _of_chunk(x, weight, target, softcap, head_grad, is_first=not losses)
+                losses.append(loss)
+                if hidden_grad is not None:
+                    hidden_grads.append(hidden_grad)
         if head_grad is not None:
             ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad.to(head.dtype))
         return torch.stack(losses).sum()
@@ -92,6 +81,33 @@ class _HeadLoss(torch.autograd.Function):
         # In place: this is when a step holds the most, and nobody else has these.
         hidden_grad, head_grad = (saved.mul_(grad.to(saved.dtype)) for saved in ctx.saved_tensors)
         return hidden_grad, head_grad, None, None, None, None
+
+
+def _of_chunk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float,
+    head_grad: torch.Tensor | None,
+    *,
+    is_first: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss of some rows and its gradient with regard to them; what the head's is, is added to `head_grad`.
+
+    A function of its own, so that nothing is left of its logits when the next chunk's are made.
+    """
+    # A GPU has the bandwidth, and a compiler fuses the operations.
+    in_pieces = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    n_vocab = len(weight)
+    rows_of_piece, words = (max(1, PIECE // n_vocab), WORDS) if in_pieces else (len(x), n_vocab)
+    logits = x @ weight.T
+    pieces = zip(logits.split(rows_of_piece), targets.split(rows_of_piece), strict=True)
+    loss = torch.stack([_loss(piece, its, softcap, into_gradient=head_grad is not None) for piece, its in pieces]).sum()
+    if head_grad is None:
+        return loss, None
+    counted = (targets != IGNORED)[:, None].to(x.dtype)
+    _add_products(head_grad.split(words), logits.split(words, dim=1), x * counted, is_first=is_first)
+    return loss, (logits @ weight).mul_(counted)
 
 
 def _add_products(

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from gpt.configs.runtime_config import RuntimeConfig
+from gpt.kernels import attention
 from gpt.utils.resources import usable_cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -50,4 +51,5 @@ def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str
         "threads": torch.get_num_threads(),
         "keep_freed_memory": config.keep_freed_memory and keep_freed_memory(),
         "flush_denormals": config.flush_denormals and torch.set_flush_denormal(True),
+        "fused_attention": attention.switch(config.fused_attention),
     }

@@ -21,6 +21,7 @@ from gpt.checkpoint.store import (
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.errors import UserError
+from gpt.kernels import attention
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 
@@ -134,6 +135,7 @@ def test_the_manifest_says_what_the_bits_depend_on(tmp_path: Path) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fused_attention": attention.in_use(),
         "world_size": 1,
     }
     assert content["identity"] == {"the corpus's SHA-256": "a"}

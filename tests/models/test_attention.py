@@ -13,6 +13,8 @@ from gpt.models.gpt import GPT
 from gpt.utils.helper import IGNORED
 
 CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=1024, vocab_size=50)
+WAYS = [(torch.float32, 32), (torch.bfloat16, 32), (torch.bfloat16, 64)]
+"""Types and widths of the model: SDPA, plain products, and the kernel, which takes heads of 32 channels."""
 
 
 def rows(*lengths: Sequence[int]) -> torch.Tensor:
@@ -46,10 +48,10 @@ def test_positions_restart_with_each_document() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "width"), WAYS)
 @pytest.mark.parametrize("length", [64, 100, 256, 1024])
-def test_a_document_changes_no_bit_of_another(length: int, dtype: torch.dtype, dropout: float) -> None:
-    model = large_model(CONFIG.model_copy(update={"dropout": dropout}))
+def test_a_document_changes_no_bit_of_another(length: int, dtype: torch.dtype, width: int, dropout: float) -> None:
+    model = large_model(CONFIG.model_copy(update={"dropout": dropout, "n_embd": width}))
     documents = layout(length)
     tokens = some_tokens(documents)
 
@@ -68,10 +70,10 @@ def test_a_document_changes_no_bit_of_another(length: int, dtype: torch.dtype, d
         assert (before[inside] != after[inside]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "width"), WAYS)
 @pytest.mark.parametrize("length", [64, 100, 256, 1024])
-def test_no_gradient_leaves_a_document(length: int, dtype: torch.dtype) -> None:
-    model = large_model()
+def test_no_gradient_leaves_a_document(length: int, dtype: torch.dtype, width: int) -> None:
+    model = large_model(CONFIG.model_copy(update={"n_embd": width}))
     documents = layout(length)
     tokens = some_tokens(documents)
     embedded: list[torch.Tensor] = []
@@ -131,7 +133,7 @@ def on_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_two_masks_are_one(on_cpu_too: None) -> None:
     documents = layout(300)
-    blocks = DocumentMask(documents, dropout=0, head_width=16).blocks
+    blocks = DocumentMask(documents, dropout=0, head_width=16, dtype=torch.float32).blocks
     assert blocks is not None
     visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
     assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 300, 300, device="cpu"), visible)
@@ -191,7 +193,7 @@ def test_plain_products_are_sdpa_to_within_rounding(length: int, masked: bool) -
     exact = [torch.randn(2, 3, length, 16, requires_grad=True) for _ in range(3)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     documents = torch.arange(length).div(5, rounding_mode="floor").expand(2, -1)
-    mask = DocumentMask(documents, dropout=0.0, head_width=16) if masked else None
+    mask = DocumentMask(documents, dropout=0.0, head_width=16, dtype=torch.bfloat16) if masked else None
     results = []
     for tensors in (exact, rounded):
         out = attend(*tensors, mask, dropout=0.0)

@@ -65,8 +65,14 @@ def test_by_default_threads_stay_within_the_cores_and_denormals_are_numbers() ->
 def test_a_number_of_threads_in_the_environment_stands_unless_one_is_configured() -> None:
     assert set_up(OMP_NUM_THREADS="2")[2] == min(2, os.cpu_count() or 1)
     told, zeros, threads = set_up(
-        '{"threads": 4, "flush_denormals": true, "keep_freed_memory": false}', OMP_NUM_THREADS="2"
+        '{"threads": 4, "flush_denormals": true, "keep_freed_memory": false, "fused_attention": false}',
+        OMP_NUM_THREADS="2",
     )
     assert threads == 4
-    assert told == {"threads": 4, "keep_freed_memory": False, "flush_denormals": zeros > 0}
+    assert told == {
+        "threads": 4,
+        "keep_freed_memory": False,
+        "flush_denormals": zeros > 0,
+        "fused_attention": False,
+    }
     assert zeros in (0, 2**20)  # all threads flush, or none can
