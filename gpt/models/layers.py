@@ -92,26 +92,28 @@ def linear_of(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor,
         kept: torch.Tensor = layer(function(x))
         return kept
     parameters = tuple(function.parameters()) if isinstance(function, nn.Module) else ()
-    weight, *bias = as_autocast_would(layer.weight, *([] if layer.bias is None else [layer.bias]))
     out: torch.Tensor = _LinearOf.apply(  # type: ignore[no-untyped-call]
-        function, x, weight, bias[0] if bias else None, *parameters
+        function, compute_dtype(x), x, layer.weight, layer.bias, *parameters
     )
     return out
 
 
 class _LinearOf(torch.autograd.Function):
+    """Of the weight, too, nothing is kept but itself: to round it again takes less than it would weigh."""
+
     @staticmethod
     def forward(
         ctx: Any,
         function: Callable[[torch.Tensor], torch.Tensor],
+        dtype: torch.dtype,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, *parameters)
-        ctx.function, ctx.has_bias = function, bias is not None
-        return F.linear(function(x).to(weight.dtype), weight, bias)
+        ctx.function, ctx.dtype, ctx.has_bias = function, dtype, bias is not None
+        return F.linear(function(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -119,10 +121,11 @@ class _LinearOf(torch.autograd.Function):
         rows = grad.flatten(0, -2)  # (N, C)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            y = ctx.function(x).to(weight.dtype)
-        weight_grad = rows.T @ y.detach().flatten(0, -2)
-        input_grads = torch.autograd.grad(y, (x, *parameters), grad @ weight)
-        return None, input_grads[0], weight_grad, rows.sum(0) if ctx.has_bias else None, *input_grads[1:]
+            y = ctx.function(x).to(ctx.dtype)
+        weight_grad = (rows.T @ y.detach().flatten(0, -2)).to(weight.dtype)
+        bias_grad = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
+        input_grads = torch.autograd.grad(y, (x, *parameters), grad @ weight.to(ctx.dtype))
+        return None, None, input_grads[0], weight_grad, bias_grad, *input_grads[1:]
 
 
 def as_autocast_would(*tensors: torch.Tensor) -> list[torch.Tensor]:
