@@ -34,6 +34,7 @@ from benchmarks.training_peers import (
     CONTENDERS,
     DEFAULTS,
     FP32,
+    LEAN,
     LIBRARIES,
     NANOGPT,
     OURS,
@@ -99,7 +100,7 @@ def main() -> None:
 
 def _contenders(checkout: Path | None, settings: list[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """(name, setting) of those that can run here, and for each of the others the reason why it cannot."""
-    contenders, left_out = [(OURS, DEFAULTS)], {}
+    contenders, left_out = [(OURS, DEFAULTS), (OURS, LEAN)], {}
     for name in CONTENDERS:
         missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
         if name == OURS:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import verdict
-from benchmarks.training_peers import DEFAULTS, FP32, OURS
+from benchmarks.training_peers import DEFAULTS, FP32, LEAN, OURS
 
 FASTEST_DOCUMENTED, FASTEST, LEANEST = "fastest peer as documented", "fastest peer at its best", "leanest peer"
 REQUIRED = {
@@ -79,7 +79,7 @@ def peers_section(result: dict[str, Any]) -> str:
             f"| {ours['memory'] / row['memory']:.2f}x |"
         )
     peers = {key: row for key, row in rows.items() if key[0] != OURS}
-    lines += ["", *_ratios(result["model"], ours, peers)]
+    lines += ["", *_ratios(result["model"], rows, peers)]
     lines += [f"- Left out: {name}, {reason}." for name, reason in result["left_out"].items()]
     return "\n".join(
         [*lines, "", _legend(result), "", *_command(f"benchmarks.peers --model {result['model']}", result)]
@@ -117,14 +117,18 @@ def speedrun_section(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_command("benchmarks.speedrun --text tinyshakespeare.txt", result)])
 
 
-def _ratios(model: str, ours: dict[str, Any], peers: dict[tuple[str, str], dict[str, Any]]) -> Iterable[str]:
+def _ratios(
+    model: str, rows: dict[tuple[str, str], dict[str, Any]], peers: dict[tuple[str, str], dict[str, Any]]
+) -> Iterable[str]:
     documented = {key: row for key, row in peers.items() if key[1] == FP32}
-    for title, group, quantity in (
-        (FASTEST_DOCUMENTED, documented, "rate"),
-        (FASTEST, peers, "rate"),
-        (LEANEST, peers, "memory"),
+    for setting, title, group, quantity in (
+        (DEFAULTS, FASTEST_DOCUMENTED, documented, "rate"),
+        (DEFAULTS, FASTEST, peers, "rate"),
+        (DEFAULTS, LEANEST, peers, "memory"),
+        (LEAN, LEANEST, peers, "memory"),
     ):
-        if not group:
+        ours = rows.get((OURS, setting))
+        if not group or ours is None:
             continue
         faster = quantity == "rate"
         key = (max if faster else min)(group, key=lambda key: group[key][quantity])
@@ -132,8 +136,11 @@ def _ratios(model: str, ours: dict[str, Any], peers: dict[tuple[str, str], dict[
         limit = REQUIRED.get((model, title))
         kept = f" ({verdict(ratio, limit, at_least=faster)})" if limit else ""
         measure = "rate" if faster else "memory"
-        cpu = f"; by CPU seconds {group[key]['cpu'] / ours['cpu']:.2f}x" if faster else ""
-        yield f"- Ours against the {title}, {key[0]} ({key[1]}): {ratio:.2f}x its {measure}{kept}{cpu}."
+        also = f"by CPU seconds {group[key]['cpu'] / ours['cpu']:.2f}x"
+        if not faster:
+            also = f"at {ours['rate'] / group[key]['rate']:.2f}x its rate"
+        told = "Ours" if setting == DEFAULTS else f"Ours with {setting}"
+        yield f"- {told} against the {title}, {key[0]} ({key[1]}): {ratio:.2f}x its {measure}{kept}; {also}."
 
 
 def _machine(result: dict[str, Any]) -> str:

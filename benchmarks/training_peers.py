@@ -10,7 +10,8 @@ nanoGPT's model has no other. The settings of the peers:
     bf16             bfloat16 autocast and the fused AdamW
     bf16, compiled   the same with torch.compile
 
-Ours is a whole run of its Trainer at the defaults. Of `gpt` nothing is imported where a peer is measured.
+Ours is a whole run of its Trainer, at the defaults or with `--parallel.activation-checkpointing block`. Of `gpt`
+nothing is imported where a peer is measured.
 """
 
 import contextlib
@@ -30,7 +31,8 @@ import numpy as np
 import torch
 
 OURS, NANOGPT, LITGPT, TRANSFORMERS = "this project", "nanoGPT", "Lightning Fabric + litgpt", "transformers Trainer"
-DEFAULTS, FP32, BF16, COMPILED = "defaults", "fp32", "bf16", "bf16, compiled"
+DEFAULTS, LEAN = "defaults", "block checkpointing"
+FP32, BF16, COMPILED = "fp32", "bf16", "bf16, compiled"
 LIBRARIES = {OURS: (), NANOGPT: (), LITGPT: ("lightning", "litgpt"), TRANSFORMERS: ("transformers", "accelerate")}
 """What a contender needs besides torch."""
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
@@ -112,6 +114,7 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
     from gpt.configs.gpt_config import GPTConfig
     from gpt.configs.lr_config import LRConfig
     from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+    from gpt.configs.parallel_config import ParallelConfig
     from gpt.configs.train_config import TrainConfig
     from gpt.layout import lay_out
     from gpt.pipeline import build
@@ -158,6 +161,7 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
                 source=(spec.tokens,), tokenizer=spec.tokenizer, val_fraction=0, cache_dir=folder / "cache", workers=1
             ),
             lr=LRConfig(schedule="constant", max_lr=LR, warmup_steps=0),
+            parallel=ParallelConfig(activation_checkpointing="block" if setting == LEAN else "none"),
             log=LogConfig(interval=spec.steps),
             eval=EvalConfig(interval=0),
             checkpoint=CheckpointConfig(interval=0),

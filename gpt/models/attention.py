@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gpt.kernels import attention as kernel
@@ -109,6 +110,7 @@ class _KernelAttention(torch.autograd.Function):
         return saved.out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return *kernel.backward(kernel.Saved(*ctx.saved_tensors), grad), None
 

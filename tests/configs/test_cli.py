@@ -73,7 +73,7 @@ REQUIRED_FLAGS = """
     --lr.schedule --lr.max-lr --lr.min-lr --lr.warmup-steps --lr.decay-steps
     --optimizer.weight-decay --optimizer.beta1 --optimizer.beta2 --log.interval --eval.interval --eval.batches
     --parallel.activation-checkpointing --parallel.reproducible --parallel.check-replicas --parallel.step-timeout
-    --runtime.threads --runtime.keep-freed-memory --runtime.flush-denormals
+    --runtime.threads --runtime.keep-freed-memory --runtime.flush-denormals --runtime.fused-attention
     --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run
     --profile.start --profile.steps
 """.split()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.kernels import attention as kernel
 from gpt.models import attention
 from gpt.models.attention import DocumentMask, attend, positions_in_documents
 from gpt.models.gpt import GPT
@@ -187,21 +188,30 @@ def test_on_cuda_the_loss_and_the_gradients_are_the_same(dropout: float) -> None
 
 @pytest.mark.parametrize("length", [1, 7, 64, attention.QUERIES + 1, attention.KEPT_LONGEST + 88])
 @pytest.mark.parametrize("masked", [False, True])
-def test_plain_products_are_sdpa_to_within_rounding(length: int, masked: bool) -> None:
+@pytest.mark.parametrize("width", [16, 32])  # plain products, and the kernel
+def test_our_own_attention_is_sdpa_to_within_rounding(length: int, masked: bool, width: int) -> None:
     """In bfloat16 on a CPU; values and gradients against float32's."""
     torch.manual_seed(0)
-    exact = [torch.randn(2, 3, length, 16, requires_grad=True) for _ in range(3)]
+    exact = [torch.randn(2, 3, length, width, requires_grad=True) for _ in range(3)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     documents = torch.arange(length).div(5, rounding_mode="floor").expand(2, -1)
-    mask = DocumentMask(documents, dropout=0.0, head_width=16, dtype=torch.bfloat16) if masked else None
     results = []
     for tensors in (exact, rounded):
+        mask = DocumentMask(documents, dropout=0.0, head_width=width, dtype=tensors[0].dtype) if masked else None
         out = attend(*tensors, mask, dropout=0.0)
-        weight = torch.linspace(-1, 1, 16)
+        weight = torch.linspace(-1, 1, width)
         results.append([out, *torch.autograd.grad((out.float() * weight).sum(), tensors)])
     for expected, found in zip(*results, strict=True):
         assert found.dtype == torch.bfloat16
         assert (expected - found.float()).norm() <= 0.02 * expected.norm() + 1e-6
+
+
+@pytest.mark.skipif(not kernel.in_use(), reason="no compiler at the installation, or no AVX512_BF16")
+def test_the_kernels_gradients_have_none_themselves() -> None:
+    q = torch.randn(1, 1, 8, 32, dtype=torch.bfloat16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(attend(q, q, q, None, dropout=0.0).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_weights_that_are_made_again_are_those_that_would_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.models import loss as module
@@ -88,6 +89,23 @@ class Largest(TorchDispatchMode):
         return result
 
 
+class LiveProducts(TorchDispatchMode):
+    """How many products of matrices that are `numel` large exist at the same time, at most."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.most = numel, 0
+        self._made: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.numel() == self.numel:
+            self._made = [made for made in self._made if not made.expired()]
+            self._made.append(StorageWeakRef(result.untyped_storage()))
+            self.most = max(self.most, len(self._made))
+        return result
+
+
 def test_the_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "LEAST_ROWS", 8)
@@ -95,3 +113,12 @@ def test_the_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     with Largest() as seen:
         head_loss(hidden, head, torch.randint(1000, (4, 64))).backward()
     assert seen.numel == 8 * 1000
+
+
+def test_a_chunk_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "LEAST_ROWS", 8)
+    hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
+    with LiveProducts(8 * 1000) as products:
+        head_loss(hidden, head, torch.randint(1000, (4, 64)))
+    assert products.most == 1

@@ -1,0 +1,54 @@
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hatchling", reason="builds the package; requirements.txt has it")
+
+from hatch_build import compile_kernel, library_of
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LIBRARY = "gpt/kernels/libattention.so"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What a build sees, without what was compiled here."""
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "gpt", tmp_path / "gpt", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return tmp_path
+
+
+def wheel(checkout: Path, **environment: str) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", "dist"]
+    subprocess.run(command, cwd=checkout, env=environment or None, check=True, capture_output=True)
+    (built,) = (checkout / "dist").glob("*.whl")
+    return built
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_wheel_brings_what_was_compiled_and_says_for_what_machine(checkout: Path) -> None:
+    built = wheel(checkout)
+    assert {LIBRARY, "gpt/kernels/attention.c"} <= set(zipfile.ZipFile(built).namelist())
+    assert not built.name.endswith("-none-any.whl")
+
+
+def test_without_a_compiler_there_is_a_wheel_for_every_machine(checkout: Path) -> None:
+    built = wheel(checkout, PATH="")
+    assert LIBRARY not in zipfile.ZipFile(built).namelist()
+    assert built.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_what_does_not_compile_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "broken.c"
+    source.write_text("int broken(")
+    assert not compile_kernel(source)
+    assert [*tmp_path.iterdir()] == [source]
+    source.write_text("const char *source(void) { return SOURCE; }")
+    assert compile_kernel(source)
+    assert library_of(source).is_file()
