@@ -1,7 +1,9 @@
 """Compiles gpt/kernels/attention.c when the package is installed; where nothing can, torch does its work, slower."""
 
 import hashlib
+import platform
 import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,30 +18,33 @@ class CompileKernels(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before a wheel is built, also that of an editable installation."""
-        if compile_kernel(Path(self.root) / SOURCE):
-            build_data["artifacts"].append(str(library_of(SOURCE)))
-            build_data["pure_python"], build_data["infer_tag"] = False, True
+        try:
+            library = compile_kernel(Path(self.root) / SOURCE)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.app.display_warning(f"{SOURCE} is not compiled, torch will do its work: {error}")
+            return
+        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        build_data["pure_python"], build_data["infer_tag"] = False, True
 
 
-def library_of(source: Path) -> Path:
-    """Not of the module's name, or Python would take it for the module."""
-    return source.with_name(f"lib{source.stem}.so")
-
-
-def compile_kernel(source: Path) -> bool:
-    """Whether `source` could be compiled.
+def compile_kernel(source: Path) -> Path:
+    """Compile `source` and return the library, which lies beside it.
 
     Functions of OpenMP are left to be found in the runtime that torch brings: two of them would fight for the cores.
+
+    Raises:
+        OSError: the machine is of another kind, there is no compiler, or nothing can be written here.
+        subprocess.CalledProcessError: the compiler fails.
     """
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise OSError("it is for x86-64 and Linux")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    library = library_of(source)
+    # Not of the module's name, or Python would take it for the module.
+    library = source.with_name(f"lib{source.stem}.so")
     with TemporaryDirectory(dir=source.parent) as folder:
         made, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        compile_it = ["cc", "-O3", "-fPIC", "-fopenmp", f'-DSOURCE="{digest}"', "-c", str(source), "-o", str(made)]
-        try:
-            subprocess.run(compile_it, check=True, capture_output=True)
-            subprocess.run(["cc", "-shared", str(made), "-o", str(linked), "-lm"], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            return False
+        flags = ["-O3", "-ffp-contract=off", "-fPIC", "-fopenmp", f'-DSOURCE="{digest}"']
+        subprocess.run(["cc", *flags, "-c", str(source), "-o", str(made)], check=True, capture_output=True)
+        subprocess.run(["cc", "-shared", str(made), "-o", str(linked), "-lm"], check=True, capture_output=True)
         linked.replace(library)
-    return True
+    return library

@@ -142,7 +142,8 @@ class RunPlan:
         if self.reproducible:  # what else decides the bits of a step
             identity["--micro-batch-size"] = self.batch.micro_batch_size
             identity["--runtime.threads"] = self.machine.runtime.get("threads", 1)
-            identity["--runtime.fused-attention"] = self.machine.runtime.get("fused_attention", False)
+            if self.dtype == "bfloat16":
+                identity["--runtime.fused-attention"] = self.machine.runtime.get("fused_attention", False)
         return identity
 
     @property

@@ -14,7 +14,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-int attention_runs_here(void) { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq"); }
+int attention_runs_here(void) {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 
 /* Which source this was made of, as the one who compiled it says. */
 const char *attention_source(void) { return SOURCE; }
@@ -61,7 +64,7 @@ static inline void store_rounded(bf16 *to, __m512 x) {
   _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-/* 2 to the power of x, for x <= 0, to 3e-7 of it. 0 below -200; NaN stays NaN. */
+/* 2 to the power of x, to 4e-6 of it; 0 below -200, and NaN stays NaN. */
 static inline __m512 power_of_two(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-200), x); /* of a NaN and a number, max takes the second */
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -159,6 +162,9 @@ static void scatter(const Attention *a, const float *rows, const Tensor *t, int6
 
 static int least(int64_t x, int64_t y) { return (int)(x < y ? x : y); }
 
+/* What makes a product of query and key a score, whose power of two its weight is. */
+static float score_scale(const Attention *a) { return (float)(M_LOG2E / sqrt((double)a->width)); }
+
 static int64_t padded(const Attention *a) { return (a->tokens + KEYS - 1) / KEYS * KEYS; }
 
 static int64_t begin_of(const Attention *a, int64_t b, int64_t i) {
@@ -206,7 +212,6 @@ static void weigh(float *scores, bf16 *weights, Taken *taken, int r, int n, int6
 
 static void forward_of_head(const Attention *a, int64_t b, int64_t h, void *scratch) {
   const int64_t width = a->width, all = padded(a) * width;
-  const float scale = (float)(M_LOG2E / sqrt((double)width)); /* scores are logarithms to base 2 */
   bf16 *rows = scratch, *keys = rows + all, *values = keys + all;
   bf16 *weights = values + all, *queries = weights + QUERIES * KEYS;
   float *scores = (float *)(queries + QUERIES * width);
@@ -226,7 +231,8 @@ static void forward_of_head(const Attention *a, int64_t b, int64_t h, void *scra
       const int n = least(KEYS, i + QUERIES - j);
       multiply(queries, width, keys + j * width, scores, KEYS, QUERIES, n, (int)width, 0);
       for (int r = 0; r < QUERIES; r++)
-        weigh(scores + r * KEYS, weights + r * KEYS, &taken, r, n, begin_of(a, b, i + r) - j, i + r - j, width, scale);
+        weigh(scores + r * KEYS, weights + r * KEYS, &taken, r, n, begin_of(a, b, i + r) - j, i + r - j, width,
+              score_scale(a));
       for (int64_t d = 0; d < width; d += COLUMNS)
         multiply(weights, KEYS, values + j * width + d * KEYS, taken.out + d, width, QUERIES, COLUMNS, n, 1);
     }
@@ -245,8 +251,7 @@ typedef struct {
 /* Scores of n keys from the j-th on with the queries from the i-th on, and their weights' gradients, become weights and
    the scores' gradients. log_sums are those queries', means what their weights' gradients are on the average. */
 static void differentiate(const Attention *a, const float *scores, const float *weight_grads, const Slopes *to,
-                          const float *log_sums, const float *means, int64_t b, int64_t i, int64_t j, int n,
-                          float scale) {
+                          const float *log_sums, const float *means, int64_t b, int64_t i, int64_t j, int n) {
   int32_t firsts[QUERIES];
   for (int c = 0; c < QUERIES; c++)
     firsts[c] = (int32_t)begin_of(a, b, i + c);
@@ -259,7 +264,7 @@ static void differentiate(const Attention *a, const float *scores, const float *
         const int at = (r + y) * QUERIES + c;
         const __m512i key = _mm512_set1_epi32((int)j + r + y);
         const __mmask16 seen = _mm512_cmple_epi32_mask(key, last) & _mm512_cmpge_epi32_mask(key, first);
-        const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(scale));
+        const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(score_scale(a)));
         weight[y] = _mm512_maskz_mov_ps(seen, power_of_two(_mm512_sub_ps(score, _mm512_loadu_ps(log_sums + c))));
         grad[y] = _mm512_sub_ps(_mm512_loadu_ps(weight_grads + at), _mm512_loadu_ps(means + c));
         grad[y] = _mm512_maskz_mul_ps(seen, weight[y], grad[y]);
@@ -320,7 +325,7 @@ static void backward_of_head(const Attention *a, int64_t b, int64_t h, void *scr
       const int n = least(KEYS, i + QUERIES - j);
       multiply(keys + j * width, width, queries + i * width, scores, QUERIES, n, QUERIES, (int)width, 0);
       multiply(values + j * width, width, grads + i * width, weight_grads, QUERIES, n, QUERIES, (int)width, 0);
-      differentiate(a, scores, weight_grads, &slopes, log_sums + i, means + i, b, i, j, n, scale * (float)M_LOG2E);
+      differentiate(a, scores, weight_grads, &slopes, log_sums + i, means + i, b, i, j, n);
       multiply(slopes.weights, QUERIES, grad_panels + i * width, v_grad, width, n, (int)width, QUERIES, 1);
       multiply(slopes.score_grads, QUERIES, query_panels + i * width, k_grad, width, n, (int)width, QUERIES, 1);
       multiply(turned_keys + j * width, KEYS, slopes.score_grad_panels, turned_q_grad + i * width, QUERIES, (int)width,

@@ -69,9 +69,12 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begins: torch.Ten
         v: (B, H, T, D).
         begins: (B, T) int32, the first position that each one sees, which does not decrease along a row; None: 0.
     """
-    q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     B, H, T, _ = q.shape
-    saved = Saved(q, k, v, _empty_like(q), torch.empty(B, H, T), begins)
+    assert q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype == torch.bfloat16
+    assert begins is None or (begins.shape == (B, T) and begins.dtype == torch.int32)
+    q, k, v = (_with_dense_rows(x) for x in (q, k, v))
+    log_sums = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    saved = Saved(q, k, v, _empty_like(q), log_sums, begins)
     _call("attention_forward", saved)
     return saved
 
@@ -119,7 +122,9 @@ def _library() -> ctypes.CDLL | None:
 
 def _openmp_runtime() -> str | None:
     """The one that manages torch's threads: under a second one beside it twice as many would wait for the cores."""
-    mapped = {Path(word) for word in Path("/proc/self/maps").read_text(encoding="utf-8").split() if word[0] == "/"}
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    mapped = {Path(name) for line in maps.splitlines() for name in line.split(maxsplit=5)[5:]}
     runtimes = [path for path in mapped if path.name.startswith(("libgomp", "libiomp5"))]
-    installed = Path(torch.__file__).parents[1]  # beside torch's own folder, some builds have theirs in torch.libs
-    return str(min(runtimes, key=lambda path: not path.is_relative_to(installed))) if runtimes else None
+    # torch's lies in its folder, or beside that.
+    ranked = sorted(runtimes, key=lambda path: ({"torch", "torch.libs"}.isdisjoint(path.parts), str(path)))
+    return str(ranked[0]) if ranked else None

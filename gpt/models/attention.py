@@ -84,7 +84,11 @@ def attend(
     """
     out: torch.Tensor
     q, k, v = as_autocast_would(q, k, v)
-    if _kernel_serves(q.device, q.dtype, dropout=dropout, head_width=q.shape[3]):
+    if mask is None:
+        by_kernel = _kernel_serves(q.device, q.dtype, dropout=dropout, head_width=q.shape[3])
+    else:
+        by_kernel = mask.begins is not None
+    if by_kernel:
         out = _KernelAttention.apply(q, k, v, mask and mask.begins)  # type: ignore[no-untyped-call]
         return out
     if dropout == 0 and q.device.type == "cpu" and q.dtype in MATMUL_TYPES:

@@ -69,9 +69,11 @@ def test_reproducible_mode_needs_a_whole_tree(changes: dict[str, Any], world_siz
 def test_what_decides_bits_is_part_of_a_reproducible_runs_identity() -> None:
     assert "--runtime.threads" not in plan().identity
     machine = MachineFacts("cpu", "", False, 4, runtime={"threads": 3, "fused_attention": True})
-    identity = plan(machine, **REPRODUCIBLE, tokens_per_step=512).identity
+    identity = plan(machine, **REPRODUCIBLE, tokens_per_step=512, dtype="bfloat16").identity
     assert (identity["--micro-batch-size"], identity["--runtime.threads"]) == (2, 3)
     assert identity["--runtime.fused-attention"] is True
+    exact = plan(machine, **REPRODUCIBLE, tokens_per_step=512, dtype="float32").identity
+    assert "--runtime.fused-attention" not in exact
     on_gpu = plan(MachineFacts("cuda", "", False), **REPRODUCIBLE).notes
     assert set(on_gpu) - set(plan(**REPRODUCIBLE).notes) == {
         "--parallel.reproducible promises every bit on a CPU; kernels of a GPU may add in any order"
