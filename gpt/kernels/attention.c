@@ -132,6 +132,12 @@ static void panels(const bf16 *from, bf16 *to, int rows, int64_t width) {
     }
 }
 
+/* The same for each block of rows by itself. */
+static void block_panels(const bf16 *from, bf16 *to, int64_t rows, int block, int64_t width) {
+  for (int64_t i = 0; i < rows; i += block)
+    panels(from + i * width, to + i * width, block, width);
+}
+
 /* The transposed of rows x width, as `multiply` takes b; `rows` is a multiple of 32. */
 static void transposed_panels(const bf16 *from, bf16 *to, int rows, int64_t width) {
   for (int64_t i = 0; i < rows; i += COLUMNS)
@@ -212,6 +218,7 @@ static void weigh(float *scores, bf16 *weights, Taken *taken, int r, int n, int6
 
 static void forward_of_head(const Attention *a, int64_t b, int64_t h, void *scratch) {
   const int64_t width = a->width, all = padded(a) * width;
+  const float scale = score_scale(a);
   bf16 *rows = scratch, *keys = rows + all, *values = keys + all;
   bf16 *weights = values + all, *queries = weights + QUERIES * KEYS;
   float *scores = (float *)(queries + QUERIES * width);
@@ -220,8 +227,7 @@ static void forward_of_head(const Attention *a, int64_t b, int64_t h, void *scra
   gather(a, &a->k, b, h, 0, (int)padded(a), rows);
   transposed_panels(rows, keys, (int)padded(a), width);
   gather(a, &a->v, b, h, 0, (int)padded(a), rows);
-  for (int64_t j = 0; j < padded(a); j += KEYS)
-    panels(rows + j * width, values + j * width, KEYS, width);
+  block_panels(rows, values, padded(a), KEYS, width);
   for (int64_t i = 0; i < a->tokens; i += QUERIES) {
     gather(a, &a->q, b, h, i, QUERIES, queries);
     memset(taken.out, 0, QUERIES * width * sizeof(float));
@@ -231,8 +237,7 @@ static void forward_of_head(const Attention *a, int64_t b, int64_t h, void *scra
       const int n = least(KEYS, i + QUERIES - j);
       multiply(queries, width, keys + j * width, scores, KEYS, QUERIES, n, (int)width, 0);
       for (int r = 0; r < QUERIES; r++)
-        weigh(scores + r * KEYS, weights + r * KEYS, &taken, r, n, begin_of(a, b, i + r) - j, i + r - j, width,
-              score_scale(a));
+        weigh(scores + r * KEYS, weights + r * KEYS, &taken, r, n, begin_of(a, b, i + r) - j, i + r - j, width, scale);
       for (int64_t d = 0; d < width; d += COLUMNS)
         multiply(weights, KEYS, values + j * width + d * KEYS, taken.out + d, width, QUERIES, COLUMNS, n, 1);
     }
@@ -252,6 +257,7 @@ typedef struct {
    the scores' gradients. log_sums are those queries', means what their weights' gradients are on the average. */
 static void differentiate(const Attention *a, const float *scores, const float *weight_grads, const Slopes *to,
                           const float *log_sums, const float *means, int64_t b, int64_t i, int64_t j, int n) {
+  const __m512 scale = _mm512_set1_ps(score_scale(a));
   int32_t firsts[QUERIES];
   for (int c = 0; c < QUERIES; c++)
     firsts[c] = (int32_t)begin_of(a, b, i + c);
@@ -264,7 +270,7 @@ static void differentiate(const Attention *a, const float *scores, const float *
         const int at = (r + y) * QUERIES + c;
         const __m512i key = _mm512_set1_epi32((int)j + r + y);
         const __mmask16 seen = _mm512_cmple_epi32_mask(key, last) & _mm512_cmpge_epi32_mask(key, first);
-        const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(score_scale(a)));
+        const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + at), scale);
         weight[y] = _mm512_maskz_mov_ps(seen, power_of_two(_mm512_sub_ps(score, _mm512_loadu_ps(log_sums + c))));
         grad[y] = _mm512_sub_ps(_mm512_loadu_ps(weight_grads + at), _mm512_loadu_ps(means + c));
         grad[y] = _mm512_maskz_mul_ps(seen, weight[y], grad[y]);
@@ -308,12 +314,10 @@ static void backward_of_head(const Attention *a, int64_t b, int64_t h, void *scr
   }
   gather(a, &a->q, b, h, 0, (int)padded(a), rows);
   transposed_panels(rows, queries, (int)padded(a), width);
-  for (int64_t i = 0; i < padded(a); i += QUERIES)
-    panels(rows + i * width, query_panels + i * width, QUERIES, width);
+  block_panels(rows, query_panels, padded(a), QUERIES, width);
   gather(a, &a->out_grad, b, h, 0, (int)padded(a), rows);
   transposed_panels(rows, grads, (int)padded(a), width);
-  for (int64_t i = 0; i < padded(a); i += QUERIES)
-    panels(rows + i * width, grad_panels + i * width, QUERIES, width);
+  block_panels(rows, grad_panels, padded(a), QUERIES, width);
   for (int64_t i = a->tokens; i < padded(a); i++)
     log_sums[i] = INFINITY, means[i] = 0; /* weights of 0 */
   memcpy(log_sums, a->log_sums + (b * a->heads + h) * a->tokens, a->tokens * sizeof(float));

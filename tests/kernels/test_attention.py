@@ -22,14 +22,14 @@ def one_and_two_threads() -> Iterator[tuple[int, int]]:
     torch.set_num_threads(before)
 
 
-def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def heads(length: int, width: int, *, batch: int = 2, seed: int = 0) -> list[torch.Tensor]:
-    """q, k and v of three heads, cut out of one tensor as a model does it."""
-    parts = random(batch, length, 9 * width, seed=seed).split(3 * width, dim=2)
-    return [part.view(batch, length, 3, width).transpose(1, 2) for part in parts]
+def heads(length: int, width: int) -> list[torch.Tensor]:
+    """q, k and v of two rows and three heads, cut out of one tensor as a model does it."""
+    parts = random(2, length, 9 * width, seed=0).split(3 * width, dim=2)
+    return [part.view(2, length, 3, width).transpose(1, 2) for part in parts]
 
 
 def first_seen(length: int) -> torch.Tensor:
