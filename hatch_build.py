@@ -1,4 +1,4 @@
-"""Compiles gpt/kernels/attention.c when the package is installed; where nothing can, torch does its work, slower."""
+"""Compiles gpt/ops/attention_cpu.c when the package is installed; where nothing can, torch does its work, slower."""
 
 import hashlib
 import platform
@@ -10,7 +10,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("gpt/kernels/attention.c")
+SOURCE = Path("gpt/ops/attention_cpu.c")
 
 
 class CompileKernels(BuildHookInterface):

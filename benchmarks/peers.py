@@ -41,7 +41,7 @@ from benchmarks.training_peers import (
     SEED,
     Spec,
 )
-from gpt.planning.environment import environment
+from gpt.machine.environment import environment
 
 MODELS = {
     "10m": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "batch": 8},

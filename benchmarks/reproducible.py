@@ -19,11 +19,11 @@ from itertools import count
 import torch
 
 from benchmarks.common import interleaved, spread
+from gpt.auto_batch import autocast_of
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.data.data_loader import DataLoader
-from gpt.data.made_up import MadeUpTokens
-from gpt.fitting import autocast_of
+from gpt.data.synthetic import SyntheticTokens
 from gpt.pipeline import build_state, build_train_step
 from gpt.utils.distributed import DistContext
 
@@ -80,7 +80,7 @@ def _stepper(preset: str, micro_batches: int, dist: DistContext, *, reproducible
     machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
     plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("made-up tokens", 10**12),)))
     train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), autocast_of(plan))
-    tokens = MadeUpTokens(VOCAB_SIZE, block_size, masked=False)
+    tokens = SyntheticTokens(VOCAB_SIZE, block_size, masked=False)
     steps = count()
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
         batch = loader.batch_of(0)
@@ -93,10 +93,10 @@ def _stepper(preset: str, micro_batches: int, dist: DistContext, *, reproducible
 
 def _timed(stepper: Callable[[], None], dist: DistContext) -> float:
     """Seconds of a step, from when all are ready to when all are done."""
-    dist.least(0)
+    dist.min(0)
     start = time.perf_counter()
     stepper()
-    dist.least(0)
+    dist.min(0)
     return time.perf_counter() - start
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import Cost, cost_of, interleaved
 from benchmarks.report import speedrun_section
-from gpt.planning.environment import environment
+from gpt.machine.environment import environment
 
 OURS, NANOGPT = "gpt train speedrun-char", "nanoGPT"
 COMMAND = (

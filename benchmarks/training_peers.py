@@ -116,8 +116,8 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
     from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
     from gpt.configs.parallel_config import ParallelConfig
     from gpt.configs.train_config import TrainConfig
-    from gpt.layout import lay_out
     from gpt.pipeline import build
+    from gpt.run import open_run
     from gpt.training.events import Event, MetricsReady, StepEnd, TrainStart
 
     class EnoughError(Exception):
@@ -167,7 +167,7 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
             checkpoint=CheckpointConfig(interval=0),
             sample=TextSampleConfig(prompts=()),
         )
-        layout = lay_out(config)
+        layout = open_run(config)
         watch.parameters = layout.plan.model.n_parameters
         trainer = build(layout)
         trainer.attach(Timer())

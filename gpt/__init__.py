@@ -1,3 +1,3 @@
-"""A GPT training pipeline: `gpt.layout` resolves and checks a run, `gpt.pipeline` builds it, `gpt.main` starts it."""
+"""A GPT training pipeline: `gpt.run` resolves and checks a run, `gpt.pipeline` builds it, `gpt.main` starts it."""
 
 __version__ = "0.1.0"

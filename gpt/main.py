@@ -53,7 +53,7 @@ examples:
 gpt VERB --help lists every flag."""
 
 
-TOLD = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}
+INFO_FLAGS = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in TOLD:
-        print(TOLD[arguments[0]])
+    if arguments and arguments[0] in INFO_FLAGS:
+        print(INFO_FLAGS[arguments[0]])
         return 0
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
     status: int = importlib.import_module(f"gpt.commands.{verb.replace('-', '_')}").run(arguments)

@@ -4,17 +4,13 @@ layout (config, plan, corpus, tokens) -> batches -> model -> optimizer -> Traine
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from gpt.checkpoint.app_state import AppState, load_model_tensors
-from gpt.checkpoint.journal import Journal
+from gpt.auto_batch import Autocast, autocast_of, trial_loss
+from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
-from gpt.checkpoint.run_folder import locate_checkpoint, run_of
-from gpt.checkpoint.store import read_weights
-from gpt.configs.cli import load_config
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
@@ -24,52 +20,51 @@ from gpt.data.provenance import name_documents
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.val_loss import ValLoss
-from gpt.fitting import Autocast, autocast_of, trial_loss
-from gpt.layout import Layout, restore, write_run_files
+from gpt.machine.flops import flops_per_token
+from gpt.machine.hardware import peak_memory
+from gpt.machine.peak_flops import measured_peak_flops
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
-from gpt.parallel.apply import build_gradient_sync, make_ready
-from gpt.planning.flops import flops_per_token
-from gpt.planning.hardware import find_device, peak_memory
-from gpt.planning.peak import matmul_peak
-from gpt.training.eval_saver import EvalSaver
+from gpt.parallel.parallelize import build_gradient_sync, parallelize
+from gpt.resume.journal import Journal
+from gpt.run import Run, restore, write_run_files
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
 from gpt.training.observer import Sink
-from gpt.training.profiler import Profiler
-from gpt.training.replica_guard import ReplicaGuard
-from gpt.training.save_timer import SaveTimer
+from gpt.training.observers.eval_saver import EvalSaver
+from gpt.training.observers.profiler import Profiler
+from gpt.training.observers.replica_guard import ReplicaGuard
+from gpt.training.observers.save_timer import SaveTimer
+from gpt.training.observers.spike_guard import SpikeGuard
+from gpt.training.observers.stop_signal import StopSignal
+from gpt.training.observers.straggler_guard import OwnTime, StragglerGuard
+from gpt.training.observers.text_sampler import TextSampler
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
-from gpt.training.spike_guard import SpikeGuard
-from gpt.training.stop_signal import StopSignal
-from gpt.training.straggler_guard import OwnTime, StragglerGuard
-from gpt.training.text_sampler import TextSampler
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
-from gpt.utils.helper import si
 
 
-def build(layout: Layout, console: Console | None = None) -> Trainer:
+def build(run: Run, console: Console | None = None) -> Trainer:
     """Compose the run.
 
     Args:
-        layout: from `lay_out`.
+        run: from `open_run`.
         console: where rank 0 shows the run; None shows nothing.
 
     Raises:
         UserError: a checkpoint that is damaged or does not fit.
     """
-    config, dist, plan, corpus = layout.config, layout.dist, layout.plan, layout.corpus
+    config, dist, plan, corpus = run.config, run.dist, run.plan, run.corpus
     prompts = _prompts(config, corpus.tokenizer)
     autocast = autocast_of(plan)
     own_time = OwnTime(dist.device)
 
     sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
-    journal = Journal(layout.folder.journal, plan.order, layout.journal, dist)
+    journal = Journal(run.folder.journal, plan.order, run.journal, dist)
     guard = SpikeGuard(
         config.spike,
         journal,
@@ -81,12 +76,14 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
 
     state = build_state(config, plan, dist)
     state.savables["spike_guard"] = guard
-    restore(layout, state)
-    dist.on_main(lambda: write_run_files(layout, state.progress.step))
-    peak = dist.on_main(lambda: matmul_peak(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir))
+    restore(run, state)
+    dist.on_main(lambda: write_run_files(run, state.progress.step))
+    peak = dist.on_main(
+        lambda: measured_peak_flops(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir)
+    )
 
     checkpoints = CheckpointManager(
-        layout.folder, config.checkpoint, config.saved_json(), dist, resumed_at=state.progress.step
+        run.folder, config.checkpoint, config.saved_json(), dist, resumed_at=state.progress.step
     )
     trainer = Trainer(
         plan,
@@ -111,7 +108,7 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
         ),
         checkpoints=checkpoints,
         journal=journal,
-        resumed_from=str(layout.origin) if layout.origin else None,
+        resumed_from=str(run.origin) if run.origin else None,
     )
     trainer.attach(StopSignal(dist))
     trainer.attach(guard)
@@ -119,15 +116,15 @@ def build(layout: Layout, console: Console | None = None) -> Trainer:
     if dist.world_size > 1 and config.parallel.check_replicas:
         trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
     if config.profile.steps:
-        trainer.attach(Profiler(config.profile, layout.folder.trace if dist.is_main else None))
+        trainer.attach(Profiler(config.profile, run.folder.trace if dist.is_main else None))
     if config.checkpoint.every_minutes:
         trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
     if corpus.val:
-        trainer.attach(Evaluator(state.model, [_val_loss(layout, autocast)], plan))
+        trainer.attach(Evaluator(state.model, [_val_loss(run, autocast)], plan))
         trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
     if prompts:
         trainer.attach(TextSampler(state.model, corpus.tokenizer, prompts, config.sample, plan))
-    trainer.attach(Logger(_sinks(layout, console)))
+    trainer.attach(Logger(_sinks(run, console)))
     return trainer
 
 
@@ -152,7 +149,7 @@ def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
 ) -> TrainStep:
     """What updates `state`; compiles the model where that is asked for, and joins the processes."""
-    model = make_ready(
+    model = parallelize(
         state.model,
         state.model.get_submodule("h").children(),
         dist,
@@ -179,27 +176,6 @@ def build_train_step(
     )
 
 
-def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
-    """A trained model and its tokenizer, from a run's folder (its newest checkpoint) or from a checkpoint.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    checkpoint = locate_checkpoint(path, "RUN_DIR")
-    tokenizer = Tokenizer.from_file(run_of(checkpoint).tokenizer)
-    weights = read_weights(checkpoint)
-    config = load_config(checkpoint / "config.json").model
-    embedding = weights.get("wte.weight", torch.empty(0))
-    config = config.model_copy(update={"vocab_size": len(embedding)})
-    if config.n_parameters != sum(tensor.numel() for tensor in weights.values()):  # before memory for them is asked for
-        raise UserError(
-            f"{checkpoint}: config.json is of a model of {si(config.n_parameters)} parameters, not of this one"
-        )
-    model = GPT(config, seed=0)
-    load_model_tensors(model, weights)
-    return model.to(find_device(device)).eval(), tokenizer
-
-
 def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Prompts and their tokens; the default one, where the corpus lacks its characters, becomes the empty prompt."""
     tokens: dict[str, list[int]] = {}
@@ -213,22 +189,22 @@ def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
     return tokens
 
 
-def _sinks(layout: Layout, console: Console | None) -> list[Sink]:
+def _sinks(run: Run, console: Console | None) -> list[Sink]:
     """What records the run: on rank 0 alone."""
-    if not layout.dist.is_main:
+    if not run.dist.is_main:
         return []
-    files = JsonlSink(layout.folder.metrics, layout.folder.samples)
-    return [files, ConsoleSink(console, layout.plan, layout.folder.path)] if console else [files]
+    files = JsonlSink(run.folder.metrics, run.folder.samples)
+    return [files, ConsoleSink(console, run.plan, run.folder.path)] if console else [files]
 
 
-def _val_loss(layout: Layout, autocast: Autocast) -> ValLoss:
-    plan = layout.plan
+def _val_loss(run: Run, autocast: Autocast) -> ValLoss:
+    plan = run.plan
     return ValLoss(
-        layout.corpus.val,
+        run.corpus.val,
         block_size=plan.batch.block_size,
         batch_size=plan.batch.micro_batch_size,
         batches=plan.eval_batches,
-        masked=layout.config.data.document_mask,
+        masked=run.config.data.document_mask,
         autocast=autocast,
-        dist=layout.dist,
+        dist=run.dist,
     )

@@ -16,14 +16,14 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
 from gpt.configs.train_config import TrainConfig
-from gpt.data.document import Document
-from gpt.data.formats import Records
-from gpt.data.parts import cut_into_parts, read_part
-from gpt.data.readers import find_source
+from gpt.data.prepare.documents import Document
+from gpt.data.prepare.formats import Records
+from gpt.data.prepare.parts import cut_into_parts, read_part
+from gpt.data.prepare.sources import find_source
 from gpt.data.shards import ShardWriter, TokenStream
 from gpt.data.tokenizer import Tokenizer
-from gpt.layout import lay_out
 from gpt.pipeline import build
+from gpt.run import open_run
 from gpt.training.observer import Observer
 
 WORDS = """
@@ -97,7 +97,7 @@ def tiny(text_file: Path, cache_dir: Path) -> Callable[..., TrainConfig]:
 def finished_run(tiny: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of eight steps; nobody may write to it."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    build(lay_out(tiny(run_dir, checkpoint={"interval": 4}))).train()
+    build(open_run(tiny(run_dir, checkpoint={"interval": 4}))).train()
     return run_dir
 
 
@@ -107,7 +107,7 @@ def record() -> Iterator[Callable[[TrainConfig], tuple[list[float], dict[str, to
 
     def train(config: TrainConfig, *observers: Observer) -> tuple[list[float], dict[str, torch.Tensor]]:
         recorder = LossRecorder()
-        trainer = build(lay_out(config))
+        trainer = build(open_run(config))
         for observer in (*observers, recorder):
             trainer.attach(observer)
         trainer.train()

@@ -12,7 +12,7 @@ pytest.importorskip("hatchling", reason="builds the package; requirements.txt ha
 from hatch_build import compile_kernel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LIBRARY = "gpt/kernels/libattention.so"
+LIBRARY = "gpt/ops/libattention_cpu.so"
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None or (sys.platform, platform.machine()) != ("linux", "x86_64"),
@@ -39,7 +39,7 @@ def wheel(checkout: Path, **environment: str) -> Path:
 @needs_compiler
 def test_a_wheel_brings_what_was_compiled_and_says_for_what_machine(checkout: Path) -> None:
     built = wheel(checkout)
-    assert {LIBRARY, "gpt/kernels/attention.c"} <= set(zipfile.ZipFile(built).namelist())
+    assert {LIBRARY, "gpt/ops/attention_cpu.c"} <= set(zipfile.ZipFile(built).namelist())
     assert not built.name.endswith("-none-any.whl")
 
 

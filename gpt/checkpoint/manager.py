@@ -10,8 +10,8 @@ from threading import Thread
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
-from gpt.checkpoint.resume import newest_whole
-from gpt.checkpoint.retention import kept
+from gpt.checkpoint.newest import newest_valid
+from gpt.checkpoint.retention import steps_to_keep
 from gpt.checkpoint.run_folder import RunFolder, step_of
 from gpt.checkpoint.staging import Staging
 from gpt.checkpoint.store import (
@@ -27,15 +27,15 @@ from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import make_folder, remove_folder
 from gpt.utils.distributed import DistContext, PendingFlag
-from gpt.utils.helper import first_line, si
+from gpt.utils.helper import first_line, format_si
 
 log = logging.getLogger(__name__)
 
-BESIDE_TENSORS = 2**20
+NON_TENSOR_BYTES = 2**20
 """Bytes that a checkpoint's other files take at most, for all that is expected."""
-LOOK_AGAIN = 1.0
+POLL_SECONDS = 1.0
 """Seconds after which processes that wait for the writer tell each other that they still do."""
-PATIENCE = 0.5
+INTERRUPT_GRACE_SECONDS = 0.5
 """Seconds that a writer has left when a user ends the process."""
 FREE_SPACE = "lower --checkpoint.keep or free space"
 REMEDIES = {
@@ -105,7 +105,7 @@ class CheckpointManager:
             if self._flag is not None and self._flag.read():
                 self._settle()
             else:
-                self._flag = self._dist.start_max(int(self._is_done()))
+                self._flag = self._dist.all_reduce_max_async(int(self._is_done()))
         committed, self._committed = self._committed, []
         return committed
 
@@ -145,7 +145,7 @@ class CheckpointManager:
         """Let the writer end what it has begun, for this process may; one that the user interrupts leaves at once."""
         if self._writer is not None:
             interrupted = error is not None and not isinstance(error, Exception)
-            self._writer.join(PATIENCE if interrupted else None)
+            self._writer.join(INTERRUPT_GRACE_SECONDS if interrupted else None)
             if self._writer.failure is not None:
                 log.error("%s", self._writer.failure)
 
@@ -164,7 +164,7 @@ class CheckpointManager:
             return
         done = self._flag is not None and self._flag.read()
         while not done:
-            done = self._dist.start_max(int(self._is_done(LOOK_AGAIN))).read()
+            done = self._dist.all_reduce_max_async(int(self._is_done(POLL_SECONDS))).read()
         saved, self._in_flight, self._flag = self._in_flight, None, None
         self._dist.on_main(self._outcome)
         self._committed.append(saved)
@@ -183,11 +183,11 @@ class CheckpointManager:
         try:
             if not self._is_there(path):
                 make_folder(path.parent)
-                self._make_room(step, snapshot.nbytes + BESIDE_TENSORS)
+                self._make_room(step, snapshot.nbytes + NON_TENSOR_BYTES)
                 write_checkpoint(path, snapshot, self._config_json)
             self._written.add(step)
-            for doomed in self._dispensable(step):
-                remove_folder(doomed)
+            for stale in self._prunable(step):
+                remove_folder(stale)
         except OSError as error:
             remedy = REMEDIES.get(error.errno or 0, "name another --run-dir")
             raise UserError(
@@ -215,19 +215,20 @@ class CheckpointManager:
         """
         parent = self._folder.checkpoints
         newest = self._folder.checkpoint_at(max(self._sound_steps(step), default=-1))
-        for doomed in self._dispensable(step):
-            if shutil.disk_usage(parent).free < needed and doomed != newest:
-                remove_folder(doomed)
+        for stale in self._prunable(step):
+            if shutil.disk_usage(parent).free < needed and stale != newest:
+                remove_folder(stale)
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise UserError(
-                f"the checkpoint of step {step} needs {si(needed)}B, {si(free)}B free on {parent}; {FREE_SPACE}"
+                f"the checkpoint of step {step} needs {format_si(needed)}B, {format_si(free)}B free on {parent}; "
+                f"{FREE_SPACE}"
             )
 
-    def _dispensable(self, step: int) -> list[Path]:
+    def _prunable(self, step: int) -> list[Path]:
         """Checkpoints that are not to be kept once that of `step` is committed; later ones are not looked at."""
         sound = self._sound_steps(step)
-        chosen = kept([*sound, step], self._losses, keep=self._config.keep, keep_best=self._config.keep_best)
+        chosen = steps_to_keep([*sound, step], self._losses, keep=self._config.keep, keep_best=self._config.keep_best)
         return [path for at, path in self._steps() if at < step and at not in chosen and self._config.keep]
 
     def _sound_steps(self, before: int) -> list[int]:
@@ -248,7 +249,7 @@ class CheckpointManager:
         return losses
 
     def _newest_whole(self, at_most: int | None) -> str | None:
-        start = newest_whole([path for step, path in self._steps() if at_most is None or step <= at_most])
+        start = newest_valid([path for step, path in self._steps() if at_most is None or step <= at_most])
         for path, reason in start.damaged:
             log.warning("skipped %s: %s", path.name, reason)
         return None if start.checkpoint is None else str(start.checkpoint)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 
-def kept(steps: Sequence[int], losses: Mapping[int, float], *, keep: int, keep_best: bool) -> set[int]:
+def steps_to_keep(steps: Sequence[int], losses: Mapping[int, float], *, keep: int, keep_best: bool) -> set[int]:
     """Of sound checkpoints those to keep.
 
     Args:

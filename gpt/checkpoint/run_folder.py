@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 
 from gpt.checkpoint.store import MANIFEST
-from gpt.configs.cli import load_config
+from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync, read_jsonl
-from gpt.utils.helper import names_apart
+from gpt.utils.helper import unique_names
 
 DAMAGED = ".damaged"
 """Ending of a checkpoint that was not whole when its run was continued from an earlier one."""
@@ -53,14 +53,14 @@ class RunFolder:
         records = read_jsonl(self.metrics)
         return any(record.get("step") == step and "val/loss" in record for record in records)
 
-    def set_aside(self, checkpoint: Path) -> Path:
+    def move_aside(self, checkpoint: Path) -> Path:
         """Rename a checkpoint so that it is none any more and its step can be saved again; returns where it lies.
 
         Raises:
             UserError: the disk refused.
         """
         taken = [path.name for path in self.checkpoints.iterdir()]
-        unused = checkpoint.with_name(names_apart([*taken, f"{checkpoint.name}{DAMAGED}"])[-1])
+        unused = checkpoint.with_name(unique_names([*taken, f"{checkpoint.name}{DAMAGED}"])[-1])
         try:
             checkpoint.rename(unused)
             fsync(checkpoint.parent)

@@ -21,10 +21,10 @@ import torch
 from gpt.checkpoint.app_state import AppState, Tensors
 from gpt.checkpoint.tensor_file import CHUNK, FileRecord, read_tensors, write_bytes, write_tensors
 from gpt.errors import UserError
-from gpt.kernels import attention
+from gpt.machine.resources import usable_cores
+from gpt.ops import attention_cpu
 from gpt.utils.atomic_io import make_folder, new_folder
 from gpt.utils.helper import first_line
-from gpt.utils.resources import usable_cores
 
 FORMAT_VERSION = 2
 """Version 1 said nothing of the environment and had no digest of the manifest itself."""
@@ -40,7 +40,7 @@ FILES = (MODEL, OPTIMIZER, PROGRESS, CONFIG)
 VAL_LOSS = "val/loss"
 """The metric that says which checkpoint is the best."""
 
-_LONGEST_MANIFEST = 2**20
+_MAX_MANIFEST_BYTES = 2**20
 _OWN_DIGEST = "manifest_sha256"
 _BLANK = "0" * 64
 """Stands for the manifest's digest while it is taken."""
@@ -161,8 +161,8 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if path.is_symlink():
         raise UserError(f"{path}: a symbolic link, not a folder; name the folder that it points to")
-    if _size_of(file) > _LONGEST_MANIFEST:
-        raise _damaged(file, f"it is longer than {_LONGEST_MANIFEST} bytes")
+    if _size_of(file) > _MAX_MANIFEST_BYTES:
+        raise _damaged(file, f"it is longer than {_MAX_MANIFEST_BYTES} bytes")
     content = read_json(file)
     version, own_digest = content.get("format_version", "unknown"), content.get(_OWN_DIGEST)
     if own_digest is not None:
@@ -189,7 +189,7 @@ def read_manifest(path: Path) -> Manifest:
     )
 
 
-def unlike_here(path: Path) -> str | None:
+def environment_mismatch(path: Path) -> str | None:
     """Where this process differs from the one that wrote `path` in what the bits of a run depend on, in one line."""
     there, here = read_manifest(path).environment, _environment()
     differences = [
@@ -222,7 +222,7 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": attention.in_use(),
+        "fused_attention": attention_cpu.in_use(),
     }
 
 

@@ -21,7 +21,7 @@ from gpt.utils.helper import first_line
 
 CHUNK = 2**23
 """Bytes written and hashed at once; hashing so many lets other threads run."""
-LONGEST_HEADER = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """Bytes; the library's own limit."""
 
 # The library's names, and its order: the types with the strictest alignment come first.
@@ -129,6 +129,6 @@ def _require_unique_names(path: Path) -> None:
 
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > LONGEST_HEADER:
+        if length > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes")
         json.loads(file.read(length), object_pairs_hook=unique)

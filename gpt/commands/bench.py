@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from gpt.configs.base import Config, FilePath
-from gpt.configs.cli import OverPreset, parse, parse_over_preset
+from gpt.configs.cli import PresetOverrides, parse, parse_over_preset
 from gpt.configs.data_config import Sources
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import RunPlan
@@ -33,7 +33,7 @@ SPEEDRUN_LOSS = 1.88
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
-class BenchCommand(OverPreset):
+class BenchCommand(PresetOverrides):
     """Measure a training step on made-up tokens: every value below is the preset's own.
 
     gpt bench speedrun measures a whole run instead, on a text of yours.
@@ -68,12 +68,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _bench_step(command: BenchCommand) -> int:
+    from gpt.auto_batch import resolve_auto_micro_batch
     from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
-    from gpt.fitting import fitted
-    from gpt.planning.flops import flops_per_token
-    from gpt.planning.hardware import find_device, machine_facts
-    from gpt.planning.peak import matmul_peak
-    from gpt.utils.cpu_runtime import set_up_cpu
+    from gpt.machine.cpu_runtime import set_up_cpu
+    from gpt.machine.flops import flops_per_token
+    from gpt.machine.hardware import find_device, machine_facts
+    from gpt.machine.peak_flops import measured_peak_flops
     from gpt.utils.distributed import DistContext
 
     device = find_device(command.device)
@@ -83,10 +83,12 @@ def _bench_step(command: BenchCommand) -> int:
     corpus = CorpusFacts(_vocabulary(config), (StreamFacts("made-up tokens", 10**12),))
     facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
     machine = MachineFacts(**dist.broadcast(asdict(facts)))
-    plan = fitted(config, resolve(config, machine, corpus), dist)
+    plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
     measured = _measure(config, plan, dist, command.steps)
     peak = dist.on_main(
-        lambda: matmul_peak(dist.device, machine.device_name, plan.dtype, config.data.cache_dir) * dist.world_size
+        lambda: (
+            measured_peak_flops(dist.device, machine.device_name, plan.dtype, config.data.cache_dir) * dist.world_size
+        )
     )
     flops = flops_per_token(plan.model) * plan.batch.tokens_per_step
     seconds = statistics.median(measured.step_seconds)
@@ -142,13 +144,13 @@ class _Measured:
 def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int) -> _Measured:
     import torch
 
+    from gpt.auto_batch import autocast_of
     from gpt.data.data_loader import DataLoader
-    from gpt.data.made_up import MadeUpTokens
-    from gpt.fitting import autocast_of
+    from gpt.data.synthetic import SyntheticTokens
+    from gpt.machine.hardware import peak_memory
+    from gpt.machine.peak_flops import own_rate, synchronize
     from gpt.optim.build import set_learning_rate
     from gpt.pipeline import build_state, build_train_step
-    from gpt.planning.hardware import peak_memory
-    from gpt.planning.peak import own_rate, synchronize
     from gpt.training.stopwatch import Stopwatch, TimedScaler
     from gpt.utils.custom_scheduler import build_schedule
 
@@ -157,7 +159,7 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     state.scaler = TimedScaler(dist.device.type, enabled=state.scaler.is_enabled(), stopwatch=stopwatch)
     train_step = build_train_step(config, plan, dist, state, stopwatch.around(autocast_of(plan)))
     schedule = build_schedule(plan.lr, plan.max_steps)
-    tokens = MadeUpTokens(plan.model.vocab_size, plan.batch.block_size, masked=config.data.document_mask)
+    tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, masked=config.data.document_mask)
     rows = plan.batch.micro_batch_size * plan.batch.block_size
 
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
@@ -196,19 +198,21 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
 
 def _rows(figures: Mapping[str, Any]) -> dict[str, str]:
     """The figures of a step, for people."""
-    from gpt.utils.helper import plural, si
+    from gpt.utils.helper import format_si, plural
 
     phases, memory = figures["milliseconds"], figures["peak_memory_bytes"]
     return {
         "machine": f"{figures['device']}, {plural(figures['processes'], 'process', 'es')}, {figures['dtype']}",
-        "model": f"{si(figures['parameters'])} parameters, {si(figures['flops_per_token'])}FLOP per token",
-        "tokens/s": si(figures["tokens_per_second"]),
+        "model": f"{format_si(figures['parameters'])} parameters, "
+        f"{format_si(figures['flops_per_token'])}FLOP per token",
+        "tokens/s": format_si(figures["tokens_per_second"]),
         "ms per step": f"{sum(phases.values()):.1f}: "
         + ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in phases.items())
         + f" (medians of {plural(figures['steps'], 'step')} of {figures['tokens_per_step']:,} tokens)",
-        "peak memory": "not known here" if memory is None else f"{si(memory)}B per process",
-        "MFU": f"{figures['mfu']:.1%} of the {si(figures['peak_flops_per_second'])}FLOP/s of large matrix products; "
-        f"{figures['mfu_of_own_shapes']:.1%} of the {si(figures['own_shapes_flops_per_second'])}FLOP/s "
+        "peak memory": "not known here" if memory is None else f"{format_si(memory)}B per process",
+        "MFU": f"{figures['mfu']:.1%} of the {format_si(figures['peak_flops_per_second'])}FLOP/s of large "
+        f"matrix products; "
+        f"{figures['mfu_of_own_shapes']:.1%} of the {format_si(figures['own_shapes_flops_per_second'])}FLOP/s "
         "of products in the model's own shapes",
     }
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from gpt.configs.base import LARGEST, Config
-from gpt.configs.cli import POSITIONAL, load_config, parse
+from gpt.configs.base import MAX_COUNT, Config
+from gpt.configs.cli import POSITIONAL, parse
+from gpt.configs.load import load_config
 from gpt.configs.run_plan import CORPUS, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
@@ -26,7 +27,7 @@ class DataAtCommand(Config):
 
     run_dir: Annotated[Path, POSITIONAL]
     """A run's folder."""
-    step: int = Field(ge=1, le=LARGEST)
+    step: int = Field(ge=1, le=MAX_COUNT)
     """The step, as metrics.jsonl numbers them: the first one is 1."""
 
 
@@ -34,10 +35,10 @@ def run(argv: Sequence[str]) -> int:
     """Parse, find the batch, and print it."""
     command = parse(DataAtCommand, argv, prog="gpt data-at")
 
-    from gpt.checkpoint.journal import quarantine_of, read_journal
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.data.corpus import sequences_of
     from gpt.data.provenance import excerpts_of_batch
+    from gpt.resume.journal import quarantine_of, read_journal
 
     folder = RunFolder(command.run_dir)
     config = load_config(folder.config)
@@ -63,9 +64,9 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     Raises:
         UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
     """
-    from gpt.checkpoint.resume import require_same_identity
     from gpt.checkpoint.store import PROGRESS, read_json
     from gpt.data.corpus import open_corpus, prepare
+    from gpt.resume.find import require_same_identity
 
     corpus = open_corpus(prepare(config.data), config.data, config.model.block_size)
     checkpoints = folder.committed()

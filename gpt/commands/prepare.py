@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _prepare(command: PrepareCommand) -> None:
-    from gpt.data.preparation import find, prepare_into
+    from gpt.data.prepare.preparation import find, prepare_into
     from gpt.utils.atomic_io import require_writable
 
     if not command.source or command.out is None:
@@ -73,7 +73,7 @@ def _show(folder: Path) -> None:
     from rich.table import Table
 
     from gpt.data.manifest import read_manifest
-    from gpt.utils.helper import plural, si
+    from gpt.utils.helper import format_si, plural
 
     manifest = read_manifest(folder)
     table = Table.grid(padding=(0, 2))
@@ -87,7 +87,7 @@ def _show(folder: Path) -> None:
     table.add_row("text", f"{plural(manifest.documents, 'document')}, {manifest.text_bytes:,} bytes")
     for source in manifest.sources:
         for split, shards in (("train", source.train), ("val", source.val)):
-            tokens = si(sum(shard.tokens for shard in shards))
+            tokens = format_si(sum(shard.tokens for shard in shards))
             count = plural(sum(shard.documents for shard in shards), "document")
             table.add_row(f"{source.name} {split}", f"{tokens} tokens, {count}, {plural(len(shards), 'shard')}")
         if source.skipped_records or source.duplicates:

@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     command = parse(SampleCommand, argv, prog="gpt sample")
 
     from gpt.inference.generate import generate
-    from gpt.pipeline import load_for_inference
+    from gpt.inference.load import load_for_inference
 
     model, tokenizer = load_for_inference(command.run_dir, command.device)
     new = generate(

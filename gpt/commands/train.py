@@ -12,12 +12,12 @@ def run(argv: Sequence[str]) -> int:
     """Parse, then train; torch is imported only once the flags are known to be sound."""
     config, dry_run = parse_train(argv)
 
-    from gpt.layout import lay_out
     from gpt.pipeline import build
+    from gpt.run import open_run
     from gpt.training.sinks.console import RunConsole, plan_table
     from gpt.training.trainer import FINISHED
 
-    with lay_out(config, dry_run=dry_run) as layout:
+    with open_run(config, dry_run=dry_run) as layout:
         console = RunConsole() if layout.dist.is_main else None
         if layout.finished_at is not None:
             reason = FINISHED
@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
             if console:
                 console.print(plan_table(layout.plan))
         else:
-            with layout.dist.naming_the_lost():
+            with layout.dist.report_lost_ranks():
                 reason = build(layout, console).train()
     layout.dist.close()
     return STATUS.get(reason, 0 if reason == FINISHED else 1)

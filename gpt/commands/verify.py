@@ -52,9 +52,9 @@ def run(argv: Sequence[str]) -> int:
 def _judge(path: Path) -> Verdict | None:
     """None of what is no checkpoint, and was none."""
     from gpt.checkpoint.store import VAL_LOSS, read_manifest, verify
-    from gpt.utils.atomic_io import is_left_over
+    from gpt.utils.atomic_io import is_leftover
 
-    if is_left_over(path):
+    if is_leftover(path):
         return Verdict(path.name, _size(path), None, UNFINISHED, "being written or removed, or left by a run that died")
     if not path.name.startswith("step_"):
         return None
@@ -73,13 +73,13 @@ def _show(verdicts: Sequence[Verdict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gpt.utils.helper import plural, printable, si
+    from gpt.utils.helper import format_si, plural, printable
 
     console = Console()
     table = Table("checkpoint", "size", "val/loss", "state", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for verdict in verdicts:
         loss = "" if verdict.val_loss is None else f"{verdict.val_loss:.4f}"
-        table.add_row(printable(verdict.name), f"{si(verdict.size)}B", loss, verdict.state)
+        table.add_row(printable(verdict.name), f"{format_si(verdict.size)}B", loss, verdict.state)
     console.print(table)
     for verdict in verdicts:
         if verdict.reason:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gpt.configs.cli import OverPreset, is_named, parse_over_preset
+from gpt.configs.cli import PresetOverrides, is_named, parse_over_preset
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.verification.compare import Comparison
-    from gpt.verification.kills import Course, Kill, Pace
+    from gpt.verification.kills import KillRecord, RunOutline, Timings
     from gpt.verification.lives import Start
 
 CHECKPOINTS_PER_KILL = 2
 """How long a run is made, where its length was left to us."""
-TOLD = "gpt: error: "
+ERROR_PREFIX = "gpt: error: "
 """What `gpt` puts before what the user can mend."""
 
 
-class VerifyResumeCommand(OverPreset):
+class VerifyResumeCommand(PresetOverrides):
     """Train a reference, then the same run killed again and again, and compare every bit.
 
     The two lie in a folder of their own beside --run-dir. Every value below is the preset's own, but that every step
@@ -95,13 +95,13 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.utils.helper import plural
     from gpt.verification.compare import compare
-    from gpt.verification.kills import draw_aims, kill_and_continue
-    from gpt.verification.lives import starter
+    from gpt.verification.kills import kill_and_resume, plan_kills
+    from gpt.verification.lives import launcher_for
 
     saved = folder / "config.json"
     saved.write_text(config.saved_json(), encoding="utf-8")
     reference, resumed = (RunFolder(folder / name) for name in ("reference", "resumed"))
-    start = starter(command.ranks)
+    start = launcher_for(command.ranks)
     pace = _train_reference(start, reference, ["train", "--config", str(saved)])
     course = _course(config, reference)
     console.print(
@@ -109,14 +109,14 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
         f"{pace.whole:.1f} s, {pace.start_up:.1f} s of them before the first report"
     )
 
-    def tell(number: int, kill: "Kill") -> None:
+    def tell(number: int, kill: "KillRecord") -> None:
         console.print(f"kill {number}: {kill.place.value}, after step {kill.step}; {plural(kill.lost, 'step')} lost")
 
     log = folder / "resumed.log"
-    aims = draw_aims(command.kill_seed, command.kills, course)
+    aims = plan_kills(command.kill_seed, command.kills, course)
     arguments = ["train", "--config", str(saved), "--run-dir", str(resumed.path)]
     try:
-        kills = kill_and_continue(lambda: start(arguments, log), resumed, aims, course, pace, tell)
+        kills = kill_and_resume(lambda: start(arguments, log), resumed, aims, course, pace, tell)
     except UserError as error:
         console.print(f"the killed run does not go on: {error}; its last words in {log}: {_last_words(log)}")
         return False
@@ -128,7 +128,7 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     return _show_verdict(console, compare(reference, resumed))
 
 
-def _train_reference(start: "Start", folder: "RunFolder", arguments: list[str]) -> "Pace":
+def _train_reference(start: "Start", folder: "RunFolder", arguments: list[str]) -> "Timings":
     """The run that nobody kills.
 
     Raises:
@@ -145,35 +145,35 @@ def _train_reference(start: "Start", folder: "RunFolder", arguments: list[str]) 
     if life.poll() == 0:
         return pace
     said = _last_words(log)
-    if said.startswith(TOLD):  # nothing has been trained, and the same command should be able to start again
+    if said.startswith(ERROR_PREFIX):  # nothing has been trained, and the same command should be able to start again
         shutil.rmtree(log.parent)
-        raise UserError(said.removeprefix(TOLD))
+        raise UserError(said.removeprefix(ERROR_PREFIX))
     raise UserError(f"the reference ended with status {life.poll()}; see {log}")
 
 
 def _last_words(log: Path) -> str:
     """The line that says what went wrong, else the last one."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    said = [line for line in lines if line.startswith(TOLD)] or [line for line in lines if line.strip()]
+    said = [line for line in lines if line.startswith(ERROR_PREFIX)] or [line for line in lines if line.strip()]
     return said[-1] if said else "none"
 
 
-def _course(config: TrainConfig, reference: "RunFolder") -> "Course":
+def _course(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     """What the reference tells of the run; the corpus's size tells where epochs end."""
     from gpt.checkpoint.store import PROGRESS, read_json
-    from gpt.layout import lay_out
+    from gpt.run import open_run
     from gpt.utils.atomic_io import read_jsonl
-    from gpt.verification.kills import Course
+    from gpt.verification.kills import RunOutline
     from gpt.verification.watch import LOSS, VAL_LOSS
 
     records = list(read_jsonl(reference.metrics))
     steps = [record["step"] for record in records if LOSS in record]
     unused = reference.path.with_name("planned")
-    with lay_out(config.model_copy(update={"run_dir": unused, "micro_batch_size": 1}), dry_run=True) as layout:
+    with open_run(config.model_copy(update={"run_dir": unused, "micro_batch_size": 1}), dry_run=True) as layout:
         per_epoch = layout.plan.windows_per_epoch
     progress = read_json(reference.committed()[-1] / PROGRESS)
     per_step = progress["tokens"] // progress["step"] // config.model.block_size
-    return Course(
+    return RunOutline(
         first_step=steps[0] - 1,
         last_step=steps[-1],
         checkpoint_interval=config.checkpoint.interval,
@@ -182,7 +182,7 @@ def _course(config: TrainConfig, reference: "RunFolder") -> "Course":
     )
 
 
-def _show_kills(console: "Console", kills: "Sequence[Kill]", course: "Course") -> None:
+def _show_kills(console: "Console", kills: "Sequence[KillRecord]", course: "RunOutline") -> None:
     from rich.table import Table
 
     from gpt.verification.kills import Place
@@ -199,7 +199,7 @@ def _show_kills(console: "Console", kills: "Sequence[Kill]", course: "Course") -
 
 
 def _show_verdict(console: "Console", found: "Comparison") -> bool:
-    from gpt.utils.helper import plural, si
+    from gpt.utils.helper import format_si, plural
 
     if found.differences:
         first = found.differences[0]
@@ -209,7 +209,7 @@ def _show_verdict(console: "Console", found: "Comparison") -> bool:
     console.print(
         f"0 differing bits in {plural(found.losses, 'loss', 'es')}, {plural(found.evaluations, 'evaluation')}, "
         f"{plural(found.texts, 'text')}, and the last checkpoint's {plural(found.tensors, 'tensor')} of weights and "
-        f"optimizer ({si(found.nbytes)}B) and progress"
+        f"optimizer ({format_si(found.nbytes)}B) and progress"
     )
     console.print("(what is drawn is addressed by seed and position: there is no generator's state to compare)")
     return True

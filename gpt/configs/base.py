@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-LARGEST = 10**15
+MAX_COUNT = 10**15
 """Above every sensible count of steps or tokens."""
 
 

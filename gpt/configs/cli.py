@@ -5,9 +5,7 @@ once: its errors then carry the full path of a field, and a saved config.json is
 """
 
 import contextlib
-import difflib
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,8 @@ from tyro.constructors import (
 )
 
 from gpt.configs.base import Config
+from gpt.configs.explain import explain_error, flags_of, nearest_name
+from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
@@ -46,7 +46,7 @@ VERBS = {
 }
 
 
-class OverPreset(TrainConfig):
+class PresetOverrides(TrainConfig):
     """A command line that begins with a preset: every value is the preset's own unless a flag gives another."""
 
     config: Path | None = None
@@ -57,14 +57,14 @@ class OverPreset(TrainConfig):
         return TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)))
 
 
-class TrainCommand(OverPreset):
+class TrainCommand(PresetOverrides):
     """Train a GPT: every value below is the preset's own."""
 
     dry_run: bool = False
     """Resolve, check and print the plan; train nothing."""
 
 
-T = TypeVar("T", bound=OverPreset)
+T = TypeVar("T", bound=PresetOverrides)
 
 
 def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
@@ -78,28 +78,12 @@ def parse_over_preset(model: type[T], argv: Sequence[str], *, verb: str) -> T:
     flags = list(argv)
     preset = flags.pop(0) if flags and not flags[0].startswith("-") else None
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown verb or preset {preset!r}; {_nearest(preset, [*VERBS, *PRESETS])}")
+        raise UserError(f"unknown verb or preset {preset!r}; {nearest_name(preset, [*VERBS, *PRESETS])}")
     base = _saved_or_preset(_value_of("--config", flags), preset)
     named = {name for name in HORIZON if is_named(f"--{name}", flags)}
     if named:  # a horizon on the command line replaces the preset's, whichever of the three that one uses
         base |= {name: 0 for name in HORIZON if name not in named}
     return parse(model, flags, prog=f"gpt {verb} {preset or ''}".strip(), default=base)
-
-
-def load_config(path: Path) -> TrainConfig:
-    """A `config.json` that a run has saved."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}; name another config.json") from error
-    if not isinstance(saved, dict):
-        raise UserError(f"{path}: not a JSON object; name another config.json")
-    try:
-        return TrainConfig.model_validate(saved)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error, TrainConfig, as_flag=False)}") from error
 
 
 def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[str, Any] | None = None) -> C:
@@ -132,7 +116,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, model)) from error
+        raise UserError(explain_error(error, model)) from error
 
 
 _registry = ConstructorRegistry()
@@ -226,7 +210,7 @@ def _value_of(flag: str, argv: Sequence[str]) -> str | None:
 
 def _refuse(box: str, argv: Sequence[str], model: type[Config], prog: str) -> NoReturn:
     """What tyro refuses by itself: a flag without its value, which its message names, or a missing argument."""
-    known = {*_flags(model), "--help"}
+    known = {*flags_of(model), "--help"}
     for word in argv:
         if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known:
             _refuse_unknown(word, argv, model, prog)
@@ -238,7 +222,7 @@ def _refuse(box: str, argv: Sequence[str], model: type[Config], prog: str) -> No
 
 
 def _refuse_unknown(word: str, argv: Sequence[str], model: type[Config], prog: str) -> NoReturn:
-    flags = _flags(model)
+    flags = flags_of(model)
     before = argv[argv.index(word) - 1] if word in argv[1:] else ""
     joined = next((given.removesuffix(f"={word}") for given in argv if given.endswith(f"={word}")), "")
     for switch in (before.replace("_", "-"), joined.replace("_", "-")):
@@ -249,80 +233,4 @@ def _refuse_unknown(word: str, argv: Sequence[str], model: type[Config], prog: s
         hint = f"; a preset comes first: {' '.join(prog.split()[:2])} {word}" if word in PRESETS else ""
         raise UserError(f"unexpected argument {word!r}{hint}; see {prog} --help")
     flag = word.split("=")[0].replace("_", "-")
-    raise UserError(f"unknown flag {flag}; {_nearest(flag, flags)}")
-
-
-def _flags(model: type[BaseModel], prefix: str = "--") -> list[str]:
-    flags: list[str] = []
-    for name, field in model.model_fields.items():
-        flag = prefix + (field.alias or name).replace("_", "-")
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            flags += _flags(kind, f"{flag}.")
-        elif kind is bool:
-            flags += [flag, f"{prefix}no-{name.replace('_', '-')}"]
-        else:
-            flags.append(flag)
-    return flags
-
-
-def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    if not close:  # `--lr` is far from every flag by spelling, but is the tail or the section of one
-        close = [name for name in names if word.strip("-") in re.split(r"[.-]+", name)][:1]
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"one of {', '.join(names)}" if len(names) < 20 else "gpt train --help lists them all"
-
-
-def _explain(error: ValidationError, model: type[Config], *, as_flag: bool = True) -> str:
-    """The first of pydantic's errors as one line: where, which value, what it should be."""
-    first, *others = error.errors(include_url=False)
-    path = _field_path(first["loc"], model)
-    place = "--" + ".".join(path).replace("_", "-") if as_flag else ".".join(path)
-    value, context = first["input"], first.get("ctx", {})
-    if first["type"] == "value_error":  # a model's own check: its message names its fields and values
-        section = "" if not path else f"{'.'.join(path)}: " if isinstance(value, dict) else f"{place} {value!r}: "
-        return f"{section}{context['error']}"
-    if first["type"] == "extra_forbidden":
-        known = [flag[2:].replace("-", "_") for flag in _flags(model)]
-        return f"unknown key {place}; {_nearest(place, known)}"
-    if first["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{place} {value}: {hint}one of {', '.join(choices)}"
-    expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:]).format(**context)
-    for other in others:  # a field that is a number or a word has an error for each
-        if other["type"] == "literal_error" and _field_path(other["loc"], model) == path:
-            expected += " or " + other["ctx"]["expected"].replace("'", "")
-    return f"{place} {value}: {expected}"
-
-
-def _field_path(location: Sequence[str | int], model: type[BaseModel]) -> list[str]:
-    """The names of a field and its sections, without what pydantic adds: places in lists, members of unions."""
-    path: list[str] = []
-    section: Any = model
-    for part in location:
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            break
-        path.append(str(part))
-        section = section.model_fields[part].annotation if part in section.model_fields else None
-    return path
-
-
-_EXPECTED = {
-    "int_parsing": "expected a whole number",
-    "int_from_float": "expected a whole number",
-    "int_type": "expected a whole number",
-    "float_parsing": "expected a number",
-    "float_type": "expected a number",
-    "finite_number": "expected a finite number",
-    "greater_than_equal": "must be at least {ge}; nearest: {ge}",
-    "greater_than": "must be greater than {gt}",
-    "less_than_equal": "must be at most {le}; nearest: {le}",
-    "less_than": "must be less than {lt}",
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-}
+    raise UserError(f"unknown flag {flag}; {nearest_name(flag, flags)}")

@@ -39,7 +39,7 @@ class GPTConfig(Config):
     """Bound of the logits, reached smoothly: cap * tanh(logits / cap); 0: none."""
 
     @property
-    def head_width(self) -> int:
+    def head_dim(self) -> int:
         """Channels of one head."""
         return self.n_embd // self.n_head
 
@@ -49,7 +49,7 @@ class GPTConfig(Config):
         return self.n_kv_head or self.n_head
 
     @property
-    def mlp_width(self) -> int:
+    def intermediate_size(self) -> int:
         """Channels that the MLP's second layer reads."""
         if self.mlp == "swiglu":  # two thirds of 4 * n_embd (Shazeer 2020, section 3), to a multiple of 8
             return -(-8 * self.n_embd // 24) * 8
@@ -58,18 +58,18 @@ class GPTConfig(Config):
     @property
     def mlp_parts(self) -> tuple[int, ...]:
         """Channels that the MLP's first layer makes: a gated activation takes two for each that it gives."""
-        return (self.mlp_width,) * (2 if self.mlp == "swiglu" else 1)
+        return (self.intermediate_size,) * (2 if self.mlp == "swiglu" else 1)
 
     @property
     def n_parameters(self) -> int:
         """Trained numbers of a GPT of these sizes; the tied head counts once."""
         norm = 2 if self.bias and self.norm == "layernorm" else 1  # for each channel: a weight, perhaps a bias
-        qkv = self.n_embd + 2 * self.kv_heads * self.head_width
+        qkv = self.n_embd + 2 * self.kv_heads * self.head_dim
         fc = sum(self.mlp_parts)
-        block = self.n_embd * (qkv + self.n_embd + fc + self.mlp_width)
+        block = self.n_embd * (qkv + self.n_embd + fc + self.intermediate_size)
         if self.bias:
             block += qkv + self.n_embd + fc + self.n_embd
-        block += 2 * norm * self.n_embd + (2 * norm * self.head_width if self.qk_norm else 0)
+        block += 2 * norm * self.n_embd + (2 * norm * self.head_dim if self.qk_norm else 0)
         embedded = self.vocab_size + (self.block_size if self.position == "learned" else 0)
         return (embedded + norm) * self.n_embd + self.n_layer * block
 
@@ -81,10 +81,10 @@ class GPTConfig(Config):
         if self.n_head % self.kv_heads:
             fitting = next(n for n in range(min(self.kv_heads, self.n_head), 0, -1) if self.n_head % n == 0)
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; nearest: {fitting}")
-        if self.position == "rotary" and self.head_width % 2:
+        if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(
                 f"position=rotary turns pairs of channels, and n_embd={self.n_embd} over n_head={self.n_head} gives "
-                f"each head {self.head_width}; nearest n_embd: {_nearest(self.n_embd, 2 * self.n_head)}"
+                f"each head {self.head_dim}; nearest n_embd: {_nearest(self.n_embd, 2 * self.n_head)}"
             )
         return self
 

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from gpt.configs.base import LARGEST, Config
+from gpt.configs.base import MAX_COUNT, Config
 
 
 class LRConfig(Config):
@@ -16,9 +16,9 @@ class LRConfig(Config):
     """Highest learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Lowest learning rate of a decay."""
-    warmup_steps: int = Field(40, ge=0, le=LARGEST)
+    warmup_steps: int = Field(40, ge=0, le=MAX_COUNT)
     """Steps of linear warmup; the first step's rate is max_lr / warmup_steps."""
-    decay_steps: int = Field(0, ge=0, le=LARGEST)
+    decay_steps: int = Field(0, ge=0, le=MAX_COUNT)
     """Steps that the decay takes; 0: all after warmup (cosine, linear), a fifth of the run (wsd)."""
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from gpt.configs.base import LARGEST, Config, FilePath
+from gpt.configs.base import MAX_COUNT, Config, FilePath
 
 
 class LogConfig(Config):
@@ -24,11 +24,11 @@ class EvalConfig(Config):
 class SampleConfig(Config):
     """How text is drawn from the model, during training and by `gpt sample`."""
 
-    max_new_tokens: int = Field(200, ge=1, le=LARGEST)
+    max_new_tokens: int = Field(200, ge=1, le=MAX_COUNT)
     """Tokens to draw at most; an end-of-text token ends a text earlier."""
     temperature: float = Field(0.8, ge=0)
     """Divides the logits; 0 takes the most likely token each time."""
-    top_k: int = Field(0, ge=0, le=LARGEST)
+    top_k: int = Field(0, ge=0, le=MAX_COUNT)
     """Draw among the k most likely tokens; 0: among all."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw among the most likely tokens that together have this probability."""
@@ -44,7 +44,7 @@ class TextSampleConfig(SampleConfig):
 class ProfileConfig(Config):
     """A trace of some steps, written to the run's trace.json; chrome://tracing and ui.perfetto.dev show it."""
 
-    start: int = Field(3, ge=1, le=LARGEST)
+    start: int = Field(3, ge=1, le=MAX_COUNT)
     """The first step to trace; the very first ones are not like the others."""
     steps: int = Field(0, ge=0, le=1000)
     """Steps to trace; 0: none."""
@@ -53,7 +53,7 @@ class ProfileConfig(Config):
 class SpikeConfig(Config):
     """What is done about a loss that is out of line: NaN or inf, of which an update is never made, or a spike."""
 
-    max_skips: int = Field(10, ge=1, le=LARGEST)
+    max_skips: int = Field(10, ge=1, le=MAX_COUNT)
     """Updates in a row that are skipped for a NaN or inf before the run ends."""
     window: int = Field(128, ge=16, le=65_536)
     """Losses that a new one is compared with: the last ones that were no spikes."""
@@ -63,7 +63,7 @@ class SpikeConfig(Config):
     """And so many nats above it, so that a flat stretch makes no spikes."""
     rollback: bool = False
     """After a spike go back to the last checkpoint before it, and on without the batches of the bad steps."""
-    max_rollbacks: int = Field(3, ge=1, le=LARGEST)
+    max_rollbacks: int = Field(3, ge=1, le=MAX_COUNT)
     """How often a run goes back before it ends."""
     journal: FilePath | None = None
     """journal.jsonl of another run on the same data: leave out the batches that it left out."""

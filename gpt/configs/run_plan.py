@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.optimizer_config import OptimizerConfig
-from gpt.configs.train_config import MOST_SEQUENCES, TrainConfig
+from gpt.configs.train_config import MAX_MICRO_BATCH_SIZE, TrainConfig
 from gpt.errors import UserError
 
 CORPUS, TOKENIZER, DTYPE = "the corpus's SHA-256", "the tokenizer's SHA-256", "--dtype"
@@ -17,7 +17,7 @@ CORPUS, TOKENIZER, DTYPE = "the corpus's SHA-256", "the tokenizer's SHA-256", "-
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What the machine offers; filled by `gpt.planning.hardware`."""
+    """What the machine offers; filled by `gpt.machine.hardware`."""
 
     device: str
     """cpu, cuda or mps: resolved, never auto."""
@@ -28,8 +28,8 @@ class MachineFacts:
     """Processes that train together."""
     runtime: dict[str, int | bool] = field(default_factory=dict)
     """What was set in each process, under the names of RuntimeConfig."""
-    sequences_limit: int = 1
-    """What --micro-batch-size auto may be at most; filled by `gpt.fitting`."""
+    max_micro_batch: int = 1
+    """What --micro-batch-size auto may be at most; filled by `gpt.auto_batch`."""
 
 
 @dataclass(frozen=True)
@@ -181,18 +181,18 @@ def _is_due(step: int, interval: int) -> bool:
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     """Sequences of `block_size` targets in one epoch over `n_tokens`.
 
-    An epoch starts at a drawn offset below `block_size` (see `gpt.data.sampler`), which costs up to one window.
+    An epoch starts at a drawn offset below `block_size` (see `gpt.data.order`), which costs up to one window.
     """
     return max(1, (n_tokens - block_size) // block_size)
 
 
 def divisors(number: int) -> list[int]:
     """Ascending, up to the largest micro-batch."""
-    return [n for n in range(1, min(number, MOST_SEQUENCES) + 1) if number % n == 0]
+    return [n for n in range(1, min(number, MAX_MICRO_BATCH_SIZE) + 1) if number % n == 0]
 
 
-def plan_batch(config: TrainConfig, world_size: int, sequences_limit: int = 1) -> BatchPlan:
-    """Cut `tokens_per_step` into micro-batches, of at most `sequences_limit` where their size is auto.
+def plan_batch(config: TrainConfig, world_size: int, max_micro_batch: int = 1) -> BatchPlan:
+    """Cut `tokens_per_step` into micro-batches, of at most `max_micro_batch` where their size is auto.
 
     Raises:
         UserError: the sizes do not divide.
@@ -214,7 +214,7 @@ def plan_batch(config: TrainConfig, world_size: int, sequences_limit: int = 1) -
     if config.parallel.reproducible:
         _require_tree(config, world_size, n_leaves=tokens // (size * block_size))
     if config.micro_batch_size == "auto":
-        size = max(n for n in divisors(tokens // unit) if n <= sequences_limit)
+        size = max(n for n in divisors(tokens // unit) if n <= max_micro_batch)
     return BatchPlan(size, block_size, world_size, tokens // (size * block_size * world_size))
 
 
@@ -247,7 +247,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
     Raises:
         UserError: values that do not fit together, with the nearest that do.
     """
-    batch = plan_batch(config, machine.world_size, machine.sequences_limit)
+    batch = plan_batch(config, machine.world_size, machine.max_micro_batch)
     sequences = _sequences(config, batch, corpus)
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(
@@ -261,7 +261,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         bound = "are of use to a CPU or fit in memory" if machine.device == "cpu" else "fit in memory"
         notes.append(
             f"--micro-batch-size auto is {batch.micro_batch_size}, which divides the step: "
-            f"at most {machine.sequences_limit} sequences {bound}"
+            f"at most {machine.max_micro_batch} sequences {bound}"
         )
     if config.parallel.reproducible and machine.device != "cpu":
         notes.append("--parallel.reproducible promises every bit on a CPU; kernels of a GPU may add in any order")

@@ -16,5 +16,5 @@ class RuntimeConfig(Config):
     flush_denormals: bool = False
     """Take numbers below the smallest normal one as zero, on CPUs that are slow with them."""
     fused_attention: bool = True
-    """Compute attention of bfloat16 by gpt/kernels/attention.c: on CPUs with AVX512_BF16, where the installation found
+    """Compute attention of bfloat16 by gpt/ops/attention_cpu.c: on CPUs with AVX512_BF16, where the installation found
     a C compiler."""

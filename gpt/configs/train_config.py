@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gpt.configs.base import LARGEST, Config, FilePath
+from gpt.configs.base import MAX_COUNT, Config, FilePath
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
@@ -15,7 +15,7 @@ from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.parallel_config import ParallelConfig
 from gpt.configs.runtime_config import RuntimeConfig
 
-MOST_SEQUENCES = 2**20
+MAX_MICRO_BATCH_SIZE = 2**20
 """Of a micro-batch."""
 HORIZON = ("max_steps", "max_tokens", "epochs")
 """Fields that say how long a run is."""
@@ -28,15 +28,15 @@ class TrainConfig(Config):
     """Folder of the run: configuration, metrics, samples and checkpoints."""
     seed: int = Field(1337, ge=0, le=2**63 - 1)
     """Decides the initial weights, the data order and every other draw."""
-    max_steps: int = Field(400, ge=0, le=LARGEST)
+    max_steps: int = Field(400, ge=0, le=MAX_COUNT)
     """Steps to train; 0: no bound. The earliest of max_steps, max_tokens and epochs ends the run."""
-    max_tokens: int = Field(0, ge=0, le=LARGEST)
+    max_tokens: int = Field(0, ge=0, le=MAX_COUNT)
     """Tokens to train on; 0: no bound."""
     epochs: float = Field(0, ge=0, le=1_000_000)
     """Passes over the training set; 0: no bound."""
-    micro_batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] = 16
+    micro_batch_size: Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] | Literal["auto"] = 16
     """Sequences per process in one forward pass; auto: as many as fit in memory, on a CPU as many as are of use."""
-    tokens_per_step: int = Field(2048, ge=0, le=LARGEST)
+    tokens_per_step: int = Field(2048, ge=0, le=MAX_COUNT)
     """Tokens over all processes in one update; 0: one micro-batch per process."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto: cuda, else mps, else cpu."""

@@ -9,15 +9,15 @@ from pathlib import Path
 from gpt.configs.data_config import DataConfig
 from gpt.configs.run_plan import CorpusFacts, StreamFacts
 from gpt.data.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from gpt.data.order import Mixture
 from gpt.data.packing import Packing, packing_of
-from gpt.data.preparation import find, prepare_into
-from gpt.data.sampler import Mixture
+from gpt.data.prepare.preparation import find, prepare_into
 from gpt.data.sequences import MixedSources, PackedDocuments, TracedSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.utils.atomic_io import require_writable
-from gpt.utils.helper import names_apart
+from gpt.utils.helper import unique_names
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     entries = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]
-    names = names_apart(entry.name for _, entry in entries)
+    names = unique_names(entry.name for _, entry in entries)
 
     def stream(shards: Iterable[tuple[Path, ShardInfo]]) -> TokenStream:
         return TokenStream(list(shards), tokenizer.vocab_size)
@@ -150,7 +150,7 @@ def sequences_of(corpus: Corpus, config: DataConfig, block_size: int, seed: int)
     return MixedSources(each, Mixture(config.weights, seed)) if config.weights else each[0]
 
 
-def tokenizer_note(config: DataConfig, corpus: Corpus) -> str | None:
+def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
     """What to tell where a folder prepared before brings another tokenizer than the configuration names.
 
     A preset names a kind of tokenizer for those who prepare; a file is named by someone who means that one.

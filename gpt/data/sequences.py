@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gpt.data.order import Mixture, shuffled, window_starts
 from gpt.data.packing import Packing
-from gpt.data.sampler import Mixture, shuffled, window_starts
 from gpt.data.shards import TokenStream
 from gpt.utils.helper import IGNORED
 

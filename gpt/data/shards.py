@@ -38,7 +38,7 @@ Tokens = npt.NDArray[np.integer[Any]]
 BLOCK_BYTES = 2**14
 """What is verified at once: small, for a window of a large corpus is mostly the first that is read of its block."""
 
-LARGEST_HEADER = 2**16
+MAX_HEADER_BYTES = 2**16
 """Bytes; a few tensors need some hundreds."""
 
 _DTYPES: dict[str, type[np.unsignedinteger[Any]]] = {"U16": np.uint16, "U32": np.uint32, "U64": np.uint64}
@@ -318,7 +318,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], int, str]:
     with path.open("rb") as file:
         prefix = file.read(8)
         header_size = int.from_bytes(prefix, "little")
-        if header_size > LARGEST_HEADER:
+        if header_size > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {header_size} bytes")
         text = file.read(header_size)
         header = json.loads(text)

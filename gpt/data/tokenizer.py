@@ -54,12 +54,12 @@ PIECE = 2**18
 """Characters that are encoded at once. What a piece cannot have from the fast path costs the slow one no more memory
 than this."""
 
-LONGEST_WORD = 2**11
+MAX_WORD_CHARS = 2**11
 """Characters without a place to cut them from which bpe learns at once."""
 
 # Where GPT-2's pattern and its descendants always end a word: before a space that follows a printable character, and
 # before a line's first character unless that is white, too, or the newline is not the only white character before it:
-# of several the last is a word by itself if a word follows. `gpt.data.formats.CUT` is the same for bytes.
+# of several the last is a word by itself if a word follows. `gpt.data.prepare.formats.CUT` is the same for bytes.
 CUT = re.compile("(?<=[!-~])(?= )|(?<=[!-~\u00c0-\u0fff\u3001-\U0010ffff]\n)(?=[!-~\u00c0-\u0fff\u4000-\U0010ffff])")
 
 Ids = npt.NDArray[np.uint32]
@@ -137,7 +137,7 @@ class Tokenizer:
         Raises:
             UserError: the text is not Unicode, or has a character that a character tokenizer does not know.
         """
-        return _told(lambda: self._encode(text))
+        return _encode_or_user_error(lambda: self._encode(text))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, at least one.
@@ -146,7 +146,7 @@ class Tokenizer:
         """
         first = 0 if self.end_of_text is None else self.end_of_text
         if self._is_byte_level:  # the fast way is the same, and takes longer to build than a prompt to encode
-            return _told(lambda: self._library.encode(text, add_special_tokens=False).ids) or [first]
+            return _encode_or_user_error(lambda: self._library.encode(text, add_special_tokens=False).ids) or [first]
         return self.encode(text).tolist() or [first]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -268,8 +268,8 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 
 def _short_pieces(text: str) -> Iterator[str]:
     """The text in pieces to learn from: the trainer takes time that grows with the square of a word's length."""
-    for piece in _pieces(text, LONGEST_WORD // 4):
-        yield from (piece[start : start + LONGEST_WORD] for start in range(0, len(piece), LONGEST_WORD))
+    for piece in _pieces(text, MAX_WORD_CHARS // 4):
+        yield from (piece[start : start + MAX_WORD_CHARS] for start in range(0, len(piece), MAX_WORD_CHARS))
 
 
 def _encoder(definition: dict[str, Any], library: tokenizers.Tokenizer, *, is_proved: bool) -> Encoder:
@@ -342,7 +342,7 @@ def _is_tiktokens(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | s
     return [(_to_bytes(left), _to_bytes(right)) for left, right in listed] == list(_merges_of(ranks))
 
 
-def _told(encode: Callable[[], T]) -> T:
+def _encode_or_user_error(encode: Callable[[], T]) -> T:
     """Encode, and say in one line why that cannot be.
 
     Raises:

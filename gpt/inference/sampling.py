@@ -2,7 +2,7 @@
 
 import torch
 
-SMALLEST_TEMPERATURE = 1e-30
+MIN_TEMPERATURE = 1e-30
 """What float32 can still divide by."""
 
 
@@ -24,7 +24,7 @@ def next_token(
     if temperature == 0:
         return logits.argmax(dim=-1)
     # Relative to the largest, so that no temperature, however small, makes an infinity of it.
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, SMALLEST_TEMPERATURE)
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, MIN_TEMPERATURE)
     logits = keep_top_p(keep_top_k(logits, top_k), top_p)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(-1)
 

@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), exactly, and its descendants.
 
-The configuration's defaults are GPT-2; its other values are what later models changed (`gpt/models/layers.py` cites
-them). Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, F = mlp_width, V = vocab_size.
-Parameter names are those of the released weights.
+The configuration's defaults are GPT-2; its other values are what later models changed (`gpt/ops/layers.py` cites
+them). Shapes: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, F = intermediate_size,
+V = vocab_size. Parameter names are those of the released weights.
 """
 
 import math
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
-from gpt.models.attention import DocumentMask, attend, positions_in_documents
-from gpt.models.layers import (
+from gpt.ops.attention import DocumentMask, attend, positions_in_documents
+from gpt.ops.cross_entropy import head_loss
+from gpt.ops.layers import (
     ACTIVATIONS,
     FusedLinear,
     Rotation,
@@ -24,7 +25,6 @@ from gpt.models.layers import (
     rotation,
     soft_cap,
 )
-from gpt.models.loss import head_loss
 
 INIT_STD = 0.02
 """For every matrix and both embeddings, as Hugging Face and nanoGPT initialise GPT-2."""
@@ -35,14 +35,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.head_width = config.head_width
+        self.head_dim = config.head_dim
         self.group_size = config.n_head // config.kv_heads
         self.dropout = config.dropout
-        kv_width = config.kv_heads * config.head_width
+        kv_width = config.kv_heads * config.head_dim
         self.c_attn = FusedLinear(config.n_embd, (config.n_embd, kv_width, kv_width), bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -50,7 +50,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C), of `norm(x)`."""
         B, T, C = x.shape
-        D = self.head_width
+        D = self.head_dim
         q, k, v = linear_of(norm, x, self.c_attn).split(self.c_attn.parts, dim=2)
         # Without qk_norm these two are identities; with it the scores are bounded (Dehghani et al. 2023, section 2).
         q = self.q_norm(q.view(B, T, -1, D)).transpose(1, 2)  # (B, H, T, D)
@@ -74,7 +74,7 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
         self.c_fc = FusedLinear(config.n_embd, config.mlp_parts, bias=config.bias)
-        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ class GPT(nn.Module):
             mask = DocumentMask(
                 documents,
                 dropout=self.config.dropout if self.training else 0.0,
-                head_width=self.config.head_width,
+                head_dim=self.config.head_dim,
                 dtype=compute_dtype(self.wte.weight),
             )
             positions = positions_in_documents(documents)  # (B, T)
@@ -154,7 +154,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            turn = rotation(positions, self.config.head_width)
+            turn = rotation(positions, self.config.head_dim)
         x = self.drop(x)
         for block in self.h:
             x = block(x, mask, turn)

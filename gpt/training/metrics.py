@@ -70,7 +70,7 @@ class Meter:
             "mfu": rate * self._mfu_of_rate,  # model FLOPs utilization (Chowdhery et al. 2022, "PaLM", section 4.1)
         }
         if (needed := self._peak_memory()) is not None:
-            metrics["peak_memory_bytes"] = self._dist.most(needed)
+            metrics["peak_memory_bytes"] = self._dist.max(needed)
         if skipped_updates:
             metrics["skipped_updates"] = int(skipped_updates)
         self._stats.clear()

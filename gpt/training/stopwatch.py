@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from gpt.planning.peak import synchronize
+from gpt.machine.peak_flops import synchronize
 
 PHASES = ("data", "forward", "backward", "optimizer")
 

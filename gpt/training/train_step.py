@@ -10,7 +10,7 @@ from torch import nn
 
 from gpt.data.data_loader import MicroBatch, StepBatch
 from gpt.parallel.gradient_sync import GradientSync
-from gpt.utils.helper import Purpose, draw
+from gpt.utils.helper import Purpose, random_bits
 from gpt.utils.tree_sum import tree_sum
 
 ROUNDING = 1e-6
@@ -87,11 +87,11 @@ class TrainStep:
 
     def _accumulate(self, step: int, batch: MicroBatch, scale: float, *, is_last: bool) -> torch.Tensor:
         # Every draw of this micro-batch is addressed, so neither the process count nor a restart can change it.
-        torch.manual_seed(draw(self._seed, Purpose.FORWARD, step, batch.index))
+        torch.manual_seed(random_bits(self._seed, Purpose.FORWARD, step, batch.index))
         with self._gradients.micro_batch(is_last=is_last):
             with self._autocast():
                 loss: torch.Tensor = self._model(batch.inputs, batch.targets, batch.documents)
-            self._scaler.scale(loss * nan_unless_finite(loss, scale)).backward()
+            self._scaler.scale(loss * scale_or_nan(scale, loss)).backward()
         return loss.detach()
 
 
@@ -107,7 +107,7 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return norm
 
 
-def nan_unless_finite(loss: torch.Tensor, scale: float) -> torch.Tensor:
+def scale_or_nan(scale: float, loss: torch.Tensor) -> torch.Tensor:
     """`scale`, to the bit, where `loss` is finite, else NaN.
 
     A loss of inf may have a finite gradient. Scaled so its gradient is NaN, and so is every process's once gradients

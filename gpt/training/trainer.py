@@ -5,12 +5,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
-from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
 from gpt.data.data_loader import DataLoader
 from gpt.errors import UserError
 from gpt.optim.build import set_learning_rate
+from gpt.resume.journal import Journal
 from gpt.training.events import (
     CheckpointSaved,
     Command,

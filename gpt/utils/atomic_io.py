@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt.errors import UserError
 
-UNFINISHED, DOOMED = ".tmp", ".gone"
+UNFINISHED_SUFFIX, REMOVED_SUFFIX = ".tmp", ".gone"
 """Endings of folders that are being written or removed; their names begin with a dot."""
 
 
@@ -43,7 +43,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Every file is on the disk before the rename, so a folder of this name is always complete.
     """
-    temporary = path.with_name(f".{path.name}{UNFINISHED}")
+    temporary = path.with_name(f".{path.name}{UNFINISHED_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -60,24 +60,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it is never seen half there: rename first, then delete."""
-    doomed = path.with_name(f".{path.name}{DOOMED}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
+    stale = path.with_name(f".{path.name}{REMOVED_SUFFIX}")
+    shutil.rmtree(stale, ignore_errors=True)
+    path.rename(stale)
     fsync(path.parent)
-    shutil.rmtree(doomed)
+    shutil.rmtree(stale)
 
 
 def sweep(parent: Path) -> None:
     """Remove what `new_folder` and `remove_folder` left in `parent` when they were killed."""
     if parent.is_dir():
         for path in parent.iterdir():
-            if is_left_over(path):
+            if is_leftover(path):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def is_left_over(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
     """Whether it is what `new_folder` or `remove_folder` is at, or was when it was killed."""
-    return path.name.startswith(".") and path.name.endswith((UNFINISHED, DOOMED))
+    return path.name.startswith(".") and path.name.endswith((UNFINISHED_SUFFIX, REMOVED_SUFFIX))
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class DistContext:
         Args:
             device: cpu, cuda or mps.
             step_timeout: seconds after which a process that does not take part in a step is given up; one that waits
-                for another's work outside steps (`on_main`, `first_on_each_machine`) waits for hours.
+                for another's work outside steps (`on_main`, `on_local_main`) waits for hours.
         """
         self.world_size, self.rank, local_rank = launch.world_size(), launch.rank(), launch.local_rank()
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
@@ -119,13 +119,13 @@ class DistContext:
             raise UserError(failure)
         return result
 
-    def first_on_each_machine(self, work: Callable[[], Any]) -> Any:
+    def on_local_main(self, work: Callable[[], Any]) -> Any:
         """Do `work` on one process of each machine while the others wait; every rank gets rank 0's JSON-like result.
 
         A UserError is raised where it happens; the launcher ends the others.
         """
         result = work() if launch.local_rank() == 0 else None
-        self.least(0)  # until every machine is done
+        self.min(0)  # until every machine is done
         return self.broadcast(result)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ class DistContext:
         numbers: list[Number] = torch.cat(parts).tolist()
         return numbers
 
-    def start_max(self, value: int) -> PendingFlag:
+    def all_reduce_max_async(self, value: int) -> PendingFlag:
         """Begin to find the largest value over the processes, without waiting for it; several may be under way."""
         if self.world_size == 1:
             return _KnownFlag(value)
@@ -177,20 +177,20 @@ class DistContext:
         self._started = [earlier for earlier in self._started if not earlier.is_completed()] + [work]
         return _ReducedFlag(flag, work)
 
-    def most(self, value: int) -> int:
+    def max(self, value: int) -> int:
         """The largest value that any process gives."""
-        return -self.least(-value)
+        return -self.min(-value)
 
-    def least(self, value: int) -> int:
+    def min(self, value: int) -> int:
         """The smallest value that any process gives; before the first step, for it is waited for long."""
         if self.world_size == 1:
             return value
-        least = torch.tensor([value])
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        return int(least)
+        smallest = torch.tensor([value])
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
 
     @contextmanager
-    def naming_the_lost(self) -> Iterator[None]:
+    def report_lost_ranks(self) -> Iterator[None]:
         """Turn the error of a collective that another process did not take part in into one that names it.
 
         Raises:

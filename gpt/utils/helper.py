@@ -21,7 +21,7 @@ class Purpose(IntEnum):
     MIXTURE = 5
 
 
-def draw(*address: int) -> int:
+def random_bits(*address: int) -> int:
     """A 64-bit number that depends on every part of `address`, and on nothing else.
 
     Randomness here is addressed, not consumed: `draw(seed, Purpose.FORWARD, step, micro_batch)` is the same on every
@@ -43,7 +43,7 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def si(number: float) -> str:
+def format_si(number: float) -> str:
     """A count for people: 1234567 -> '1.23M'."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
@@ -56,7 +56,7 @@ def plural(count: int, noun: str, suffix: str = "s") -> str:
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}{suffix}"
 
 
-def names_apart(names: Iterable[str]) -> list[str]:
+def unique_names(names: Iterable[str]) -> list[str]:
     """Names without repeats: of equal ones the second becomes NAME-2."""
     apart: list[str] = []
     for name in names:

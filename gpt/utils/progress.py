@@ -16,13 +16,13 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from gpt.utils.helper import si
+from gpt.utils.helper import format_si
 
 
 class _TokensPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
         tokens, seconds = task.fields["tokens"], task.elapsed
-        return Text(f"{si(tokens / seconds)} tokens/s" if tokens and seconds else "")
+        return Text(f"{format_si(tokens / seconds)} tokens/s" if tokens and seconds else "")
 
 
 @contextmanager

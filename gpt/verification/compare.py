@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import MODEL, OPTIMIZER, PROGRESS, read_json
-from gpt.configs.resume_contract import leaves
+from gpt.resume.compatibility import leaves
 from gpt.utils.atomic_io import read_jsonl
 from gpt.verification.watch import LOSS, VAL_LOSS
 

@@ -10,8 +10,8 @@ from enum import Enum
 
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.errors import UserError
-from gpt.verification.lives import Life
-from gpt.verification.watch import Sight, Watch
+from gpt.verification.lives import TrainingProcess
+from gpt.verification.watch import RunStatus, Watch
 
 LOOK_EVERY = 0.001
 """Seconds between two looks at a run's folder: a small model's checkpoint is written in a few milliseconds."""
@@ -32,7 +32,7 @@ class Place(Enum):
 
 
 @dataclass(frozen=True)
-class Course:
+class RunOutline:
     """What is known of the whole run, from the reference."""
 
     first_step: int
@@ -52,7 +52,7 @@ class Course:
 
 
 @dataclass
-class Pace:
+class Timings:
     """Seconds that things took in the reference."""
 
     start_up: float = 0.0
@@ -68,7 +68,7 @@ class Pace:
         """Of a step with nothing else in it."""
         return statistics.median(self.steps or [0.0])
 
-    def of(self, place: Place, course: Course) -> float:
+    def of(self, place: Place, course: RunOutline) -> float:
         """How long a kill may wait, after what it waited for has come."""
         match place:
             case Place.START_UP:
@@ -84,7 +84,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Aim:
+class PlannedKill:
     """A kill that is yet to come."""
 
     place: Place
@@ -96,7 +96,7 @@ class Aim:
 
 
 @dataclass(frozen=True)
-class Kill:
+class KillRecord:
     """A kill that was."""
 
     place: Place
@@ -111,7 +111,7 @@ class Kill:
         return max(0, self.step - self.kept)
 
 
-def draw_aims(seed: int, kills: int, course: Course) -> list[Aim]:
+def plan_kills(seed: int, kills: int, course: RunOutline) -> list[PlannedKill]:
     """Half of the kills at any time, the others where things are written and read, up to the last interval."""
     places = [Place.START_UP, Place.SAVE]
     places += [Place.EVALUATION] if course.evaluated else []
@@ -121,12 +121,12 @@ def draw_aims(seed: int, kills: int, course: Course) -> list[Aim]:
     drawn.shuffle(chosen)
     end = course.closing if course.closing > course.first_step else course.last_step
     steps = sorted(drawn.uniform(course.first_step, end) for _ in range(kills))
-    return [Aim(place, step, drawn.random()) for place, step in zip(chosen, steps, strict=True)]
+    return [PlannedKill(place, step, drawn.random()) for place, step in zip(chosen, steps, strict=True)]
 
 
-def measure(life: Life, folder: RunFolder) -> Pace:
+def measure(life: TrainingProcess, folder: RunFolder) -> Timings:
     """Watch the reference until its end."""
-    watch, pace, started = Watch(folder), Pace(), time.monotonic()
+    watch, pace, started = Watch(folder), Timings(), time.monotonic()
     before, since = watch.look(), started
     saving_since = evaluating_since = started
     while life.poll() is None:
@@ -149,14 +149,14 @@ def measure(life: Life, folder: RunFolder) -> Pace:
     return pace
 
 
-def kill_and_continue(
-    start: Callable[[], Life],
+def kill_and_resume(
+    start: Callable[[], TrainingProcess],
     folder: RunFolder,
-    aims: Sequence[Aim],
-    course: Course,
-    pace: Pace,
-    tell: Callable[[int, Kill], None],
-) -> list[Kill]:
+    aims: Sequence[PlannedKill],
+    course: RunOutline,
+    pace: Timings,
+    tell: Callable[[int, KillRecord], None],
+) -> list[KillRecord]:
     """Kill one life after the other, then let the last one finish.
 
     Args:
@@ -173,7 +173,7 @@ def kill_and_continue(
     Raises:
         UserError: a life that nobody killed failed, or hangs.
     """
-    kills: list[Kill] = []
+    kills: list[KillRecord] = []
     fruitless = 0
     for aim in [*aims, None]:
         watch = Watch(folder)
@@ -190,14 +190,19 @@ def kill_and_continue(
         sight = watch.look()
         place = _place(sight, course, resumed_at=before)
         kept = max(sight.committed, course.first_step)
-        kills.append(Kill(place, before if place is Place.START_UP else sight.step, kept))
+        kills.append(KillRecord(place, before if place is Place.START_UP else sight.step, kept))
         tell(len(kills), kills[-1])
         fruitless = 0 if kept > before else fruitless + 1
     raise AssertionError("the last life is nobody's to kill")
 
 
 def _watch_until_due(
-    life: Life, watch: Watch, aim: Aim | None, course: Course, pace: Pace, saved_at: int | None
+    life: TrainingProcess,
+    watch: Watch,
+    aim: PlannedKill | None,
+    course: RunOutline,
+    pace: Timings,
+    saved_at: int | None,
 ) -> None:
     """Watch a life until it has ended, or is to be ended now.
 
@@ -225,7 +230,7 @@ def _watch_until_due(
         time.sleep(LOOK_EVERY)
 
 
-def _is_due(aim: Aim, sight: Sight, course: Course, saved_at: int | None) -> bool:
+def _is_due(aim: PlannedKill, sight: RunStatus, course: RunOutline, saved_at: int | None) -> bool:
     """Whether what an aim waits for has come."""
     if aim.place is Place.START_UP:
         return True
@@ -245,7 +250,7 @@ def _is_due(aim: Aim, sight: Sight, course: Course, saved_at: int | None) -> boo
     return True
 
 
-def _place(sight: Sight, course: Course, resumed_at: int) -> Place:
+def _place(sight: RunStatus, course: RunOutline, resumed_at: int) -> Place:
     """What a kill hit, from what it left."""
     if sight.saving:
         return Place.SAVE

@@ -19,7 +19,7 @@ _GONE = 0.01
 """Seconds between two looks whether a killed process has left."""
 
 
-class Life(Protocol):
+class TrainingProcess(Protocol):
     """A start of a run, in one process or in several."""
 
     def poll(self) -> int | None:
@@ -31,11 +31,11 @@ class Life(Protocol):
         ...
 
 
-Start = Callable[[Sequence[str], Path], Life]
+Start = Callable[[Sequence[str], Path], TrainingProcess]
 """Arguments of `gpt`, file for what it says -> the process."""
 
 
-def starter(ranks: int) -> Start:
+def launcher_for(ranks: int) -> Start:
     """How lives of so many ranks are started: forked from a process that has torch, or by torchrun."""
     if ranks > 1:
         return lambda arguments, log: _Launched(ranks, arguments, log)

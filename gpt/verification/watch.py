@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.utils.atomic_io import is_left_over
+from gpt.utils.atomic_io import is_leftover
 
 LOSS, VAL_LOSS = "train/loss", "val/loss"
 
 
 @dataclass(frozen=True)
-class Sight:
+class RunStatus:
     """A look at a run's folder."""
 
     begun: bool
@@ -42,15 +42,15 @@ class Watch:
         self._file, self._offset = (0, 0), 0
         self._step = self._evaluated = 0
 
-    def look(self) -> Sight:
+    def look(self) -> RunStatus:
         """What can be seen now."""
         self._begun = self._begun or self._count_starts() > self._starts
         if self._begun:
             self._read_on()
         found = self._checkpoints()
         steps = [int(number) for path in found if (number := path.name.removeprefix("step_")).isdecimal()]
-        saving = any(is_left_over(path) for path in found)
-        return Sight(self._begun, self._step, self._evaluated, saving, max(steps, default=0))
+        saving = any(is_leftover(path) for path in found)
+        return RunStatus(self._begun, self._step, self._evaluated, saving, max(steps, default=0))
 
     def _count_starts(self) -> int:
         try:

@@ -117,7 +117,7 @@ def test_the_next_save_waits_for_the_former_and_tells_of_its_failure(tmp_path: P
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "BESIDE_TENSORS", 10**18)
+    monkeypatch.setattr(manager_module, "NON_TENSOR_BYTES", 10**18)
     manager, state = make_manager(tmp_path, asynchronous=False), trained_state()
     told = (
         r"^the checkpoint of step 2 needs 1e\+06TB, .*B free on .*/checkpoints; lower --checkpoint.keep or free space"
@@ -135,7 +135,7 @@ def test_what_pruning_would_remove_makes_room_but_for_the_newest(
     for step in (1, 2, 3):
         save(manager, state, step)
     manager = make_manager(tmp_path, asynchronous=False, keep=1, resumed_at=3)
-    monkeypatch.setattr(manager_module, "BESIDE_TENSORS", 10**18)
+    monkeypatch.setattr(manager_module, "NON_TENSOR_BYTES", 10**18)
     with pytest.raises(UserError, match="needs"):
         save(manager, state, 4)
     assert steps(tmp_path) == [3]

@@ -1,6 +1,6 @@
 import pytest
 
-from gpt.checkpoint.retention import kept
+from gpt.checkpoint.retention import steps_to_keep
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,12 @@ from gpt.checkpoint.retention import kept
 )
 def test_the_newest_and_the_best_are_kept(keep: int, keep_best: bool, expected: set[int]) -> None:
     losses = {1: 3.0, 2: 1.5, 3: 2.0, 9: 0.1}  # of 9 there is no checkpoint any more
-    assert kept([1, 2, 3, 4], losses, keep=keep, keep_best=keep_best) == expected
+    assert steps_to_keep([1, 2, 3, 4], losses, keep=keep, keep_best=keep_best) == expected
 
 
 def test_of_equals_the_newest_is_the_best() -> None:
-    assert kept([1, 2, 3], {1: 1.0, 2: 1.0}, keep=1, keep_best=True) == {2, 3}
+    assert steps_to_keep([1, 2, 3], {1: 1.0, 2: 1.0}, keep=1, keep_best=True) == {2, 3}
 
 
 def test_without_any_evaluation_there_is_no_best() -> None:
-    assert kept([1, 2], {}, keep=1, keep_best=True) == {2}
+    assert steps_to_keep([1, 2], {}, keep=1, keep_best=True) == {2}

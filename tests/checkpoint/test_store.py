@@ -12,17 +12,17 @@ from gpt.checkpoint.store import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
+    environment_mismatch,
     read_checkpoint,
     read_weights,
     snapshot_of,
-    unlike_here,
     verify,
 )
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.errors import UserError
-from gpt.kernels import attention
 from gpt.models.gpt import GPT
+from gpt.ops import attention_cpu
 from gpt.optim.build import build_optimizer
 
 
@@ -135,7 +135,7 @@ def test_the_manifest_says_what_the_bits_depend_on(tmp_path: Path) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": attention.in_use(),
+        "fused_attention": attention_cpu.in_use(),
         "world_size": 1,
     }
     assert content["identity"] == {"the corpus's SHA-256": "a"}
@@ -144,11 +144,11 @@ def test_the_manifest_says_what_the_bits_depend_on(tmp_path: Path) -> None:
 
 def test_another_machine_is_told_in_one_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
-    assert unlike_here(tmp_path / "step") is None
+    assert environment_mismatch(tmp_path / "step") is None
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        told = unlike_here(tmp_path / "step")
+        told = environment_mismatch(tmp_path / "step")
     finally:
         torch.set_num_threads(threads)
     assert told == f"not bitwise: step was written with threads per process {threads} there and {threads + 1} here"
@@ -168,7 +168,7 @@ def test_the_older_format_loads_to_the_bit(tmp_path: Path) -> None:
     for ours, theirs in zip(saved.model_tensors().values(), loaded.model_tensors().values(), strict=True):
         assert torch.equal(ours, theirs)
     assert loaded.progress_json() == saved.progress_json()
-    assert unlike_here(tmp_path / "step") is None
+    assert environment_mismatch(tmp_path / "step") is None
 
 
 @pytest.mark.parametrize("bit", range(8))

@@ -25,7 +25,7 @@ def test_a_step_is_measured(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gpt.planning.peak.SECONDS_PER_SHAPE", 0)
+    monkeypatch.setattr("gpt.machine.peak_flops.SECONDS_PER_SHAPE", 0)
     figures = measured(tmp_path, "debug", *flags)
     shown = capsys.readouterr().out
     for name in ("tokens/s", "ms per step", "data", "forward", "backward", "optimizer", "peak memory", "MFU"):

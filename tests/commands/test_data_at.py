@@ -8,9 +8,9 @@ import pytest
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import sequences_of
 from gpt.data.data_loader import DataLoader
-from gpt.layout import Layout, lay_out
 from gpt.main import main
 from gpt.pipeline import build
+from gpt.run import Run, open_run
 
 Configure = Callable[..., TrainConfig]
 
@@ -20,10 +20,10 @@ def shown(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]) -> list[
     return capsys.readouterr().out.splitlines()
 
 
-def loader_of(layout: Layout) -> DataLoader:
-    plan = layout.plan
-    sequences = sequences_of(layout.corpus, layout.config.data, plan.batch.block_size, plan.seed)
-    return DataLoader(sequences, plan.batch, rank=0, device=layout.dist.device)
+def loader_of(run: Run) -> DataLoader:
+    plan = run.plan
+    sequences = sequences_of(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
+    return DataLoader(sequences, plan.batch, rank=0, device=run.dist.device)
 
 
 def test_the_documents_of_a_step_are_those_it_trains_on(
@@ -32,13 +32,13 @@ def test_the_documents_of_a_step_are_those_it_trains_on(
     lines = shown(finished_run, 3, capsys)
     assert lines[0] == "step 3: global batch 2, 8 sequences of 16 tokens"
     assert lines[1:17:2] == [f"sequence {n}" for n in range(8)]
-    layout = lay_out(tiny(finished_run), dry_run=True)
-    with loader_of(layout) as loader:
+    run = open_run(tiny(finished_run), dry_run=True)
+    with loader_of(run) as loader:
         inputs = np.concatenate([micro.inputs.numpy() for micro in loader.batch_of(2).micro_batches])
     for line, row in zip(lines[2::2], inputs, strict=True):
         place, text = line.split(": ", 2)[1:]
         assert place.startswith("train-000000.safetensors document 0, tokens ")
-        assert text == layout.corpus.tokenizer.decode(row.tolist()).replace("\n", "\\n")
+        assert text == run.corpus.tokenizer.decode(row.tolist()).replace("\n", "\\n")
 
 
 @pytest.mark.parametrize("packing", ["stream", "best-fit"])
@@ -52,7 +52,7 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
     other.write_text("other text " * 100)
     data = {"source": [str(source), str(other)], "packing": packing, "val_fraction": 0.0, "weights": [3, 1]}
     build(
-        lay_out(tiny(tmp_path / "run", data=data, max_steps=2, model={"block_size": 64}, tokens_per_step=512))
+        open_run(tiny(tmp_path / "run", data=data, max_steps=2, model={"block_size": 64}, tokens_per_step=512))
     ).train()
     lines = [line for step in range(1, 9) for line in shown(tmp_path / "run", step, capsys)]
     assert all(line.isprintable() for line in lines)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gpt.commands.prepare import run
-from gpt.data import parts
 from gpt.data.manifest import read_manifest
+from gpt.data.prepare import parts
 from gpt.errors import UserError
 from gpt.main import main
 from tests.conftest import contents, make_text

@@ -10,7 +10,7 @@ from gpt.checkpoint.run_folder import RunFolder
 from gpt.commands.verify_resume import run
 from gpt.errors import UserError
 from gpt.verification import kills
-from gpt.verification.kills import Kill
+from gpt.verification.kills import KillRecord
 
 
 @pytest.fixture
@@ -39,16 +39,16 @@ def test_a_run_killed_again_and_again_differs_in_no_bit(
 def test_a_flipped_bit_in_the_last_weights_is_told_and_the_runs_are_kept(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = kills.kill_and_continue
+    really = kills.kill_and_resume
 
-    def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[Kill]:
+    def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[KillRecord]:
         file = RunFolder(folder.path.with_name("reference")).committed()[-1] / "model.safetensors"
         tensors = load_file(file)
         tensors["wpe.weight"].view(torch.int32)[7, 3] ^= 1
         save_file(tensors, file)
         return really(start, folder, *arguments)
 
-    monkeypatch.setattr(kills, "kill_and_continue", sabotage)
+    monkeypatch.setattr(kills, "kill_and_resume", sabotage)
     assert run([*flags, "--kills", "1", "--max-steps", "6"]) == 1
     said = capsys.readouterr().out
     assert "instead of" not in said  # a horizon that is given stands
@@ -64,14 +64,14 @@ def test_a_flipped_bit_in_the_last_weights_is_told_and_the_runs_are_kept(
 def test_another_seed_in_the_second_run_is_told_from_the_first_step_on(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = kills.kill_and_continue
+    really = kills.kill_and_resume
 
-    def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[Kill]:
+    def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[KillRecord]:
         config = folder.path.with_name("config.json")
         config.write_text(config.read_text().replace('"seed": 1337', '"seed": 1338'))
         return really(start, folder, *arguments)
 
-    monkeypatch.setattr(kills, "kill_and_continue", sabotage)
+    monkeypatch.setattr(kills, "kill_and_resume", sabotage)
     assert run([*flags, "--kills", "1", "--max-steps", "6"]) == 1
     assert "first difference: metrics.jsonl, step 1: " in capsys.readouterr().out
 
@@ -79,14 +79,14 @@ def test_another_seed_in_the_second_run_is_told_from_the_first_step_on(
 def test_a_run_that_cannot_go_on_is_told(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = kills.kill_and_continue
+    really = kills.kill_and_resume
 
-    def sabotage(start: Callable[[], Any], folder: RunFolder, *arguments: Any) -> list[Kill]:
+    def sabotage(start: Callable[[], Any], folder: RunFolder, *arguments: Any) -> list[KillRecord]:
         folder.path.mkdir()
         folder.metrics.touch()
         return really(start, folder, *arguments)
 
-    monkeypatch.setattr(kills, "kill_and_continue", sabotage)
+    monkeypatch.setattr(kills, "kill_and_resume", sabotage)
     assert run([*flags, "--kills", "1", "--max-steps", "2"]) == 1
     said = capsys.readouterr().out
     assert "the killed run does not go on: it ended by itself with status 2" in said

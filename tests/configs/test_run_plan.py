@@ -42,7 +42,7 @@ def test_indivisible_sizes_name_the_nearest(tokens: int, world_size: int, messag
 def test_an_automatic_micro_batch_is_the_largest_within_its_limit_that_divides(
     limit: int, world_size: int, size: int
 ) -> None:
-    machine = MachineFacts("cuda", "", False, world_size, sequences_limit=limit)
+    machine = MachineFacts("cuda", "", False, world_size, max_micro_batch=limit)
     resolved = plan(machine, micro_batch_size="auto", tokens_per_step=12 * 16)
     assert (resolved.batch.micro_batch_size, resolved.batch.tokens_per_step) == (size, 12 * 16)
     assert f"--micro-batch-size auto is {size}, which divides the step: at most {limit} sequences" in resolved.notes[0]

@@ -9,10 +9,10 @@ from safetensors.numpy import load_file
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_note
+from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_mismatch_note
 from gpt.errors import UserError
-from gpt.layout import lay_out
 from gpt.pipeline import build
+from gpt.run import open_run
 from tests.conftest import make_text, small_files
 
 BLOCK = 16
@@ -174,7 +174,7 @@ def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., Train
     one = prepared(tmp_path, "one")
     (tmp_path / "one.txt").unlink()
     config = tiny(tmp_path / "run", max_steps=2, data={"source": str(one), "tokenizer": "bpe"})  # the default
-    layout = lay_out(config)
+    layout = open_run(config)
     assert layout.corpus.facts.vocab_size == 257
     assert [*layout.corpus.train] == [*layout.corpus.val] == ["one"]
     build(layout).train()
@@ -183,13 +183,13 @@ def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., Train
 def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
     folders = [str(prepared(tmp_path, name)) for name in ("one", "second")]
     base = {"source": folders, "tokenizer": "bpe"}
-    layout = lay_out(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
+    layout = open_run(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
     assert [*layout.corpus.train] == [*layout.corpus.val] == ["one", "second"]
     build(layout).train()
     together = open_corpus([Path(folder) for folder in folders], DataConfig(**base), BLOCK)
     assert [len(stream) for stream in together.train.values()] == [sum(map(len, layout.corpus.train.values()))]
     with pytest.raises(UserError, match=r"--data.weights: 3 for the sources one, second; give one for each"):
-        lay_out(tiny(tmp_path / "other", data={**base, "weights": [1, 1, 1]}))
+        open_run(tiny(tmp_path / "other", data={**base, "weights": [1, 1, 1]}))
 
 
 def test_folders_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_a_wrong_tokenizer_for_a_prepared_folder_is_told_by_its_digest(tmp_path:
     same = tmp_path / "same.json"
     shutil.copy(folder / "tokenizer.json", same)
     for right in ("byte", str(same), "bpe"):
-        assert tokenizer_note(DataConfig(source=str(folder), tokenizer=right), corpus) is None
-    assert tokenizer_note(DataConfig(source="stdlib", tokenizer="gpt2"), corpus) is None
-    note = tokenizer_note(DataConfig(source=str(folder), tokenizer="gpt2"), corpus)
+        assert tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer=right), corpus) is None
+    assert tokenizer_mismatch_note(DataConfig(source="stdlib", tokenizer="gpt2"), corpus) is None
+    note = tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer="gpt2"), corpus)
     assert note == f"the tokenizer is that of {folder}, not gpt2"
     other = tmp_path / "other.json"
     other.write_text(same.read_text().replace("<|endoftext|>", "</s>"))
     with pytest.raises(UserError, match=rf"--data.tokenizer {other}: .* another one, of SHA-256 [0-9a-f]{{64}}; leave"):
-        tokenizer_note(DataConfig(source=str(folder), tokenizer=str(other)), corpus)
+        tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer=str(other)), corpus)
 
 
 def test_weights_are_as_many_as_sources(config: DataConfig) -> None:

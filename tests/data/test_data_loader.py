@@ -4,9 +4,9 @@ import torch
 
 from gpt.configs.run_plan import BatchPlan
 from gpt.data.data_loader import DataLoader, MicroBatch
+from gpt.data.order import Mixture
 from gpt.data.packing import pack
 from gpt.data.quarantine import Quarantine
-from gpt.data.sampler import Mixture
 from gpt.data.sequences import MixedSources, PackedDocuments, Sequences, Windows
 from gpt.data.shards import TokenStream
 from gpt.utils.helper import IGNORED

@@ -128,24 +128,24 @@ def test_a_document_that_goes_on_in_other_shards_is_one_document(tmp_path: Path,
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Callable[[], Packing]:
+def steps_to_keep(tmp_path: Path) -> Callable[[], Packing]:
     """The packing of some documents, kept in tmp_path/kept.safetensors."""
     stream = numbered(tmp_path / "shards", [3, 7, 20, 5, 5, 1])
     return lambda: packing_of(stream, 8, ends_are_targets=True, path=tmp_path / "kept.safetensors")
 
 
 def test_a_kept_packing_is_read_and_not_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Callable[[], Packing]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_to_keep: Callable[[], Packing]
 ) -> None:
-    made = kept()
+    made = steps_to_keep()
     assert equal(made, pack(numbered(tmp_path / "again", [3, 7, 20, 5, 5, 1]), 8, ends_are_targets=True))
     monkeypatch.setattr(packing, "pack", None)
-    assert equal(kept(), made)
+    assert equal(steps_to_keep(), made)
     assert sorted(p.name for p in tmp_path.glob("kept*")) == ["kept.lock", "kept.safetensors"]
 
 
-def test_a_damaged_packing_is_one_line_that_names_it(tmp_path: Path, kept: Callable[[], Packing]) -> None:
-    kept()
+def test_a_damaged_packing_is_one_line_that_names_it(tmp_path: Path, steps_to_keep: Callable[[], Packing]) -> None:
+    steps_to_keep()
     path = tmp_path / "kept.safetensors"
     sound = path.read_bytes()
     places = [0, 7, 8, 60, len(sound) - 1, *random.Random(0).sample(range(len(sound)), 60)]
@@ -154,18 +154,18 @@ def test_a_damaged_packing_is_one_line_that_names_it(tmp_path: Path, kept: Calla
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
         with pytest.raises(UserError, match=rf"^{path}: .*; delete it") as error:
-            kept()
+            steps_to_keep()
         assert "\n" not in str(error.value)
     for content in (b"", b"{}", sound[:-8], sound + b"\0"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"^{path}: .*; delete it"):
-            kept()
+            steps_to_keep()
     path.write_bytes(sound)
     tensors = load_file(path)
     del tensors["starts"]
     save_file(tensors, path)
     with pytest.raises(UserError, match=rf"^{path}: changed since it was made: .*; delete it"):
-        kept()
+        steps_to_keep()
 
 
 def test_a_packing_that_cannot_be_kept_is_one_line(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt.data.order import Mixture
 from gpt.data.packing import pack
-from gpt.data.sampler import Mixture
 from gpt.data.sequences import MixedSources, PackedDocuments, Rows, TracedSequences, Windows, document_numbers
 from gpt.data.shards import TokenStream
 from gpt.utils.helper import IGNORED

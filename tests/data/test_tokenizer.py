@@ -12,7 +12,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt.data import tokenizer as module
-from gpt.data.formats import CUT
+from gpt.data.prepare.formats import CUT
 from gpt.data.tokenizer import (
     END_OF_TEXT,
     Tokenizer,

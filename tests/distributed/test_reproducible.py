@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gpt.configs.train_config import TrainConfig
-from gpt.layout import lay_out
 from gpt.pipeline import build
+from gpt.run import open_run
 from tests.distributed.test_torchrun import torchrun
 
 Configure = Callable[..., TrainConfig]
@@ -19,12 +19,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from gpt.configs.train_config import TrainConfig
-from gpt.layout import lay_out
+from gpt.run import open_run
 from gpt.pipeline import build
 from gpt.utils.launch import end_process
 
 for path in sys.argv[1:]:
-    with lay_out(TrainConfig.model_validate_json(Path(path).read_text())) as layout:
+    with open_run(TrainConfig.model_validate_json(Path(path).read_text())) as layout:
         build(layout).train()
     layout.dist.close()
 end_process()
@@ -67,7 +67,7 @@ def runs(tiny: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def train_alone(*configs: TrainConfig) -> None:
         for config in configs:
-            with lay_out(config) as layout:
+            with open_run(config) as layout:
                 build(layout).train()
 
     def train_together(processes: int, *configs: TrainConfig) -> None:
@@ -107,11 +107,11 @@ def test_every_bit_is_the_same_at_every_number_of_processes(runs: Path, case: st
 def test_one_thread_computes_unless_told_otherwise(tiny: Configure, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
-        layout = lay_out(tiny(tmp_path, parallel={"reproducible": True}))
+        layout = open_run(tiny(tmp_path, parallel={"reproducible": True}))
         assert torch.get_num_threads() == 1
         assert layout.plan.identity["--runtime.threads"] == 1
         assert (
-            lay_out(tiny(tmp_path, parallel={"reproducible": True}, runtime={"threads": 2})).plan.identity[
+            open_run(tiny(tmp_path, parallel={"reproducible": True}, runtime={"threads": 2})).plan.identity[
                 "--runtime.threads"
             ]
             == 2

@@ -205,7 +205,7 @@ import sys, time
 from pathlib import Path
 import torch
 from gpt.configs.train_config import TrainConfig
-from gpt.layout import lay_out
+from gpt.run import open_run
 from gpt.pipeline import build
 from gpt.training.evaluator import Evaluator
 from gpt.training.events import StepEnd
@@ -233,14 +233,14 @@ class BitFlip:
     def close(self, error):
         pass
 
-layout = lay_out(read(sys.argv[1]))
+layout = open_run(read(sys.argv[1]))
 layout.dist.on_main(lambda: time.sleep(2.5))
 trainer = build(layout)
 trainer.attach(Evaluator(trainer._state.model, [Slow()], layout.plan))
 assert trainer.train() == "finished"
 layout.dist.close()
 
-layout = lay_out(read(sys.argv[2]))
+layout = open_run(read(sys.argv[2]))
 trainer = build(layout)
 trainer.attach(BitFlip(trainer._state.model, layout.dist.rank))
 trainer.train()
@@ -266,7 +266,7 @@ STALE = """
 import ctypes, os, shutil, subprocess, sys
 from pathlib import Path
 from gpt.configs.train_config import TrainConfig
-from gpt.layout import lay_out
+from gpt.run import open_run
 from gpt.pipeline import build
 from gpt.utils.launch import end_process
 
@@ -276,7 +276,7 @@ if os.environ["RANK"] == "0":
     assert ctypes.CDLL(None).unshare(0x00020000) == 0  # CLONE_NEWNS: mounts of its own
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "--bind", stale, folder], check=True)
-layout = lay_out(config)
+layout = open_run(config)
 assert layout.origin == folder / "step_00000004", layout.origin
 build(layout).train()
 layout.dist.close()

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.checkpoint.journal import Journal
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import read_json, verify
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.layout import lay_out
 from gpt.main import main
 from gpt.models.gpt import GPT
 from gpt.pipeline import build
+from gpt.resume.journal import Journal
+from gpt.run import open_run
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
 from gpt.training.trainer import Trainer
 from tests.conftest import LossRecorder
@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 
 def garbled(config: TrainConfig, *batches: int, factor: float = 10.0) -> Trainer:
     """A run on data of which some global batches are so bad that their loss is `factor` times what it would be."""
-    trainer = build(lay_out(config))
+    trainer = build(open_run(config))
     rows = {tuple(trainer._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
 
     def spoil(_: object, args: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
@@ -109,9 +109,9 @@ def test_a_replay_of_the_journal_is_exact(
     assert losses(tmp_path / "run") == losses(run_dir)
     assert recorder.losses[: GARBLED + 1] != recorder.losses[:GARBLED]
     longer = SETTINGS | {"max_steps": 33}  # the journal is the run's own now
-    build(lay_out(tiny(tmp_path / "run", spike={"window": 16}, **longer))).train()
+    build(open_run(tiny(tmp_path / "run", spike={"window": 16}, **longer))).train()
     shutil.copytree(run_dir, tmp_path / "copy")
-    build(lay_out(tiny(tmp_path / "copy", spike={"window": 16}, **longer))).train()
+    build(open_run(tiny(tmp_path / "copy", spike={"window": 16}, **longer))).train()
     assert final(tmp_path / "run", 33) == final(tmp_path / "copy", 33)
 
 
@@ -214,7 +214,7 @@ def test_skips_in_a_row_end_the_run_with_the_last_commit_intact(tiny: Configure,
     last = RunFolder(tmp_path).committed()[-1]
     verify(last)
     assert (last.name, read_json(last / "progress.json")["skipped_updates"]) == ("step_00000020", 1)
-    build(lay_out(config)).train()  # on sound data
+    build(open_run(config)).train()  # on sound data
     assert read_json(RunFolder(tmp_path).committed()[-1] / "progress.json")["skipped_updates"] == 1
 
 
@@ -238,13 +238,13 @@ import hashlib, json, math, os, sys
 from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.layout import lay_out
+from gpt.run import open_run
 from gpt.pipeline import build
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
 from gpt.utils.launch import end_process
 
 folder, faults = Path(sys.argv[1]), json.loads(sys.argv[2])
-layout = lay_out(TrainConfig.model_validate_json((folder / "config.json").read_text()))
+layout = open_run(TrainConfig.model_validate_json((folder / "config.json").read_text()))
 trainer = build(layout)
 model, optimizer = trainer._state.model, trainer._state.optimizer
 seen = {"digests": [], "back": [], "spikes": [], "error": None}
@@ -356,13 +356,13 @@ def test_a_journal_that_cannot_be_followed_is_refused_at_once(
 ) -> None:
     journal = rolled_back[0] / "journal.jsonl"
     with pytest.raises(UserError, match=r"--spike\.journal .*none\.jsonl: no such file"):
-        lay_out(tiny(tmp_path / "a", spike={"journal": tmp_path / "none.jsonl"}, **SETTINGS))
+        open_run(tiny(tmp_path / "a", spike={"journal": tmp_path / "none.jsonl"}, **SETTINGS))
     with pytest.raises(UserError, match=r"journal\.jsonl, line 1: of another order of batches"):
-        lay_out(tiny(tmp_path / "b", seed=7, spike={"journal": journal}, **SETTINGS))
-    build(lay_out(tiny(tmp_path / "c", **SETTINGS))).train()
+        open_run(tiny(tmp_path / "b", seed=7, spike={"journal": journal}, **SETTINGS))
+    build(open_run(tiny(tmp_path / "c", **SETTINGS))).train()
     longer = SETTINGS | {"max_steps": 40}
     with pytest.raises(UserError, match=r"batch 24 was trained on before step 30; name another --run-dir"):
-        lay_out(tiny(tmp_path / "c", spike={"journal": journal}, **longer))
+        open_run(tiny(tmp_path / "c", spike={"journal": journal}, **longer))
 
 
 def test_data_at_follows_the_journal(

@@ -17,9 +17,9 @@ import torch
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.layout import lay_out
 from gpt.main import main
 from gpt.pipeline import build
+from gpt.run import open_run
 from gpt.utils.atomic_io import append_jsonl
 from gpt.utils.folder_lock import lock_folder, unlock_folder
 from gpt.utils.helper import sha256_of_file
@@ -70,7 +70,7 @@ def flags(text_file: Path, cache_dir: Path) -> list[str]:
 
 
 def train(config: TrainConfig) -> None:
-    with lay_out(config) as layout:
+    with open_run(config) as layout:
         build(layout).train()
 
 
@@ -93,14 +93,14 @@ def test_a_damaged_checkpoint_is_skipped_aloud_by_auto_and_refused_by_name(
     DAMAGES[damage](newest / name)
     for place, named in ((run_dir, run_dir), (run_dir, newest), (tmp_path / "fork", newest)):
         with pytest.raises(UserError, match=str(newest)) as error:
-            lay_out(tiny(place, resume=str(named), max_steps=9))
+            open_run(tiny(place, resume=str(named), max_steps=9))
         if damage == "bit" and name != "manifest.json":
             assert before in str(error.value)
             assert sha256_of_file(newest / name) in str(error.value)
-    with lay_out(tiny(run_dir)) as layout:
+    with open_run(tiny(run_dir)) as layout:
         assert (layout.origin, layout.finished_at) == (older, None)
     aside = newest.with_name("step_00000008.damaged")
-    assert layout.set_aside == (str(aside),)
+    assert layout.moved_aside == (str(aside),)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [older.name, aside.name]
     skipped, chosen = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert f"skipped step_00000008, now {aside}: {newest}" in skipped
@@ -116,7 +116,7 @@ def test_the_step_of_a_damaged_checkpoint_is_saved_again_with_the_same_bits(
         train(config)
         assert (run_dir / "checkpoints" / aside).is_dir()
         assert lineage(run_dir)[-1]["step"] == 4
-        assert lineage(run_dir)[-1]["set_aside"] == [str(run_dir / "checkpoints" / aside)]
+        assert lineage(run_dir)[-1]["moved_aside"] == [str(run_dir / "checkpoints" / aside)]
     for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
         ours, theirs = (path / "checkpoints/step_00000008" / name for path in (run_dir, finished_run))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -128,7 +128,7 @@ def test_where_no_checkpoint_is_whole_none_is_started_from_zero(tiny: Configure,
     truncate(run_dir / "checkpoints/step_00000008/optimizer.safetensors")
     before = contents(run_dir)
     with pytest.raises(UserError, match=r"holds checkpoints and none is whole: .*step_00000008.*step_00000004"):
-        lay_out(tiny(run_dir))
+        open_run(tiny(run_dir))
     after = contents(run_dir)
     after.pop(".lock")
     before.pop(".lock")
@@ -140,7 +140,7 @@ def test_a_dry_run_says_what_it_would_skip_and_leaves_it(
 ) -> None:
     empty(run_dir / "checkpoints/step_00000008/model.safetensors")
     before = contents(run_dir)
-    assert lay_out(tiny(run_dir), dry_run=True).origin == run_dir / "checkpoints/step_00000004"
+    assert open_run(tiny(run_dir), dry_run=True).origin == run_dir / "checkpoints/step_00000004"
     assert "skipped step_00000008: " in caplog.text
     assert contents(run_dir) == before
 
@@ -373,7 +373,7 @@ def test_a_clock_that_is_off_has_no_effect(years: int, tiny: Configure, run_dir:
         wrong = now + 3.2e7 * years * (1 if "step_00000004" in str(path) else -0.5)
         os.utime(path, (wrong, wrong))
     config = tiny(run_dir, max_steps=9, checkpoint={"keep": 2})
-    with lay_out(config) as layout:
+    with open_run(config) as layout:
         assert layout.origin == run_dir / "checkpoints/step_00000008"
         build(layout).train()
     assert [path.name for path in RunFolder(run_dir).committed()] == ["step_00000008", "step_00000009"]
@@ -405,6 +405,6 @@ def test_records_are_dropped_in_one_step_or_not_at_all(call: str, when: int, fau
 
 def test_a_full_disk_leaves_the_records_as_they_were(tiny: Configure, run_dir: Path) -> None:
     before = (run_dir / "metrics.jsonl").read_bytes()
-    with lay_out(tiny(run_dir, max_steps=9)) as layout, small_files(200), pytest.raises(UserError, match="too large"):
+    with open_run(tiny(run_dir, max_steps=9)) as layout, small_files(200), pytest.raises(UserError, match="too large"):
         build(layout)
     assert (run_dir / "metrics.jsonl").read_bytes() == before

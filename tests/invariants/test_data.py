@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from gpt.configs.train_config import TrainConfig
 from gpt.data.data_loader import DataLoader, MicroBatch
 from gpt.errors import UserError
-from gpt.layout import lay_out
 from gpt.models.gpt import GPT
 from gpt.pipeline import build
+from gpt.run import open_run
 from gpt.utils.helper import IGNORED
 from tests.conftest import make_text
 
@@ -52,7 +52,7 @@ def mixed(sources: list[str], packing: str, **changes: Any) -> dict[str, Any]:
 
 
 def loader_and_model(config: TrainConfig) -> tuple[DataLoader, GPT]:
-    trainer = build(lay_out(config))
+    trainer = build(open_run(config))
     model = trainer._state.model
     with torch.no_grad():  # larger weights than at the start: attention is then far from even
         for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def test_a_run_is_not_continued_with_other_rows(
     data = mixed(sources, "best-fit")
     record(tiny(tmp_path, max_steps=1, data=data))
     with pytest.raises(UserError, match=rf"another configuration: data.{next(iter(change))}"):
-        lay_out(tiny(tmp_path, max_steps=2, data=data | change))
+        open_run(tiny(tmp_path, max_steps=2, data=data | change))
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -158,7 +158,7 @@ def test_the_reported_loss_is_the_mean_over_the_steps_real_targets(
         losses.append(record(config)[0])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] == pytest.approx(losses[2], abs=1e-6)
-    trainer = build(lay_out(tiny(tmp_path / "plain", data=data, **SIZES)))
+    trainer = build(open_run(tiny(tmp_path / "plain", data=data, **SIZES)))
     model = trainer._state.model.eval()
     nats, n_targets, n_padding = 0.0, 0, 0
     with trainer._loader as loader, torch.no_grad():
@@ -192,7 +192,7 @@ def test_every_source_is_evaluated_by_its_name(
     assert {name for name in found if name.startswith("val/loss/")} == {
         *("val/loss/books", "val/loss/code", "val/loss/web"),
     }
-    sizes = {name: len(stream) - 1 for name, stream in lay_out(config).corpus.val.items()}
+    sizes = {name: len(stream) - 1 for name, stream in open_run(config).corpus.val.items()}
     total = sum(found[f"val/loss/{name}"] * size for name, size in sizes.items()) / sum(sizes.values())
     assert found["val/loss"] == pytest.approx(total, abs=1e-9)
 
@@ -214,14 +214,14 @@ def test_weights_that_are_not_one_for_each_source_are_refused_before_anything_is
 ) -> None:
     config = tiny(tmp_path / "run", data={"source": sources, "weights": weights, "cache_dir": tmp_path / "cache"})
     with pytest.raises(UserError, match=rf"^--data.weights: {len(weights)} for 3 sources; give one for each$"):
-        lay_out(config)
+        open_run(config)
     assert not (tmp_path / "cache").exists()
 
 
 def test_the_sources_of_a_run_are_trained_on_in_their_shares(
     tiny: Configure, tmp_path: Path, sources: list[str]
 ) -> None:
-    layout = lay_out(tiny(tmp_path, max_steps=100, data=mixed(sources, "best-fit")))
+    layout = open_run(tiny(tmp_path, max_steps=100, data=mixed(sources, "best-fit")))
     assert [(source.name, source.share) for source in layout.plan.sources] == [
         *(("books", pytest.approx(0.6)), ("code", pytest.approx(0.3)), ("web", pytest.approx(0.1))),
     ]

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.machine.memory import LiveMemory
 from gpt.models.gpt import GPT
 from gpt.parallel.activation_checkpointing import checkpoint_activations
-from gpt.planning.memory import LiveMemory
 
 MODERN = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 1}
 TOKENS = torch.randint(50, (4, 32), generator=torch.Generator().manual_seed(0))

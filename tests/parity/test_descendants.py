@@ -35,9 +35,9 @@ def make_pair(family: str) -> Pair:
         configuration(
             **SIZES,
             hidden_size=config.n_embd,
-            intermediate_size=config.mlp_width,
+            intermediate_size=config.intermediate_size,
             num_key_value_heads=config.n_kv_head,
-            head_dim=config.head_width,
+            head_dim=config.head_dim,
             rms_norm_eps=1e-6,
             attn_implementation="eager",
         )

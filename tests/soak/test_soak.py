@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt.checkpoint.journal import read_journal
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, verify
 from gpt.checkpoint.tensor_file import read_tensors
@@ -28,10 +27,11 @@ from gpt.commands.verify_resume import run as verify_resume
 from gpt.configs.cli import load_config, parse_train
 from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import open_corpus
-from gpt.data.formats import Records
+from gpt.data.prepare.formats import Records
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.main import main
+from gpt.resume.journal import read_journal
 from gpt.utils.atomic_io import read_jsonl
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
 from tests.conftest import make_text, read_documents

@@ -18,7 +18,7 @@ from gpt.data.sequences import PackedDocuments
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer, set_learning_rate
 from gpt.parallel.gradient_sync import AveragedGradients
-from gpt.training.train_step import TrainStep, clip, nan_unless_finite
+from gpt.training.train_step import TrainStep, clip, scale_or_nan
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
 
@@ -171,7 +171,7 @@ def test_an_optimizer_that_nobody_waits_for_skips_to_the_bit(name: str) -> None:
 def test_the_guard_against_numbers_that_are_not_finite_changes_no_bit() -> None:
     losses = 1e3 * torch.rand(1000, generator=torch.Generator().manual_seed(0))
     for scale in (1 / 64, 1 / 2999, 2 / 12345):
-        assert torch.equal(losses * scale, torch.stack([loss * nan_unless_finite(loss, scale) for loss in losses]))
+        assert torch.equal(losses * scale, torch.stack([loss * scale_or_nan(scale, loss) for loss in losses]))
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ def test_one_process_talks_to_itself() -> None:
     assert dist.on_main(lambda: 5) == 5
     assert dist.sum_on_host([1.5, 2.0]) == [1.5, 2.0]
     assert dist.gather(7) == [7]
-    assert dist.start_max(3).read() == 3
-    assert dist.least(4) == 4
+    assert dist.all_reduce_max_async(3).read() == 3
+    assert dist.min(4) == 4
     dist.close()
 
 
 def test_an_error_of_another_kind_goes_through() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), DistContext("cpu").naming_the_lost():
+    with pytest.raises(RuntimeError, match="shapes"), DistContext("cpu").report_lost_ranks():
         raise RuntimeError("shapes do not match")
 
 
@@ -33,7 +33,7 @@ def test_who_is_lost_is_told(error: str, told: str, monkeypatch: pytest.MonkeyPa
     dist = DistContext("cpu", step_timeout=2)
     dist.world_size = 2
     monkeypatch.setattr(dist, "_absent", lambda: [1])
-    with pytest.raises(UserError, match=told), dist.naming_the_lost():
+    with pytest.raises(UserError, match=told), dist.report_lost_ranks():
         raise RuntimeError(error)
 
 

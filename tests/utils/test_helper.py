@@ -1,17 +1,17 @@
 from pathlib import Path
 
-from gpt.utils.helper import draw, first_line, plural, sha256_of_file, si
+from gpt.utils.helper import first_line, format_si, plural, random_bits, sha256_of_file
 
 
 def test_draw_depends_on_every_part_and_its_place() -> None:
     addresses = [(seed, step, batch) for seed in range(10) for step in range(10) for batch in range(10)]
-    assert len({draw(*address) for address in addresses}) == len(addresses)
-    assert draw(1, 2) != draw(2, 1) != draw(2, 1, 0)
+    assert len({random_bits(*address) for address in addresses}) == len(addresses)
+    assert random_bits(1, 2) != random_bits(2, 1) != random_bits(2, 1, 0)
 
 
 def test_draw_is_fixed_for_all_time() -> None:
     """A run that was saved by one version must go on in the same order in the next."""
-    assert [draw(0), draw(1337, 5), draw(2**64 - 1, 3, 1)] == [
+    assert [random_bits(0), random_bits(1337, 5), random_bits(2**64 - 1, 3, 1)] == [
         16294208416658607535,
         18305536251264625655,
         7606371796534432975,
@@ -19,7 +19,7 @@ def test_draw_is_fixed_for_all_time() -> None:
 
 
 def test_draws_are_spread_evenly() -> None:
-    bits = [bin(draw(7, index)).count("1") for index in range(4000)]
+    bits = [bin(random_bits(7, index)).count("1") for index in range(4000)]
     assert abs(sum(bits) / len(bits) - 32) < 0.3
 
 
@@ -29,7 +29,7 @@ def test_sha256_of_file(tmp_path: Path) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [si(0.5), si(999), si(1234567), si(2.5e9)] == ["0.5", "999", "1.23M", "2.5G"]
+    assert [format_si(0.5), format_si(999), format_si(1234567), format_si(2.5e9)] == ["0.5", "999", "1.23M", "2.5G"]
     assert [plural(1, "file"), plural(2000, "file")] == ["1 file", "2,000 files"]
 
 

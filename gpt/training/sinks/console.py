@@ -22,7 +22,7 @@ from gpt.training.events import (
     TrainEnd,
     TrainStart,
 )
-from gpt.utils.helper import plural, printable, si
+from gpt.utils.helper import format_si, plural, printable
 
 
 class RunConsole(Console):
@@ -99,8 +99,8 @@ class ConsoleSink:
 
     def _show_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = (
-            f"loss {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  {si(metrics['tokens_per_second'])} tokens/s  "
-            f"MFU {metrics['mfu']:.1%}"
+            f"loss {metrics['train/loss']:.4f}  lr {metrics['lr']:.2e}  "
+            f"{format_si(metrics['tokens_per_second'])} tokens/s  MFU {metrics['mfu']:.1%}"
         )
         if self._console.is_terminal:
             self._progress.update(self._task, numbers=numbers)
@@ -132,14 +132,14 @@ def plan_table(plan: RunPlan) -> Table:
     rows = {
         "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}",
         "runtime": _runtime(plan),
-        "model": f"{si(plan.model.n_parameters)} parameters: {plan.model.n_layer} layers, {plan.model.n_head} heads, "
-        f"{plan.model.n_embd} wide",
-        "data": f"{si(corpus.train_tokens)} training tokens, vocabulary {corpus.vocab_size:,}",
-        "validation": f"{si(corpus.val_tokens)} tokens, {si(corpus.val_bytes)}B of text, "
+        "model": f"{format_si(plan.model.n_parameters)} parameters: {plan.model.n_layer} layers, "
+        f"{plan.model.n_head} heads, {plan.model.n_embd} wide",
+        "data": f"{format_si(corpus.train_tokens)} training tokens, vocabulary {corpus.vocab_size:,}",
+        "validation": f"{format_si(corpus.val_tokens)} tokens, {format_si(corpus.val_bytes)}B of text, "
         f"{plural(corpus.val_documents, 'document')}",
         "step": f"{batch.tokens_per_step:,} tokens: {batch.grad_accum_steps} x {batch.micro_batch_size} sequences "
         f"of {batch.block_size} per process",
-        "run": f"{plan.max_steps:,} steps, {si(plan.max_steps * batch.tokens_per_step)} tokens, "
+        "run": f"{plan.max_steps:,} steps, {format_si(plan.max_steps * batch.tokens_per_step)} tokens, "
         f"{plan.epochs:.2f} epochs",
         **_source_rows(plan),
         "learning rate": f"{plan.lr.schedule}, up to {_highest_rates(plan)} after {plan.lr.warmup_steps} steps",

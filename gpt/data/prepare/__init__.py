@@ -1,0 +1,1 @@
+"""Sources -> a prepared corpus: find, read, split, tokenize, write."""

@@ -1,0 +1,36 @@
+"""Load a trained model and its tokenizer."""
+
+from pathlib import Path
+
+import torch
+
+from gpt.checkpoint.app_state import load_model_tensors
+from gpt.checkpoint.run_folder import locate_checkpoint, run_of
+from gpt.checkpoint.store import read_weights
+from gpt.configs.load import load_config
+from gpt.data.tokenizer import Tokenizer
+from gpt.errors import UserError
+from gpt.machine.hardware import find_device
+from gpt.models.gpt import GPT
+from gpt.utils.helper import format_si
+
+
+def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
+    """A trained model and its tokenizer, from a run's folder (its newest checkpoint) or from a checkpoint.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    checkpoint = locate_checkpoint(path, "RUN_DIR")
+    tokenizer = Tokenizer.from_file(run_of(checkpoint).tokenizer)
+    weights = read_weights(checkpoint)
+    config = load_config(checkpoint / "config.json").model
+    embedding = weights.get("wte.weight", torch.empty(0))
+    config = config.model_copy(update={"vocab_size": len(embedding)})
+    if config.n_parameters != sum(tensor.numel() for tensor in weights.values()):  # before memory for them is asked for
+        raise UserError(
+            f"{checkpoint}: config.json is of a model of {format_si(config.n_parameters)} parameters, not of this one"
+        )
+    model = GPT(config, seed=0)
+    load_model_tensors(model, weights)
+    return model.to(find_device(device)).eval(), tokenizer

@@ -1,0 +1,50 @@
+"""What a run ran on, for environment.json."""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpt
+from gpt.machine.hardware import cpu_name
+
+PACKAGE = Path(gpt.__file__).parent
+LIBRARIES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
+
+
+def environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
+    """Versions, hardware, the commit of the code, and what was set in the process."""
+    return {
+        "gpt-training-pipeline": gpt.__version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "runtime": dict(runtime),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "command": sys.argv,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that the package's files are at, marked where they differ from it; None outside their checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # installed below somebody else's checkout, it is not theirs
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None

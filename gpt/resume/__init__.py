@@ -1,0 +1,1 @@
+"""Where a run starts, and what may change when it resumes."""

@@ -1,0 +1,1 @@
+"""Observers that ship with the Trainer."""

@@ -1,0 +1,78 @@
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import ctypes, resource, sys
+from gpt.machine.cpu_runtime import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+
+def use(size):
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+
+use(2**26)  # 64 MiB: 16,384 pages
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    use(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="speaks to glibc")
+def test_large_blocks_are_not_mapped_anew_each_time() -> None:
+    faults = {
+        mode: int(subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, check=True).stdout)
+        for mode in ("kept", "returned")
+    }
+    assert faults["kept"] < 100
+    assert faults["returned"] > 100_000
+
+
+SET_UP = """
+import sys, torch
+from gpt.configs.runtime_config import RuntimeConfig
+from gpt.machine import cpu_runtime
+cpu_runtime.usable_cores = lambda: 1
+print(cpu_runtime.set_up_cpu(RuntimeConfig.model_validate_json(sys.argv[1])))
+tiny = torch.full((2**20,), 1e-39).mul(1.0)  # large enough for every thread to have a share
+print(int((tiny == 0).sum()), torch.get_num_threads())
+"""
+
+
+def set_up(config: str = "{}", **environment: str) -> tuple[dict[str, object], int, int]:
+    command = [sys.executable, "-c", SET_UP, config]
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | environment
+    told, counts = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout.splitlines()
+    zeros, threads = counts.split()
+    return ast.literal_eval(told), int(zeros), int(threads)
+
+
+def test_by_default_threads_stay_within_the_cores_and_denormals_are_numbers() -> None:
+    told, zeros, threads = set_up()
+    assert told["threads"] == threads == 1
+    assert zeros == 0
+    assert told["flush_denormals"] is False
+
+
+def test_a_number_of_threads_in_the_environment_stands_unless_one_is_configured() -> None:
+    assert set_up(OMP_NUM_THREADS="2")[2] == min(2, os.cpu_count() or 1)
+    told, zeros, threads = set_up(
+        '{"threads": 4, "flush_denormals": true, "keep_freed_memory": false, "fused_attention": false}',
+        OMP_NUM_THREADS="2",
+    )
+    assert threads == 4
+    assert told == {
+        "threads": 4,
+        "keep_freed_memory": False,
+        "flush_denormals": zeros > 0,
+        "fused_attention": False,
+    }
+    assert zeros in (0, 2**20)  # all threads flush, or none can

@@ -1,0 +1,41 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt.configs.gpt_config import GPTConfig
+from gpt.machine.flops import flops_per_token, linear_layers
+from gpt.models.gpt import GPT
+
+SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 96}
+MODELS = {
+    "gpt2": GPTConfig(**SIZES),
+    "grouped": GPTConfig(**SIZES, n_kv_head=2, position="rotary", qk_norm=True),
+    "swiglu": GPTConfig(**SIZES, mlp="swiglu", norm="rmsnorm", bias=False, logit_softcap=15),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_that_torch_counts_but_for_the_future_that_is_masked(name: str) -> None:
+    config = MODELS[name]
+    model = GPT(config, seed=0)
+    tokens = torch.randint(config.vocab_size, (2, config.block_size))
+    # In bfloat16, for there attention is made of matrix products, all of which torch counts.
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        model(tokens, tokens).backward()
+    masked = 6 * config.n_layer * config.n_embd * config.block_size  # half of attention: computed, and not needed
+    assert counter.get_total_flops() == tokens.numel() * (flops_per_token(config) + masked)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_layers_are_the_models(name: str) -> None:
+    config = MODELS[name]
+    modules = [module for module in GPT(config, seed=0).modules() if isinstance(module, nn.Linear)]
+    expected = Counter((module.in_features, module.out_features) for module in modules)
+    expected[config.n_embd, config.vocab_size] += 1
+    found: Counter[tuple[int, int]] = Counter()
+    for n_in, n_out, layers in linear_layers(config):
+        found[n_in, n_out] += layers
+    assert found == expected

@@ -1,0 +1,236 @@
+import shutil
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_mask
+
+from gpt.configs.gpt_config import GPTConfig
+from gpt.models.gpt import GPT
+from gpt.ops import attention
+from gpt.ops import attention_cpu as kernel
+from gpt.ops.attention import DocumentMask, attend, positions_in_documents
+from gpt.utils.helper import IGNORED
+
+CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=1024, vocab_size=50)
+WAYS = [(torch.float32, 32), (torch.bfloat16, 32), (torch.bfloat16, 64)]
+"""Types and widths of the model: SDPA, plain products, and the kernel, which takes heads of 32 channels."""
+
+
+def rows(*lengths: Sequence[int]) -> torch.Tensor:
+    """(B, T) documents: of each row the lengths of its documents."""
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+
+
+def layout(length: int) -> torch.Tensor:
+    """Documents of many lengths, one of a single token, in two rows that are cut differently."""
+    return rows([length // 4 + 1, length // 3, 1, length - length // 4 - length // 3 - 2], [5, length - 12, 4, 3])
+
+
+def some_tokens(documents: torch.Tensor) -> torch.Tensor:
+    return torch.randint(CONFIG.vocab_size, documents.shape, generator=torch.Generator().manual_seed(0))
+
+
+def large_model(config: GPTConfig = CONFIG) -> GPT:
+    """Weights larger than at the start, so that attention is far from even."""
+    model = GPT(config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def test_positions_restart_with_each_document() -> None:
+    documents = torch.tensor([[7, 7, 7, 8, 8, 9], [0, 1, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4]])
+    expected = [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    assert positions_in_documents(documents).tolist() == expected
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dtype", "width"), WAYS)
+@pytest.mark.parametrize("length", [64, 100, 256, 1024])
+def test_a_document_changes_no_bit_of_another(length: int, dtype: torch.dtype, width: int, dropout: float) -> None:
+    model = large_model(CONFIG.model_copy(update={"dropout": dropout, "n_embd": width}))
+    documents = layout(length)
+    tokens = some_tokens(documents)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)  # the same weights are dropped
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(tokens, documents=documents)
+
+    before = logits(tokens)
+    assert before.dtype == dtype
+    assert before.isfinite().all()
+    for document in range(4):
+        inside = documents == document
+        after = logits(torch.where(inside, (tokens + 1) % CONFIG.vocab_size, tokens))
+        assert torch.equal(before[~inside], after[~inside])
+        assert (before[inside] != after[inside]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("dtype", "width"), WAYS)
+@pytest.mark.parametrize("length", [64, 100, 256, 1024])
+def test_no_gradient_leaves_a_document(length: int, dtype: torch.dtype, width: int) -> None:
+    model = large_model(CONFIG.model_copy(update={"n_embd": width}))
+    documents = layout(length)
+    tokens = some_tokens(documents)
+    embedded: list[torch.Tensor] = []
+    model.wte.register_forward_hook(lambda module, args, output: embedded.append(output))
+    for document in range(4):
+        inside = documents == document
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(tokens, torch.where(inside, tokens.roll(-1, dims=1), IGNORED), documents)
+        (gradient,) = torch.autograd.grad(loss, embedded.pop())  # (B, T, C)
+        assert not gradient[~inside].any()
+        assert gradient.isfinite().all()
+        assert gradient[inside].any(dim=-1).all()
+
+
+def test_a_packed_document_gets_what_it_gets_alone() -> None:
+    model = large_model()
+    lengths = ([17, 40, 1, 6], [64], [1, 63])
+    documents = rows(*lengths)
+    tokens = some_tokens(documents)
+    packed = model(tokens, documents=documents)
+    for row, row_logits, row_lengths in zip(tokens, packed, lengths, strict=True):
+        alone = [model(document[None])[0] for document in row.split(row_lengths)]
+        torch.testing.assert_close(row_logits, torch.cat(alone), atol=2e-5, rtol=0)
+
+
+def test_rows_of_one_document_are_whole_rows() -> None:
+    model = large_model()
+    documents = torch.full((2, 100), 3)
+    tokens = some_tokens(documents)
+    torch.testing.assert_close(model(tokens, documents=documents), model(tokens), atol=2e-5, rtol=0)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_once_for_all_layouts() -> None:
+    config = CONFIG.model_copy(update={"n_layer": 1})
+    plain, compiled = large_model(config), large_model(config)
+    compiled.compile(fullgraph=True)
+    stance = "default"
+    for documents in (layout(64), layout(64).flip(0)):
+        tokens = some_tokens(documents)
+        loss = plain(tokens, tokens, documents)
+        with torch.compiler.set_stance(stance):
+            compiled_loss = compiled(tokens, tokens, documents)
+        assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        expected = torch.autograd.grad(loss, list(plain.parameters()))
+        for mine, other in zip(torch.autograd.grad(compiled_loss, list(compiled.parameters())), expected, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-3)
+        stance = "fail_on_recompile"
+
+
+@pytest.fixture
+def on_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention where there is no GPU: without gradients it runs on a CPU, here without its compiler."""
+    monkeypatch.setattr(attention, "_flex_serves", lambda *args, **kwargs: True)
+    monkeypatch.setattr(attention, "_compile", lambda function: torch.compile(function, backend="eager"))
+
+
+def test_the_two_masks_are_one(on_cpu_too: None) -> None:
+    documents = layout(300)
+    blocks = DocumentMask(documents, dropout=0, head_dim=16, dtype=torch.float32).blocks
+    assert blocks is not None
+    visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 300, 300, device="cpu"), visible)
+    # At the granularity of blocks: the kernels look at no other.
+    padded = F.pad(visible, (0, 84, 0, 84)).view(2, 1, 3, 128, 3, 128)
+    assert torch.equal(blocks.to_dense().bool(), padded.any(dim=5).any(dim=3))
+
+
+@pytest.mark.parametrize("model_is_compiled", [False, True])
+def test_flex_attention_gives_the_same(on_cpu_too: None, model_is_compiled: bool) -> None:
+    documents = layout(300)
+    tokens = some_tokens(documents)
+    model, plain = large_model(), large_model()
+    if model_is_compiled:
+        model.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        given = model(tokens, documents=documents)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "_flex_serves", lambda *args, **kwargs: False)
+            expected = plain(tokens, documents=documents)
+    torch.testing.assert_close(given, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "dropout", "head_dim", "serves"),
+    [("cuda", 0.0, 16, True), ("cuda", 0.1, 64, False), ("cuda", 0.0, 8, False), ("cpu", 0.0, 64, False)],
+)
+def test_where_flex_attention_serves(
+    device: str, dropout: float, head_dim: int, serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    assert attention._flex_serves(torch.device(device), dropout=dropout, head_dim=head_dim) == serves
+    monkeypatch.setattr(attention, "HAS_TRITON", False)
+    assert not attention._flex_serves(torch.device(device), dropout=dropout, head_dim=head_dim)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_on_cuda_the_loss_and_the_gradients_are_the_same(dropout: float) -> None:
+    config = CONFIG.model_copy(update={"dropout": dropout})
+    cpu, cuda = large_model(config), large_model(config).cuda()
+    documents = layout(300)
+    tokens = some_tokens(documents)
+    losses = cpu(tokens, tokens, documents), cuda(tokens.cuda(), tokens.cuda(), documents.cuda())
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
+    for loss in losses:
+        loss.backward()
+    for mine, other in zip(cpu.parameters(), cuda.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad.cpu(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, attention.QUERIES + 1, attention.SAVE_WEIGHTS_MAX_LEN + 88])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("width", [16, 32])  # plain products, and the kernel
+def test_our_own_attention_is_sdpa_to_within_rounding(length: int, masked: bool, width: int) -> None:
+    """In bfloat16 on a CPU; values and gradients against float32's."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, length, width, requires_grad=True) for _ in range(3)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    documents = torch.arange(length).div(5, rounding_mode="floor").expand(2, -1)
+    results = []
+    for tensors in (exact, rounded):
+        mask = DocumentMask(documents, dropout=0.0, head_dim=width, dtype=tensors[0].dtype) if masked else None
+        out = attend(*tensors, mask, dropout=0.0)
+        weight = torch.linspace(-1, 1, width)
+        results.append([out, *torch.autograd.grad((out.float() * weight).sum(), tensors)])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (expected - found.float()).norm() <= 0.02 * expected.norm() + 1e-6
+
+
+@pytest.mark.skipif(not kernel.in_use(), reason="no compiler at the installation, or no AVX512_BF16")
+def test_the_kernels_gradients_have_none_themselves() -> None:
+    q = torch.randn(1, 1, 8, 32, dtype=torch.bfloat16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(attend(q, q, q, None, dropout=0.0).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_weights_that_are_made_again_are_those_that_would_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 300, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    results = []
+    for longest in (300, 299):
+        monkeypatch.setattr(attention, "SAVE_WEIGHTS_MAX_LEN", longest)
+        out = attend(*tensors, None, dropout=0.0)
+        results.append(torch.autograd.grad(out.square().sum(), tensors))
+    for kept, made_again in zip(*results, strict=True):
+        assert torch.equal(kept, made_again)
+
+
+@pytest.mark.parametrize(("length", "saved"), [(512, 256 * 256 + 256 * 512), (1024, 0)])
+def test_weights_of_long_rows_are_not_kept(length: int, saved: int) -> None:
+    """Beside queries, keys and values: of 512 positions, two blocks of 256 with 256 and 512 keys."""
+    q = torch.randn(1, 1, length, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        attend(q, q, q, None, dropout=0.0)
+    assert sum(tensor.numel() for tensor in kept) - 3 * length * 16 == saved

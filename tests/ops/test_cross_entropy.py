@@ -1,0 +1,124 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt.ops import cross_entropy as module
+from gpt.ops.cross_entropy import head_loss
+from gpt.utils.helper import IGNORED
+
+B, T, C, V = 3, 5, 4, 7
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden, head = (torch.randn(size, requires_grad=True) for size in ((B, T, C), (V, C)))
+    targets = torch.randint(V, (B, T))
+    targets[1, 2:] = IGNORED
+    return hidden, head, targets
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize(("rows", "rows_of_piece"), [(1, 1), (4, 3), (15, 1), (15, 15), (100, 4)])
+def test_it_is_torchs_cross_entropy_however_it_is_cut(
+    rows: int, rows_of_piece: int, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", rows)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "PIECE", rows_of_piece * V)
+    hidden, head, targets = inputs()
+    ours = head_loss(hidden, head, targets, softcap=softcap)
+    logits = hidden @ head.t()
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    theirs = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (hidden, head)), torch.autograd.grad(theirs, (hidden, head)), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_it_is_computed_in_float32_whatever_the_logits_are() -> None:
+    hidden, head, targets = inputs()
+    loss = head_loss(hidden.bfloat16(), head.bfloat16(), targets)
+    assert loss.dtype == torch.float32
+    logits = (hidden.bfloat16() @ head.bfloat16().t()).float()
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+
+
+def test_a_factor_and_a_frozen_input_are_respected() -> None:
+    hidden, head, targets = inputs()
+    (whole,) = torch.autograd.grad(head_loss(hidden, head, targets), (head,))
+    (half,) = torch.autograd.grad(0.5 * head_loss(hidden.detach(), head, targets), (head,))
+    assert torch.equal(half, 0.5 * whole)
+    with torch.no_grad():
+        assert torch.equal(head_loss(hidden, head, targets), head_loss(hidden, head, targets).detach())
+
+
+@pytest.mark.parametrize("n_vocabulary", [65, 50_257])
+def test_under_autocast_it_is_near_the_float32_path(n_vocabulary: int) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(3, 37, 48, requires_grad=True), torch.randn(n_vocabulary, 48, requires_grad=True)
+    targets = torch.randint(n_vocabulary, (3, 37))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = head_loss(hidden, head, targets)
+    exact = F.cross_entropy((hidden @ head.t()).flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(rounded, exact, rtol=3e-3, atol=0)
+    for mine, theirs in zip(
+        torch.autograd.grad(rounded, (hidden, head)), torch.autograd.grad(exact, (hidden, head)), strict=True
+    ):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 0.02 * theirs.norm()
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that any result of an operation held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+class LiveProducts(TorchDispatchMode):
+    """How many products of matrices that are `numel` large exist at the same time, at most."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.most = numel, 0
+        self._made: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.numel() == self.numel:
+            self._made = [made for made in self._made if not made.expired()]
+            self._made.append(StorageWeakRef(result.untyped_storage()))
+            self.most = max(self.most, len(self._made))
+        return result
+
+
+def test_the_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 8)
+    hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
+    with Largest() as seen:
+        head_loss(hidden, head, torch.randint(1000, (4, 64))).backward()
+    assert seen.numel == 8 * 1000
+
+
+def test_a_chunk_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 8)
+    hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
+    with LiveProducts(8 * 1000) as products:
+        head_loss(hidden, head, torch.randint(1000, (4, 64)))
+    assert products.most == 1

@@ -1,0 +1,58 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from gpt.configs.parallel_config import ParallelConfig
+from gpt.parallel.gradient_sync import AveragedGradients
+from gpt.parallel.parallelize import parallelize
+from gpt.utils.distributed import DistContext
+
+
+def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 2)
+
+    def trial(module: nn.Module) -> torch.Tensor:
+        assert model._compiled_call_impl is not None
+        model.weight.grad = torch.ones(2, 2)
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    with caplog.at_level(logging.WARNING):
+        assert (
+            parallelize(model, (), DistContext("cpu"), ParallelConfig(), compile_mode="default", trial=trial) is model
+        )
+    assert "torch.compile does not work here (no C++ compiler)" in caplog.text
+    assert model._compiled_call_impl is None
+    assert model.weight.grad is None
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_one_process_needs_no_wrapper() -> None:
+    def trial(module: nn.Module) -> torch.Tensor:
+        raise AssertionError("nothing is compiled")
+
+    model = nn.Linear(2, 2)
+    assert parallelize(model, (), DistContext("cpu"), ParallelConfig(), compile_mode=None, trial=trial) is model
+    with AveragedGradients(model, world_size=1).micro_batch(is_last=False):
+        model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_blocks_are_checkpointed_before_the_model_is_compiled() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    plain = model[0].forward
+    seen: list[tuple[bool, str | None]] = []
+
+    def compile_model(mode: str | None) -> None:
+        seen.append((model[0].forward != plain, mode))
+
+    def trial(module: nn.Module) -> torch.Tensor:
+        loss: torch.Tensor = module(torch.ones(1, 2)).sum()
+        return loss
+
+    model.compile = compile_model  # type: ignore[method-assign]
+    config = ParallelConfig(activation_checkpointing="block")
+    parallelize(model, model, DistContext("cpu"), config, compile_mode="max-autotune", trial=trial)
+    assert seen == [(True, "max-autotune-no-cudagraphs")]
+    assert seen[0][1] in torch._inductor.list_mode_options()

@@ -1,0 +1,253 @@
+"""How a run starts: afresh, from a checkpoint, or from another run's weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt.configs.observer_config import TextSampleConfig
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+from gpt.inference.load import load_for_inference
+from gpt.pipeline import build
+from gpt.run import open_run
+from gpt.training.events import Event, StepEnd, Stop
+from tests.conftest import contents
+
+Configure = Callable[..., TrainConfig]
+
+
+def logged(run_dir: Path, key: str) -> dict[int, float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure, finished_run: Path) -> None:
+    assert open_run(tiny(finished_run, checkpoint={"interval": 4}), dry_run=True).finished_at == 8
+    assert open_run(tiny(finished_run, max_steps=5), dry_run=True).finished_at == 8
+    longer = open_run(tiny(finished_run, max_steps=9), dry_run=True)
+    assert longer.finished_at is None
+    assert longer.origin == finished_run / "checkpoints/step_00000008"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "the corpus's SHA-256 is"),
+        ({"dtype": "bfloat16"}, "another configuration: dtype is float32 there .* add --resume-with-changes"),
+        ({"tokens_per_step": 0, "micro_batch_size": 2}, "another configuration: tokens_per_step"),
+    ],
+)
+def test_a_run_is_not_continued_on_other_data_or_in_another_batch(
+    tiny: Configure, tmp_path: Path, change: dict[str, object] | None, message: str
+) -> None:
+    source = tmp_path / "t.txt"
+    source.write_text("some text " * 300)
+    settings = {"data": {"source": str(source)}, "max_steps": 1}
+    build(open_run(tiny(tmp_path / "run", **settings))).train()
+    before = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    if change is None:
+        source.write_text("same text " * 300)
+    for max_steps in (1, 2):  # also where there is nothing left to train
+        with pytest.raises(UserError, match=message):
+            open_run(tiny(tmp_path / "run", **settings | {"max_steps": max_steps} | (change or {})), dry_run=True)
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
+
+
+def test_a_longer_horizon_that_changes_past_rates_needs_a_flag(tiny: Configure, tmp_path: Path) -> None:
+    build(open_run(tiny(tmp_path, max_steps=4, lr={"decay_steps": 0}))).train()
+    longer = {"max_steps": 8, "lr": {"decay_steps": 0}}
+    with pytest.raises(UserError) as error:
+        open_run(tiny(tmp_path, **longer), dry_run=True)
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoints/step_00000004 cannot be continued: its 4 steps had the learning rates of a run of "
+        "4 steps, and a run of 8 gives them others; --lr.decay-steps 2 keeps the former decay, or "
+        "--resume-with-changes goes on with those"
+    )
+    assert open_run(tiny(tmp_path, resume_with_changes=True, **longer), dry_run=True).plan.notes == (
+        "changed at step 4: max_steps 4 -> 8 (safe where the steps taken keep their learning rates)",
+        "the first 4 steps had other learning rates than this schedule gives them",
+    )
+    assert open_run(tiny(tmp_path, max_steps=8, lr={"decay_steps": 2}), dry_run=True).plan.notes == (
+        "changed at step 4: max_steps 4 -> 8 (safe where the steps taken keep their learning rates)",
+        "changed at step 4: lr.decay_steps 0 -> 2 (safe where the steps taken keep their learning rates)",
+    )
+
+
+def test_a_decay_at_the_end_that_has_begun_cannot_be_kept(tiny: Configure, tmp_path: Path) -> None:
+    wsd = {"schedule": "wsd", "decay_steps": 2}
+    build(open_run(tiny(tmp_path, max_steps=4, lr=wsd))).train()
+    with pytest.raises(UserError, match="gives them others; --resume-with-changes goes on with those"):
+        open_run(tiny(tmp_path, max_steps=8, lr=wsd), dry_run=True)
+
+
+@pytest.mark.parametrize("then", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("now", ["float32", "bfloat16", "float16"])
+def test_a_run_goes_on_in_another_type_where_that_is_said(tiny: Configure, tmp_path: Path, then: str, now: str) -> None:
+    settings = {"optimizer": {"name": "muon"}, "eval": {"interval": 0}}
+    build(open_run(tiny(tmp_path, dtype=then, max_steps=2, **settings))).train()
+    build(open_run(tiny(tmp_path, dtype=now, max_steps=4, resume_with_changes=True, **settings))).train()
+    assert logged(tmp_path, "train/loss").keys() == {1, 2, 3, 4}
+
+
+def test_changed_settings_of_the_optimizer_take_effect(tiny: Configure, tmp_path: Path) -> None:
+    build(open_run(tiny(tmp_path, max_steps=2))).train()
+    change = {"optimizer": {"beta2": 0.5, "weight_decay": 0.7}, "lr": {"max_lr": 0.5}, "model": {"dropout": 0.3}}
+    trainer = build(open_run(tiny(tmp_path, max_steps=3, resume_with_changes=True, **change)))
+    trainer.train()
+    decayed, *_ = trainer._state.optimizer.param_groups
+    assert (decayed["betas"], decayed["weight_decay"]) == ((0.9, 0.5), 0.7)
+    assert logged(tmp_path, "lr")[3] > 0.1
+
+
+class Interruption:
+    """Stops a run as a signal does."""
+
+    def on_event(self, event: Event) -> list[Stop]:
+        return [Stop("SIGTERM")] if isinstance(event, StepEnd) and event.step == 3 else []
+
+    def close(self, error: BaseException | None) -> None:
+        pass
+
+
+def test_a_run_that_ends_where_it_was_interrupted_is_evaluated_there_once(tiny: Configure, tmp_path: Path) -> None:
+    trainer = build(open_run(tiny(tmp_path)))
+    trainer.attach(Interruption())
+    assert trainer.train() == "SIGTERM"
+    assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()
+    before = contents(tmp_path / "checkpoints")
+
+    ending = tiny(tmp_path, max_steps=3)
+    layout = open_run(ending)
+    assert (layout.finished_at, layout.plan.evaluates_first) == (None, True)
+    assert build(layout).train() == "finished"
+    assert list(logged(tmp_path, "val/loss")) == [3]
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["step"] == 3
+    assert contents(tmp_path / "checkpoints") == before
+    assert open_run(ending).finished_at == 3
+
+    build(open_run(tiny(tmp_path / "whole", max_steps=3))).train()
+    for key in ("val/loss", "train/loss"):
+        assert logged(tmp_path, key) == logged(tmp_path / "whole", key)
+
+
+def test_without_a_validation_set_nothing_is_missing_at_the_end(tiny: Configure, tmp_path: Path) -> None:
+    trainer = build(open_run(tiny(tmp_path, data={"val_fraction": 0.0})))
+    trainer.attach(Interruption())
+    trainer.train()
+    assert open_run(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=3)).finished_at == 3
+
+
+def test_a_dry_run_writes_nothing(tiny: Configure, tmp_path: Path) -> None:
+    assert open_run(tiny(tmp_path / "new"), dry_run=True).plan.max_steps == 8
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_from_takes_the_weights_alone(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+    trainer = build(open_run(tiny(tmp_path, init_from=finished_run, max_steps=1)))
+    saved = load_file(finished_run / "checkpoints/step_00000008/model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trainer._state.model.state_dict().items())
+    assert trainer._state.progress.step == 0
+    assert trainer._state.optimizer_tensors() == {}
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_head": 4}, "n-head is 2 there and 4 here"),
+        ({"position": "rotary"}, "position is learned there and rotary here"),
+        ({"mlp": "relu2"}, "mlp is gelu there and relu2 here"),
+        ({"logit_softcap": 5}, "logit-softcap is 0.0 there and 5.0 here"),
+    ],
+)
+def test_init_from_another_architecture_is_told_before_the_corpus_is_read(
+    tiny: Configure, finished_run: Path, tmp_path: Path, change: dict[str, object], told: str
+) -> None:
+    config = tiny(tmp_path, init_from=finished_run, model=change, data={"source": "/no/such/file"})
+    with pytest.raises(UserError, match=f"another architecture: --model.{told}"):
+        open_run(config)
+
+
+def test_init_from_another_tokenizer_names_the_one_to_take(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+    config = tiny(tmp_path, init_from=finished_run, data={"tokenizer": "char"})
+    with pytest.raises(UserError, match=r"another tokenizer; add --data.tokenizer .*tokenizer.json"):
+        open_run(config, dry_run=True)
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(tiny: Configure, tmp_path: Path) -> None:
+    build(open_run(tiny(tmp_path, max_steps=1))).train()
+    weights = tmp_path / "checkpoints/step_00000001/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=f"{weights}: damaged"):
+        build(open_run(tiny(tmp_path, max_steps=2)))
+
+
+def test_resume_from_a_named_checkpoint_begins_a_new_folder(
+    tiny: Configure, finished_run: Path, tmp_path: Path
+) -> None:
+    checkpoint = finished_run / "checkpoints/step_00000004"
+    config = tiny(tmp_path / "fork", resume=str(checkpoint))
+    trainer = build(open_run(config))
+    assert trainer._state.progress.step == 4
+    trainer.train()
+    ours, theirs = (
+        [
+            json.loads(line)["train/loss"]
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+            if "train/" in line
+        ]
+        for path in (tmp_path / "fork", finished_run)
+    )
+    assert ours == theirs[4:]
+    assert open_run(config, dry_run=True).finished_at == 8
+
+
+def test_a_corpus_without_validation_set_trains_without_evaluating(tiny: Configure, tmp_path: Path) -> None:
+    layout = open_run(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=3))
+    assert layout.plan.notes == ("no validation set: val/loss is not reported",)
+    build(layout).train()
+    assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_padded_vocabulary_trains_and_samples_within_the_tokenizers(tiny: Configure, tmp_path: Path) -> None:
+    build(open_run(tiny(tmp_path, model={"vocab_size": 320}, max_steps=1))).train()
+    model, tokenizer = load_for_inference(tmp_path, "cpu")
+    assert (model.config.vocab_size, tokenizer.vocab_size) == (320, 257)
+    assert not model.training
+
+
+def test_a_prompt_that_cannot_be_tokenized_is_told_before_training(tiny: Configure, tmp_path: Path) -> None:
+    config = tiny(tmp_path, data={"tokenizer": "char"}, sample={"prompts": ("Ω",)})
+    with pytest.raises(UserError, match=r"--sample\.prompts 'Ω': the character 'Ω' is not among"):
+        build(open_run(config))
+
+
+def test_the_default_prompt_gives_way_where_the_text_lacks_its_characters(tiny: Configure, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("甲乙丙丁" * 200)
+    data = {"source": str(tmp_path / "t.txt"), "tokenizer": "char"}
+    sample = {"prompts": TextSampleConfig().prompts}
+    build(open_run(tiny(tmp_path / "run", data=data, sample=sample, max_steps=1))).train()
+    assert json.loads((tmp_path / "run" / "samples.jsonl").read_text())["prompt"] == ""
+
+
+def test_a_fork_that_is_past_the_horizon_is_told(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is at step 8 already, and the run would end at 5"):
+        open_run(tiny(tmp_path / "fork", resume=str(finished_run), max_steps=5))
+
+
+def test_a_dry_run_sees_a_run_folder_that_cannot_be(tiny: Configure, text_file: Path) -> None:
+    with pytest.raises(UserError, match="is no writable folder"):
+        open_run(tiny(text_file / "run"), dry_run=True)
+
+
+def test_environment_and_config_describe_the_run(tiny: Configure, finished_run: Path) -> None:
+    environment = json.loads((finished_run / "environment.json").read_text())
+    assert environment["libraries"]["torch"] == torch.__version__
+    saved = TrainConfig.model_validate_json((finished_run / "config.json").read_text())
+    assert saved == tiny(finished_run, checkpoint={"interval": 4})
