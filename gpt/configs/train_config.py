@@ -55,7 +55,7 @@ class TrainConfig(Config):
     grad_clip: Annotated[float, NEEDS_FLAG] = Field(1.0, ge=0)
     """Maximum norm of the gradient; 0: no clipping."""
     resume: Annotated[str, SAFE] = Field("auto", min_length=1)
-    """auto: resume the run in run_dir if there is one; never: start afresh, in a new run_dir; or a checkpoint to resume."""
+    """auto: resume the run in run_dir, if any; never: start afresh, in a new run_dir; or a checkpoint to resume."""
     resume_with_changes: Annotated[bool, SAFE] = False
     """Resume although the learning rate, the horizon or another optimization setting has changed."""
     # FORBIDDEN: a run that has begun cannot begin from other weights.
