@@ -11,7 +11,7 @@ from gpt.configs.load import load_config
 from gpt.configs.run_plan import DTYPE_KEY
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import FLAG, Difference, differences, require_allowed
+from gpt.resume.compatibility import Difference, differences, require_allowed
 
 WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
 """Fields of a model that trained weights do not depend on; the vocabulary is compared as the tokenizer's."""
