@@ -8,6 +8,7 @@ from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
 from gpt.checkpoint.store import PROGRESS, read_json, verify
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.load import load_config
+from gpt.configs.resume_rule import FLAG
 from gpt.configs.run_plan import DTYPE_KEY
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
