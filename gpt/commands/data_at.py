@@ -9,7 +9,7 @@ from pydantic import Field
 from gpt.configs.base import MAX_COUNT, Config
 from gpt.configs.cli import POSITIONAL, parse
 from gpt.configs.load import load_config
-from gpt.configs.run_plan import CORPUS, MachineFacts, RunPlan, resolve
+from gpt.configs.run_plan import CORPUS_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.utils.helper import plural, printable
@@ -77,5 +77,5 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:
-        require_same_identity(plan.identity, checkpoints[-1], {CORPUS})
+        require_same_identity(plan.identity, checkpoints[-1], {CORPUS_KEY})
     return corpus, plan

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.run_plan import CorpusFacts, StreamFacts
-from gpt.data.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, packing_of
 from gpt.data.prepare.preparation import find, prepare_into
@@ -59,7 +59,7 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
     Raises:
         UserError: a source cannot be read, or the cache not written.
     """
-    prepared = [source for source in config.source if (Path(source) / MANIFEST).is_file()]
+    prepared = [source for source in config.source if (Path(source) / CORPUS_MANIFEST).is_file()]
     if prepared and (len(prepared) < len(config.source) or config.val_source):
         raise UserError(
             f"--data.source {prepared[0]} is prepared and others are not; prepare all of them together: "
@@ -87,7 +87,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     Raises:
         UserError: a file is missing or was changed, or the folders have different tokenizers.
     """
-    manifests = [read_manifest(folder) for folder in folders]
+    manifests = [read_corpus_manifest(folder) for folder in folders]
     tokenizer = _tokenizer(folders[0], manifests[0])
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest.tokenizer_sha256 != tokenizer.sha256:
@@ -176,7 +176,7 @@ def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
         UserError: the configuration names a tokenizer.json, and the folder was prepared with another, if only by one
             merge.
     """
-    if not (Path(config.source[0]) / MANIFEST).is_file():
+    if not (Path(config.source[0]) / CORPUS_MANIFEST).is_file():
         return None
     if Path(config.tokenizer).is_file():
         if Tokenizer.from_file(Path(config.tokenizer)).sha256 != corpus.tokenizer.sha256:
@@ -185,17 +185,17 @@ def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
                 f"{corpus.tokenizer.sha256}; leave the flag out, or prepare it again"
             )
         return None
-    named = read_manifest(Path(config.source[0])).settings.get("tokenizer")
+    named = read_corpus_manifest(Path(config.source[0])).settings.get("tokenizer")
     if config.tokenizer in (named, DataConfig().tokenizer):
         return None
     return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+def _tokenizer(folder: Path, manifest: CorpusManifest) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"{folder / TOKENIZER}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
+            f"{folder / TOKENIZER_FILE}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
             f"{manifest.tokenizer_sha256}; restore it, or delete the folder and prepare it again"
         )
     return tokenizer
