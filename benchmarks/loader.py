@@ -29,7 +29,7 @@ from gpt.configs.run_plan import BatchPlan
 from gpt.data.corpus import build_sequences, open_corpus
 from gpt.data.data_loader import DataLoader
 from gpt.data.shards import ShardWriter
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 
 BLOCK_SIZE = 1024
@@ -128,7 +128,7 @@ def _in_training(folder: Path, steps: int) -> None:
 
     DataLoader.batch_of = timed
     try:
-        build(open_run(config)).train()
+        build_trainer(open_run(config)).train()
     finally:
         DataLoader.batch_of = batch_of
     warm = slice(min(20, steps // 2), None)

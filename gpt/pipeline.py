@@ -48,7 +48,7 @@ from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
 
 
-def build(run: Run, console: Console | None = None) -> Trainer:
+def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     """Compose the run.
 
     Args:

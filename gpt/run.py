@@ -23,6 +23,7 @@ from gpt.checkpoint.store import (
 )
 from gpt.configs.load import load_config
 from gpt.configs.lr_config import LRConfig
+from gpt.configs.resume_rule import FLAG
 from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, plan_batch, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
@@ -30,7 +31,7 @@ from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.environment import environment
 from gpt.machine.hardware import find_device, machine_facts
-from gpt.resume.compatibility import FLAG, Difference
+from gpt.resume.compatibility import Difference
 from gpt.resume.find import changes, find_start, require_same_architecture, require_same_identity
 from gpt.resume.journal import Record, joined, read_journal
 from gpt.utils.atomic_io import (

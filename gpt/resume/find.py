@@ -8,10 +8,11 @@ from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
 from gpt.checkpoint.store import PROGRESS, read_json, verify
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.load import load_config
+from gpt.configs.resume_rule import FLAG
 from gpt.configs.run_plan import DTYPE_KEY
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import FLAG, Difference, differences, require_allowed
+from gpt.resume.compatibility import Difference, differences, require_allowed
 
 WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
 """Fields of a model that trained weights do not depend on; the vocabulary is compared as the tokenizer's."""

@@ -11,7 +11,7 @@ from gpt.configs.data_config import DataConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import Corpus, open_corpus, prepare_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from tests.conftest import make_text, small_files
 
@@ -177,7 +177,7 @@ def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., Train
     layout = open_run(config)
     assert layout.corpus.facts.vocab_size == 257
     assert [*layout.corpus.train] == [*layout.corpus.val] == ["one"]
-    build(layout).train()
+    build_trainer(layout).train()
 
 
 def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
@@ -185,7 +185,7 @@ def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[...
     base = {"source": folders, "tokenizer": "bpe"}
     layout = open_run(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
     assert [*layout.corpus.train] == [*layout.corpus.val] == ["one", "second"]
-    build(layout).train()
+    build_trainer(layout).train()
     together = open_corpus([Path(folder) for folder in folders], DataConfig(**base), BLOCK)
     assert [len(stream) for stream in together.train.values()] == [sum(map(len, layout.corpus.train.values()))]
     with pytest.raises(UserError, match=r"--data.weights: 3 for the sources one, second; give one for each"):
