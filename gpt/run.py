@@ -26,7 +26,7 @@ from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import FLAG
 from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, plan_batch, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
-from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_mismatch_note
+from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.environment import environment
@@ -110,7 +110,7 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
         origin, set_aside = _claimed(folder, config, dist, dry_run=dry_run)
         facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
         machine = MachineFacts(**dist.broadcast(asdict(facts)))
-        corpus = _open(config, dist)
+        corpus = load_corpus(config.data, config.model.block_size, dist)
         plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
         note = tokenizer_mismatch_note(config.data, corpus)
         if note:
@@ -233,18 +233,6 @@ def _claim(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> tuple[st
     if start.damaged:
         log.warning(f"continuing from {start.checkpoint}, the newest checkpoint that is whole")
     return str(start.checkpoint), sha256_of_file(start.checkpoint / CHECKPOINT_MANIFEST), set_aside
-
-
-def _open(config: TrainConfig, dist: DistContext) -> Corpus:
-    """The corpus, prepared and packed by one process of each machine and opened by all."""
-
-    def parallelize() -> list[str]:
-        folders = prepare(config.data)
-        open_corpus(folders, config.data, config.model.block_size)  # which packs it
-        return [str(folder) for folder in folders]
-
-    folders = [Path(folder) for folder in dist.on_local_main(parallelize)]
-    return open_corpus(folders, config.data, config.model.block_size)
 
 
 def _journal(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Path | None) -> list[Record]:

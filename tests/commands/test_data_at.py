@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import sequences_of
+from gpt.data.corpus import build_sequences
 from gpt.data.data_loader import DataLoader
 from gpt.main import main
 from gpt.pipeline import build_trainer
@@ -22,7 +22,7 @@ def shown(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]) -> list[
 
 def loader_of(run: Run) -> DataLoader:
     plan = run.plan
-    sequences = sequences_of(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
+    sequences = build_sequences(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
     return DataLoader(sequences, plan.batch, rank=0, device=run.dist.device)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gpt.configs.data_config import DataConfig
-from gpt.data.corpus import prepare
+from gpt.data.corpus import prepare_corpus
 from gpt.data.manifest import CORPUS_FORMAT_VERSION, CORPUS_MANIFEST, read_corpus_manifest
 from gpt.errors import UserError
 
@@ -16,7 +16,7 @@ from gpt.errors import UserError
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("manifest")
     (root / "t.txt").write_text("some text " * 50)
-    return prepare(DataConfig(source=str(root / "t.txt"), cache_dir=root / "c", tokenizer="byte"))[0]
+    return prepare_corpus(DataConfig(source=str(root / "t.txt"), cache_dir=root / "c", tokenizer="byte"))[0]
 
 
 @pytest.fixture
