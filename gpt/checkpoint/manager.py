@@ -18,7 +18,7 @@ from gpt.checkpoint.store import (
     VAL_LOSS,
     Snapshot,
     read_checkpoint,
-    read_manifest,
+    read_checkpoint_manifest,
     snapshot_of,
     verify,
     write_checkpoint,
@@ -243,7 +243,7 @@ class CheckpointManager:
         losses = []
         for step, path in self._steps():
             try:
-                losses.append((step, read_manifest(path).metrics[VAL_LOSS]))
+                losses.append((step, read_checkpoint_manifest(path).metrics[VAL_LOSS]))
             except (KeyError, UserError):  # not evaluated, or damaged
                 continue
         return losses

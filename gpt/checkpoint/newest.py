@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.checkpoint.store import FORMAT_VERSION, MANIFEST, read_json, verify
+from gpt.checkpoint.store import CHECKPOINT_FORMAT_VERSION, CHECKPOINT_MANIFEST, read_json, verify
 from gpt.errors import UserError
 
 
@@ -45,7 +45,7 @@ def newest_valid(checkpoints: Sequence[Path]) -> Start:
 
 def _is_of_a_newer_version(checkpoint: Path) -> bool:
     try:
-        version = read_json(checkpoint / MANIFEST).get("format_version")
+        version = read_json(checkpoint / CHECKPOINT_MANIFEST).get("format_version")
     except UserError:
         return False
-    return isinstance(version, int) and version > FORMAT_VERSION
+    return isinstance(version, int) and version > CHECKPOINT_FORMAT_VERSION

@@ -7,7 +7,7 @@ and, where steps were profiled, trace.json; where batches were left out, journal
 import re
 from pathlib import Path
 
-from gpt.checkpoint.store import MANIFEST
+from gpt.checkpoint.store import CHECKPOINT_MANIFEST
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
@@ -46,7 +46,7 @@ class RunFolder:
 
     def committed(self) -> list[Path]:
         """Checkpoints, oldest first."""
-        return [path for path in self.steps() if (path / MANIFEST).exists()]
+        return [path for path in self.steps() if (path / CHECKPOINT_MANIFEST).exists()]
 
     def evaluated_at(self, step: int) -> bool:
         """Whether metrics.jsonl holds an evaluation of `step`."""
@@ -88,7 +88,7 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    if (path / MANIFEST).exists():
+    if (path / CHECKPOINT_MANIFEST).exists():
         return path
     committed = RunFolder(path).committed()
     if not committed:

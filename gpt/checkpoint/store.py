@@ -26,9 +26,9 @@ from gpt.ops import attention_cpu
 from gpt.utils.atomic_io import make_folder, new_folder
 from gpt.utils.helper import first_line
 
-FORMAT_VERSION = 2
+CHECKPOINT_FORMAT_VERSION = 2
 """Version 1 said nothing of the environment and had no digest of the manifest itself."""
-MODEL, OPTIMIZER, PROGRESS, CONFIG, MANIFEST = (
+MODEL, OPTIMIZER, PROGRESS, CONFIG, CHECKPOINT_MANIFEST = (
     "model.safetensors",
     "optimizer.safetensors",
     "progress.json",
@@ -70,7 +70,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What a checkpoint says of itself."""
 
     format_version: int
@@ -102,7 +102,7 @@ def write_checkpoint(path: Path, snapshot: Snapshot, config_json: str) -> None:
             CONFIG: write_bytes(folder / CONFIG, [config_json.encode()]),
         }
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": CHECKPOINT_FORMAT_VERSION,
             "files": {name: asdict(record) for name, record in files.items()},
             "environment": _environment() | {"world_size": snapshot.world_size},
             "identity": snapshot.progress["identity"],
@@ -111,7 +111,7 @@ def write_checkpoint(path: Path, snapshot: Snapshot, config_json: str) -> None:
         }
         blank = json.dumps(content, indent=2)
         signed = json.dumps(content | {_OWN_DIGEST: hashlib.sha256(blank.encode()).hexdigest()}, indent=2)
-        write_bytes(folder / MANIFEST, [signed.encode()])
+        write_bytes(folder / CHECKPOINT_MANIFEST, [signed.encode()])
 
 
 def read_checkpoint(path: Path, state: AppState) -> None:
@@ -141,7 +141,7 @@ def verify(path: Path) -> None:
     Raises:
         UserError: names the first file that differs.
     """
-    expected = read_manifest(path).files
+    expected = read_checkpoint_manifest(path).files
     for name in FILES:
         _require_size(path / name, expected[name].size)
     by_size = sorted(FILES, key=lambda name: -expected[name].size)  # the longest begins first
@@ -152,13 +152,13 @@ def verify(path: Path) -> None:
             raise _damaged(path / name, f"SHA-256 {found[name]} instead of {expected[name].sha256}")
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_checkpoint_manifest(path: Path) -> CheckpointManifest:
     """What the checkpoint `path` says of itself, the files not looked at.
 
     Raises:
         UserError: it is damaged, or says what no manifest says.
     """
-    file = path / MANIFEST
+    file = path / CHECKPOINT_MANIFEST
     if path.is_symlink():
         raise UserError(f"{path}: a symbolic link, not a folder; name the folder that it points to")
     if _size_of(file) > _MAX_MANIFEST_BYTES:
@@ -170,14 +170,14 @@ def read_manifest(path: Path) -> Manifest:
         found = hashlib.sha256(blank).hexdigest()
         if found != own_digest:
             raise _damaged(file, f"SHA-256 {found} instead of {own_digest!r:.80}")
-    if version not in range(1, FORMAT_VERSION + 1) or isinstance(version, bool):
+    if version not in range(1, CHECKPOINT_FORMAT_VERSION + 1) or isinstance(version, bool):
         raise UserError(
-            f"{path}: checkpoint format {version!r:.40}; this version reads formats 1 to {FORMAT_VERSION}, "
+            f"{path}: checkpoint format {version!r:.40}; this version reads formats 1 to {CHECKPOINT_FORMAT_VERSION}, "
             "a newer one of gpt-training-pipeline may read it"
         )
     if version > 1 and own_digest is None:
         raise _damaged(file, f"it lacks its own digest, {_OWN_DIGEST}")
-    return Manifest(
+    return CheckpointManifest(
         version,
         _files_of(content.get("files"), file),
         _dict(content.get("environment")),
@@ -191,7 +191,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def environment_mismatch(path: Path) -> str | None:
     """Where this process differs from the one that wrote `path` in what the bits of a run depend on, in one line."""
-    there, here = read_manifest(path).environment, _environment()
+    there, here = read_checkpoint_manifest(path).environment, _environment()
     differences = [
         f"{name} {there[key]!r:.60} there and {here[key]!r} here"
         for key, name in _BITS_DEPEND_ON.items()

@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _judge(path: Path) -> Verdict | None:
     """None of what is no checkpoint, and was none."""
-    from gpt.checkpoint.store import VAL_LOSS, read_manifest, verify
+    from gpt.checkpoint.store import VAL_LOSS, read_checkpoint_manifest, verify
     from gpt.utils.atomic_io import is_leftover
 
     if is_leftover(path):
@@ -62,7 +62,7 @@ def _judge(path: Path) -> Verdict | None:
         verify(path)
     except UserError as error:
         return Verdict(path.name, _size(path), None, DAMAGED, str(error))
-    return Verdict(path.name, _size(path), read_manifest(path).metrics.get(VAL_LOSS), OK)
+    return Verdict(path.name, _size(path), read_checkpoint_manifest(path).metrics.get(VAL_LOSS), OK)
 
 
 def _size(path: Path) -> int:

@@ -12,9 +12,9 @@ from gpt.data.shards import ShardInfo
 from gpt.errors import UserError
 from gpt.utils.atomic_io import write_text
 
-FORMAT_VERSION = 2
-MANIFEST = "corpus.json"
-TOKENIZER = "tokenizer.json"
+CORPUS_FORMAT_VERSION = 2
+CORPUS_MANIFEST = "corpus.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class SourceEntry(Config):
@@ -30,7 +30,7 @@ class SourceEntry(Config):
     """Documents left out because an equal one came before."""
 
 
-class Manifest(Config):
+class CorpusManifest(Config):
     """What a prepared folder holds. It says nothing of where, when and by how many processes it was made."""
 
     format_version: int
@@ -53,23 +53,23 @@ class Manifest(Config):
     def write(self, folder: Path) -> None:
         """Write it into `folder` in one step."""
         content = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), indent=2).removesuffix("\n}")
-        write_text(folder / MANIFEST, f'{content}{_SEAL}{_sha256(content)}"\n}}\n')
+        write_text(folder / CORPUS_MANIFEST, f'{content}{_SEAL}{_sha256(content)}"\n}}\n')
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_corpus_manifest(folder: Path) -> CorpusManifest:
     """The manifest of a prepared folder.
 
     Raises:
         UserError: it is missing, of another format, damaged or changed.
     """
-    path = folder / MANIFEST
+    path = folder / CORPUS_MANIFEST
     remedy = "delete the folder and prepare it again"
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        if content.get("format_version") != FORMAT_VERSION:
+        if content.get("format_version") != CORPUS_FORMAT_VERSION:
             raise UserError(
-                f"{path}: format {content.get('format_version')}, this program's is {FORMAT_VERSION}; {remedy}"
+                f"{path}: format {content.get('format_version')}, this program's is {CORPUS_FORMAT_VERSION}; {remedy}"
             )
         sealed, _, rest = text.rpartition(_SEAL)
         found = _sha256(sealed)
@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(f"{path}: changed: its SHA-256 is {found}, not {content['sha256']}; {remedy}")
         if rest != f'{found}"\n}}\n':
             raise ValueError("a key that follows the digest would replace one that it covers")
-        return Manifest.model_validate(content)
+        return CorpusManifest.model_validate(content)
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared corpus here; do all machines read the same source?") from None
     except OSError as error:

@@ -8,10 +8,11 @@ from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
 from gpt.checkpoint.store import PROGRESS, read_json, verify
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.load import load_config
-from gpt.configs.run_plan import DTYPE
+from gpt.configs.resume_rule import FLAG
+from gpt.configs.run_plan import DTYPE_KEY
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import FLAG, Difference, differences, require_allowed
+from gpt.resume.compatibility import Difference, differences, require_allowed
 
 WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
 """Fields of a model that trained weights do not depend on; the vocabulary is compared as the tokenizer's."""
@@ -76,7 +77,7 @@ def require_same_identity(identity: Mapping[str, str | int], checkpoint: Path, n
     saved = read_json(checkpoint / PROGRESS).get("identity", {})
     for name in identity:
         if name in names and saved.get(name, identity[name]) != identity[name]:
-            remedy = f"or say {FLAG}" if name == DTYPE else "or name another --run-dir"
+            remedy = f"or say {FLAG}" if name == DTYPE_KEY else "or name another --run-dir"
             raise UserError(
                 f"{checkpoint} cannot be continued: {name} is {saved.get(name)} there and {identity[name]} here; "
                 f"restore what was changed, {remedy}"

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from gpt.checkpoint import store
 from gpt.checkpoint.app_state import AppState, Progress
 from gpt.checkpoint.store import (
-    MANIFEST,
+    CHECKPOINT_MANIFEST,
     MODEL,
     OPTIMIZER,
     environment_mismatch,
@@ -98,9 +98,9 @@ def _newer(path: Path) -> None:
     [
         (MODEL, Path.unlink, "missing from the checkpoint"),
         (MODEL, _cut, r"model.safetensors: damaged: \d+ bytes instead of \d+"),
-        (MANIFEST, Path.unlink, "No such file"),
-        (MANIFEST, _cut, "not valid JSON"),
-        (MANIFEST, _newer, "checkpoint format 99; this version reads formats 1 to 2, a newer one"),
+        (CHECKPOINT_MANIFEST, Path.unlink, "No such file"),
+        (CHECKPOINT_MANIFEST, _cut, "not valid JSON"),
+        (CHECKPOINT_MANIFEST, _newer, "checkpoint format 99; this version reads formats 1 to 2, a newer one"),
     ],
 )
 def test_a_missing_cut_or_newer_file_is_named(
@@ -123,14 +123,14 @@ def test_another_architecture_is_one_line(tmp_path: Path) -> None:
 def test_a_manifest_that_names_no_files_vouches_for_none(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     for content in ({}, {"format_version": 1}, {"format_version": 1, "files": []}, {"format_version": 1, "files": {}}):
-        (tmp_path / "step" / MANIFEST).write_text(json.dumps(content))
+        (tmp_path / "step" / CHECKPOINT_MANIFEST).write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"checkpoint format 'unknown'|damaged: it does not name 'config.json'"):
             verify(tmp_path / "step")
 
 
 def test_the_manifest_says_what_the_bits_depend_on(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}", {"val/loss": 1.5, "broken": float("nan")})
-    content = json.loads((tmp_path / "step" / MANIFEST).read_text())
+    content = json.loads((tmp_path / "step" / CHECKPOINT_MANIFEST).read_text())
     assert content["environment"] == {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -139,7 +139,7 @@ def test_the_manifest_says_what_the_bits_depend_on(tmp_path: Path) -> None:
         "world_size": 1,
     }
     assert content["identity"] == {"the corpus's SHA-256": "a"}
-    assert content["metrics"] == store.read_manifest(tmp_path / "step").metrics == {"val/loss": 1.5}
+    assert content["metrics"] == store.read_checkpoint_manifest(tmp_path / "step").metrics == {"val/loss": 1.5}
 
 
 def test_another_machine_is_told_in_one_line(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_another_machine_is_told_in_one_line(tmp_path: Path) -> None:
 
 def as_format_1(path: Path) -> None:
     """Make of a checkpoint what version 1 of the format wrote."""
-    files = json.loads((path / MANIFEST).read_text())["files"]
-    (path / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}, indent=2))
+    files = json.loads((path / CHECKPOINT_MANIFEST).read_text())["files"]
+    (path / CHECKPOINT_MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}, indent=2))
 
 
 def test_the_older_format_loads_to_the_bit(tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_the_older_format_loads_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bit", range(8))
 def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path: Path, bit: int) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}", {"val/loss": 1.5})
-    path = tmp_path / "step" / MANIFEST
+    path = tmp_path / "step" / CHECKPOINT_MANIFEST
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
         with pytest.raises(UserError, match=r"manifest\.json: (damaged|not valid JSON)|checkpoint format"):
-            store.read_manifest(tmp_path / "step")
+            store.read_checkpoint_manifest(tmp_path / "step")

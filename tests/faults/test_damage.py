@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, read_manifest, verify
+from gpt.checkpoint.store import CHECKPOINT_MANIFEST, MODEL, PROGRESS, read_checkpoint, read_checkpoint_manifest, verify
 from gpt.data.tokenizer import Tokenizer, byte_tokenizer
 from gpt.errors import UserError
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
@@ -44,7 +44,7 @@ def test_a_thousand_flipped_bits_are_found(tmp_path: Path) -> None:
 
 def sign(step: Path) -> None:
     """Make every digest consistent, as whoever can write the files can."""
-    manifest = json.loads((step / MANIFEST).read_text())
+    manifest = json.loads((step / CHECKPOINT_MANIFEST).read_text())
     for name, entry in manifest["files"].items():
         if (step / name).is_file():
             content = (step / name).read_bytes()
@@ -55,12 +55,12 @@ def sign(step: Path) -> None:
 def write_signed(step: Path, manifest: dict[str, Any]) -> None:
     blank = json.dumps(manifest | {"manifest_sha256": "0" * 64}, indent=2)
     digest = hashlib.sha256(blank.encode()).hexdigest()
-    (step / MANIFEST).write_text(json.dumps(manifest | {"manifest_sha256": digest}, indent=2))
+    (step / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest | {"manifest_sha256": digest}, indent=2))
 
 
 def with_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def apply(step: Path) -> None:
-        manifest = json.loads((step / MANIFEST).read_text())
+        manifest = json.loads((step / CHECKPOINT_MANIFEST).read_text())
         change(manifest)
         write_signed(step, manifest)
 
@@ -111,11 +111,11 @@ DECEITFUL: dict[str, tuple[Callable[[Path], None], str]] = {
     "a version in words": (with_manifest(lambda m: m.update(format_version="2")), "checkpoint format '2'"),
     "version 0": (with_manifest(lambda m: m.update(format_version=0)), "checkpoint format 0"),
     "a version as a list": (with_manifest(lambda m: m.update(format_version=[[[2]]])), "checkpoint format"),
-    "deep JSON": (with_text(MANIFEST, "[" * 10**5, signed=False), "not valid JSON"),
-    "a long manifest": (with_text(MANIFEST, " " * 2**21, signed=False), "longer than"),
-    "a manifest of another kind": (with_text(MANIFEST, "[]", signed=False), "not a JSON object"),
-    "a lone surrogate": (with_text(MANIFEST, '{"manifest_sha256": "\\ud800"}', signed=False), "damaged"),
-    "a digest of nothing": (with_text(MANIFEST, '{"manifest_sha256": ""}', signed=False), "damaged"),
+    "deep JSON": (with_text(CHECKPOINT_MANIFEST, "[" * 10**5, signed=False), "not valid JSON"),
+    "a long manifest": (with_text(CHECKPOINT_MANIFEST, " " * 2**21, signed=False), "longer than"),
+    "a manifest of another kind": (with_text(CHECKPOINT_MANIFEST, "[]", signed=False), "not a JSON object"),
+    "a lone surrogate": (with_text(CHECKPOINT_MANIFEST, '{"manifest_sha256": "\\ud800"}', signed=False), "damaged"),
+    "a digest of nothing": (with_text(CHECKPOINT_MANIFEST, '{"manifest_sha256": ""}', signed=False), "damaged"),
     "a linked file": (linked, "not a regular file"),
     "a linked folder": (linked_folder, "symbolic link"),
     "a pipe": (a_pipe, "not a regular file"),
@@ -145,7 +145,7 @@ def test_metrics_of_no_use_are_left_out(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     huge = {"a": 10**400, "b": float("nan"), "c": "1", "val/loss": 1.5, "d": 2}
     with_manifest(lambda manifest: manifest.update(metrics=huge))(tmp_path / "step")
-    assert read_manifest(tmp_path / "step").metrics == {"val/loss": 1.5, "d": 2.0}
+    assert read_checkpoint_manifest(tmp_path / "step").metrics == {"val/loss": 1.5, "d": 2.0}
 
 
 @pytest.mark.parametrize("case", MALICIOUS)

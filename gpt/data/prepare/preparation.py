@@ -24,7 +24,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from gpt.configs.data_config import PreparationConfig
-from gpt.data.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, SourceEntry
+from gpt.data.manifest import CORPUS_FORMAT_VERSION, CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, SourceEntry
 from gpt.data.prepare.documents import Document, TextDocument
 from gpt.data.prepare.formats import is_compressed
 from gpt.data.prepare.part_worker import (
@@ -75,7 +75,7 @@ class Found:
     def identity(self) -> dict[str, Any]:
         """What decides the content of the prepared folder."""
         digests = [[source.sha256, role or "both"] for source, role in zip(self.sources, self.roles, strict=True)]
-        return {"format": FORMAT_VERSION, "names": self.names, "sources": digests, "settings": self.settings}
+        return {"format": CORPUS_FORMAT_VERSION, "names": self.names, "sources": digests, "settings": self.settings}
 
     @property
     def is_remote(self) -> bool:
@@ -126,7 +126,7 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
     with FileLock(lock):
-        if (folder / MANIFEST).exists():
+        if (folder / CORPUS_MANIFEST).exists():
             return
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         try:
@@ -185,7 +185,7 @@ class _Preparation:
 
     def run(self) -> None:
         """Leave in the folder what a prepared corpus consists of, all of it on the disk."""
-        if not (self._folder / MANIFEST).exists():
+        if not (self._folder / CORPUS_MANIFEST).exists():
             log.info("preparing %s: %s, %sB", *self._size())
             with WorkerPool(self._job, self._n_workers()) as pool:  # they start while the tokenizer is built
                 given = self._given_tokenizer()
@@ -228,7 +228,7 @@ class _Preparation:
         return split_batches(self._job, part, kept_documents(self._job, index, part, self._job.records(), None)[0])
 
     def _saved(self, build: Callable[[], Tokenizer]) -> Tokenizer:
-        path = self._folder / TOKENIZER
+        path = self._folder / TOKENIZER_FILE
         if path.exists():
             return Tokenizer.from_file(path)
         tokenizer = build()
@@ -348,8 +348,8 @@ class _Preparation:
             if entry.duplicates:
                 log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
         shards = [shard for entry in entries for shard in (*entry.train, *entry.val)]
-        Manifest(
-            format_version=FORMAT_VERSION,
+        CorpusManifest(
+            format_version=CORPUS_FORMAT_VERSION,
             settings=self._found.settings,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
