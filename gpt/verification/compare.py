@@ -85,12 +85,7 @@ def _compare_records(
     file_name: str, reference: list[dict[str, Any]], resumed: list[dict[str, Any]]
 ) -> Iterator[BitDifference]:
     for number, (expected, actual) in enumerate(zip_longest(reference, resumed), 1):
-        if (
-            expected is None
-            or actual is None
-            or expected["step"] != actual["step"]
-            or expected.keys() != actual.keys()
-        ):
+        if expected is None or actual is None or expected["step"] != actual["step"] or expected.keys() != actual.keys():
             texts = (_MISSING if record is None else _format_value(record) for record in (expected, actual))
             yield BitDifference(f"{file_name}, record {number}", *texts)
             return  # a record is missing or extra, so the later ones no longer line up
