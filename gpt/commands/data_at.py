@@ -64,7 +64,7 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     Raises:
         UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
     """
-    from gpt.checkpoint.store import PROGRESS, read_json
+    from gpt.checkpoint.manifest import PROGRESS
     from gpt.data.corpus import open_corpus, prepare
     from gpt.resume.find import require_same_identity
 
