@@ -60,7 +60,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
     """
     names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
     header = encode_header(
-        TensorEntry(name, _DTYPES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes) for name in names
+        TensorEntry(name, _DTYPES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes)
+        for name in names
     )
     return write_bytes(path, [header, *(_bytes_of(tensors[name]) for name in names)])
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from gpt.configs.base import Config
 from gpt.data.shards import ShardInfo
 from gpt.errors import UserError
-from gpt.utils.sealed_json import write_sealed_json, read_sealed_json
+from gpt.utils.sealed_json import read_sealed_json, write_sealed_json
 
 CORPUS_FORMAT_VERSION = 2
 CORPUS_MANIFEST = "corpus.json"

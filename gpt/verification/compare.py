@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.manifest import MODEL, OPTIMIZER, PROGRESS, VAL_LOSS
+from gpt.checkpoint.run_folder import RunFolder
 from gpt.resume.compatibility import leaves
 from gpt.utils.atomic_io import read_json, read_jsonl
 from gpt.verification.watch import LOSS
