@@ -16,7 +16,8 @@ import pytest
 
 from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, MODEL, PROGRESS, read_checkpoint_manifest, verify
 from gpt.checkpoint.store import verify_and_load
-from gpt.data.tokenizer import Tokenizer, byte_tokenizer
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import build_byte_tokenizer
 from gpt.errors import UserError
 from gpt.utils.sealed_json import write_sealed_json
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
@@ -239,7 +240,7 @@ def test_a_malicious_run_runs_nothing_and_writes_nowhere_else(
 def test_a_regular_expression_that_explodes_is_given_up() -> None:
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    definition = json.loads(byte_tokenizer().definition)
+    definition = json.loads(build_byte_tokenizer().definition)
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     tokenizer = Tokenizer(json.dumps(definition))
     for encode in (tokenizer.encode, tokenizer.encode_prompt):
