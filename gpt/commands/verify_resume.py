@@ -164,11 +164,11 @@ def _last_words(log: Path) -> str:
 
 def _outline(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     """What the reference tells of the run; the corpus's size tells where epochs end."""
-    from gpt.checkpoint.store import PROGRESS, read_json
+    from gpt.checkpoint.manifest import PROGRESS, VAL_LOSS
     from gpt.run import open_run
-    from gpt.utils.atomic_io import read_jsonl
+    from gpt.utils.atomic_io import read_json, read_jsonl
     from gpt.verification.plan import RunOutline
-    from gpt.verification.watcher import TRAIN_LOSS, VAL_LOSS
+    from gpt.verification.watcher import TRAIN_LOSS
 
     records = list(read_jsonl(reference.metrics))
     steps = [record["step"] for record in records if TRAIN_LOSS in record]
@@ -212,8 +212,8 @@ def _show_verdict(console: "Console", found: "Comparison") -> bool:
         return False
     console.print(
         f"0 differing bits in {plural(found.n_losses, 'loss', 'es')}, {plural(found.n_evaluations, 'evaluation')}, "
-        f"{plural(found.n_samples, 'sample')}, and the last checkpoint's {plural(found.n_tensors, 'tensor')} of weights "
-        f"and optimizer ({format_si(found.tensor_bytes)}B) and progress"
+        f"{plural(found.n_samples, 'sample')}, and the last checkpoint's {plural(found.n_tensors, 'tensor')} of "
+        f"weights and optimizer ({format_si(found.tensor_bytes)}B) and progress"
     )
     console.print("(what is drawn is addressed by seed and position: there is no generator's state to compare)")
     return True

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt.checkpoint.manifest import VAL_LOSS
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.utils.atomic_io import is_leftover
 
-TRAIN_LOSS, VAL_LOSS = "train/loss", "val/loss"
+TRAIN_LOSS = "train/loss"
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,13 @@ class RunStatus:
     """Status of a run at one moment."""
 
     started: bool
-    """Whether this launch has loaded its checkpoint and can report steps."""
+    """True once this launch has loaded its checkpoint; the metrics are then its own."""
     step: int
     """Last step that was logged; 0 before the first."""
     evaluated_step: int
     """Last step whose evaluation was logged; 0 before the first."""
     saving: bool
-    """Whether a checkpoint is being written, or an old one removed."""
+    """True while a checkpoint is written or an old one is removed."""
     committed_step: int
     """Step of the newest checkpoint; 0 if there is none."""
 
