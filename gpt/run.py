@@ -21,10 +21,11 @@ from gpt.checkpoint.store import (
     read_json,
     read_weights,
 )
+from gpt.configs.batch_plan import plan_batch
 from gpt.configs.load import load_config
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import FLAG
-from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, plan_batch, resolve
+from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError

@@ -23,8 +23,8 @@ import pytest
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import CHECKPOINT_MANIFEST, MODEL, PROGRESS, read_checkpoint, verify
 from gpt.checkpoint.tensor_file import read_tensors
+from gpt.commands.train import parse_train
 from gpt.commands.verify_resume import run as verify_resume
-from gpt.configs.cli import parse_train
 from gpt.configs.data_config import DataConfig
 from gpt.configs.load import load_config
 from gpt.data.corpus import open_corpus
