@@ -12,15 +12,9 @@ from typing import Any, Self
 
 from gpt.auto_batch import resolve_auto_micro_batch
 from gpt.checkpoint.app_state import AppState, load_model_tensors
+from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, PROGRESS, environment_mismatch, read_checkpoint_manifest
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
-from gpt.checkpoint.store import (
-    CHECKPOINT_MANIFEST,
-    PROGRESS,
-    environment_mismatch,
-    read_checkpoint,
-    read_json,
-    read_weights,
-)
+from gpt.checkpoint.store import read_weights, verify_and_load
 from gpt.configs.batch_plan import plan_batch
 from gpt.configs.load import load_config
 from gpt.configs.lr_config import LRConfig
@@ -39,6 +33,7 @@ from gpt.utils.atomic_io import (
     append_jsonl,
     keep_jsonl,
     keep_until,
+    read_json,
     require_possible,
     require_writable,
     sweep,
@@ -141,7 +136,7 @@ def restore(run: Run, state: AppState) -> None:
 
 def _restore(run: Run, state: AppState) -> None:
     if run.origin is not None:
-        read_checkpoint(run.origin, state)
+        verify_and_load(run.origin, state)
     elif run.config.init_from is not None:
         checkpoint = locate_checkpoint(run.config.init_from, "--init-from")
         try:
@@ -269,7 +264,7 @@ def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Pa
     notes = [f"changed at step {step}: {change}" for change in _changes(config, origin)]
     if not _keeps_rates(config, plan, origin, step):
         notes.append(f"the first {step} steps had other learning rates than this schedule gives them")
-    if unlike := environment_mismatch(origin):
+    if unlike := environment_mismatch(origin, read_checkpoint_manifest(origin)):
         notes.append(unlike)
     return replace(plan, notes=(*plan.notes, *notes))
 

@@ -64,9 +64,10 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     Raises:
         UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
     """
-    from gpt.checkpoint.store import PROGRESS, read_json
+    from gpt.checkpoint.manifest import PROGRESS
     from gpt.data.corpus import open_corpus, prepare_corpus
     from gpt.resume.find import require_same_identity
+    from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
     checkpoints = folder.committed()

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.manifest import verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import read_json, verify
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.main import main
@@ -25,6 +25,7 @@ from gpt.resume.journal import Journal
 from gpt.run import open_run
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
 from gpt.training.trainer import Trainer
+from gpt.utils.atomic_io import read_json
 from tests.conftest import LossRecorder
 
 pytestmark = pytest.mark.faults
