@@ -133,7 +133,7 @@ def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
     fields = tuple(
         StructFieldSpec(
             name=field.alias or name,
-            type=Annotated[kind, tyro.conf.Positional] if POSITIONAL in field.metadata else kind,
+            type=_mark_positional(kind) if POSITIONAL in field.metadata else kind,
             default=_members_as_text(getattr(info.default, name, tyro.MISSING)),
             helptext=field.description,
         )
@@ -160,6 +160,10 @@ def _build_value_spec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] 
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
+
+
+def _mark_positional(annotation: Any) -> Any:
+    return Annotated[annotation, tyro.conf.Positional]
 
 
 def _list_as_text(annotation: Any) -> Any:
