@@ -336,7 +336,7 @@ def test_an_allowed_change_is_shown_recorded_and_asked_for_once(
         ('{"max_steps": "many"}', "max_steps many: expected a whole number"),
         ('{"lr": {"max_lr": NaN}}', "lr.max_lr nan: expected a finite number"),
         ('{"grad_clip": -Infinity}', "grad_clip -inf: expected a finite number"),
-        ('{"grad_clip": -1}', "grad_clip -1: must be at least 0.0; nearest: 0.0"),
+        ('{"grad_clip": -1}', "grad_clip -1: must be at least 0.0 (nearest: 0.0)"),
         ("[]", "not a JSON object; name another config.json"),
     ],
 )
