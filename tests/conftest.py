@@ -117,7 +117,7 @@ def record() -> Iterator[Callable[[TrainConfig], tuple[list[float], dict[str, to
     yield train
 
 
-class LossRecorder:
+class LossRecorder(Observer):
     """The observer that tests attach to see every loss."""
 
     def __init__(self) -> None:

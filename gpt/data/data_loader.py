@@ -1,8 +1,6 @@
 """Global step -> this process's micro-batches, fetched one step ahead by a thread."""
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -54,7 +52,6 @@ class DataLoader:
         rank: of this process.
         device: where batches are put.
         quarantine: global batches to leave out; it may grow.
-        waiting: a context for the time in which the step waits for its batch.
     """
 
     def __init__(
@@ -65,14 +62,12 @@ class DataLoader:
         rank: int,
         device: torch.device,
         quarantine: Quarantine | None = None,
-        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ):
         self._sequences = sequences
         self._quarantine = quarantine or Quarantine()
         self._batch = batch
         self._first = rank * batch.grad_accum_steps
         self._device = device
-        self._waiting = waiting
         # Pinning uses the thread's current GPU; without being told it, every rank's thread would open the first one.
         told = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(1, "data-loader", *told)
@@ -81,9 +76,8 @@ class DataLoader:
     def batch_of(self, step: int) -> StepBatch:
         """This process's part of the step's global batch, on the device; the next step's is fetched meanwhile."""
         now, after = self._quarantine.batch_of(step), self._quarantine.batch_of(step + 1)
-        with self._waiting():
-            ahead = self._ahead
-            fetched = ahead[1].result() if ahead is not None and ahead[0] == now else self._fetch(now)
+        ahead = self._ahead
+        fetched = ahead[1].result() if ahead is not None and ahead[0] == now else self._fetch(now)
         self._ahead = (after, self._thread.submit(self._fetch, after))
         size = self._batch.micro_batch_size
         pieces = zip(
@@ -96,6 +90,9 @@ class DataLoader:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 

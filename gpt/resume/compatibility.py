@@ -37,7 +37,7 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.SAFE, "data", "cache_dir workers"),
     **_each(Change.SAFE, "parallel", "activation_checkpointing check_replicas step_timeout"),
     **_each(Change.SAFE, "runtime", "threads keep_freed_memory flush_denormals fused_attention"),
-    **_each(Change.SAFE, "log", "interval"),
+    **_each(Change.SAFE, "log", "interval grad_norms sink_timeout"),
     **_each(Change.SAFE, "eval", "interval batches"),
     **_each(Change.SAFE, "checkpoint", "interval every_minutes keep keep_best asynchronous"),
     **_each(Change.SAFE, "spike", "max_skips window threshold least_rise rollback max_rollbacks"),
