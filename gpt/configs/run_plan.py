@@ -11,8 +11,8 @@ from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.train_config import MAX_MICRO_BATCH_SIZE, TrainConfig
 from gpt.errors import UserError
 
-CORPUS, TOKENIZER, DTYPE = "the corpus's SHA-256", "the tokenizer's SHA-256", "--dtype"
-"""Their names in a run's identity."""
+CORPUS_KEY, TOKENIZER_KEY, DTYPE_KEY = "the corpus's SHA-256", "the tokenizer's SHA-256", "--dtype"
+"""Keys of a run's identity that others compare by name."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class RunPlan:
         The values are resolved from the corpus and the machine, under names that a user can act on.
         """
         identity: dict[str, str | int] = {
-            CORPUS: self.corpus.sha256,
-            TOKENIZER: self.corpus.tokenizer_sha256,
-            DTYPE: self.dtype,
+            CORPUS_KEY: self.corpus.sha256,
+            TOKENIZER_KEY: self.corpus.tokenizer_sha256,
+            DTYPE_KEY: self.dtype,
             "--tokens-per-step": self.batch.tokens_per_step,
         }
         if self.reproducible:  # what else decides the bits of a step

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+from gpt.configs.resume_rule import FLAG, ResumeRule, resume_rules
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
+<<<<<<< HEAD
 FLAG = "--resume-with-changes"
 
 
@@ -65,6 +66,8 @@ CONTRACT: dict[str, Change] = {
 }
 """Every field of TrainConfig; one that is missing here fails a test."""
 
+=======
+>>>>>>> main
 
 @dataclass(frozen=True)
 class Difference:
@@ -74,10 +77,11 @@ class Difference:
     """Dotted."""
     then: Any
     now: Any
-    change: Change
+    rule: ResumeRule
+    """SAFE, NEEDS_FLAG, FORBIDDEN or SAFE_IF_LR_UNCHANGED."""
 
     def __str__(self) -> str:
-        return f"{self.name} {self.then} -> {self.now} ({self.change.value})"
+        return f"{self.name} {self.then} -> {self.now} ({self.rule.value})"
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -91,8 +95,9 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(then: TrainConfig, now: TrainConfig) -> list[Difference]:
     """What changed between two configurations; SAFE_WITHOUT_DROPOUT is decided."""
     former, present = (leaves(config.model_dump(mode="json")) for config in (then, now))
+    rules = resume_rules(TrainConfig)
     return [
-        Difference(name, value, present[name], _decided(CONTRACT[name], then, now))
+        Difference(name, value, present[name], _decided(rules[name], then, now))
         for name, value in former.items()
         if value != present[name]
     ]
@@ -110,8 +115,8 @@ def require_allowed(changed: Sequence[Difference], place: str, *, with_changes: 
         UserError: names every field that stands in the way, and the flag where one allows it.
     """
     never, flagged = (
-        [f"{field.name} is {field.then} there and {field.now} here" for field in changed if field.change is change]
-        for change in (Change.FORBIDDEN, Change.NEEDS_FLAG)
+        [f"{field.name} is {field.then} there and {field.now} here" for field in changed if field.rule is rule]
+        for rule in (ResumeRule.FORBIDDEN, ResumeRule.NEEDS_FLAG)
     )
     if with_changes:
         flagged = []
@@ -122,7 +127,7 @@ def require_allowed(changed: Sequence[Difference], place: str, *, with_changes: 
     raise UserError(f"{place} holds a run of another configuration: {', '.join(listed)}; {remedy}")
 
 
-def _decided(change: Change, then: TrainConfig, now: TrainConfig) -> Change:
-    if change is not Change.SAFE_WITHOUT_DROPOUT:
-        return change
-    return Change.NEEDS_FLAG if then.model.dropout or now.model.dropout else Change.SAFE
+def _decided(rule: ResumeRule, then: TrainConfig, now: TrainConfig) -> ResumeRule:
+    if rule is not ResumeRule.SAFE_WITHOUT_DROPOUT:
+        return rule
+    return ResumeRule.NEEDS_FLAG if then.model.dropout or now.model.dropout else ResumeRule.SAFE

@@ -7,8 +7,8 @@ import torch
 from gpt.checkpoint import manager as manager_module
 from gpt.checkpoint.app_state import AppState, Progress
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.manifest import read_checkpoint_manifest, verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import read_manifest, verify
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.distributed import DistContext
@@ -187,7 +187,7 @@ def test_the_best_is_kept_and_known_again_after_a_resume(tmp_path: Path) -> None
     assert (again.improves(2.1), again.improves(1.9), again.improves(float("nan"))) == (False, True, False)
     save(again, state, 5, 2.2)
     assert steps(tmp_path) == [2, 5]
-    assert read_manifest(RunFolder(tmp_path).checkpoint_at(2)).metrics == {"val/loss": 2.0}
+    assert read_checkpoint_manifest(RunFolder(tmp_path).checkpoint_at(2)).metrics == {"val/loss": 2.0}
 
 
 def test_a_damaged_best_does_not_stop_a_run(tmp_path: Path) -> None:

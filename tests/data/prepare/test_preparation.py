@@ -21,26 +21,27 @@ import tokenizers
 from safetensors.numpy import load_file
 
 from gpt.configs.data_config import PreparationConfig
-from gpt.data.manifest import Manifest, read_manifest
+from gpt.data.manifest import CorpusManifest, read_corpus_manifest
 from gpt.data.prepare import part_worker, parts, preparation
 from gpt.data.prepare.preparation import Found, find, prepare_into
 from gpt.data.shards import TokenStream
-from gpt.data.tokenizer import Tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import train_bpe_tokenizer
 from gpt.errors import UserError
 from tests.conftest import contents, make_text, small_files
 
 
-def prepare(out: Path, sources: Sequence[Path | str], **settings: Any) -> Manifest:
+def prepare(out: Path, sources: Sequence[Path | str], **settings: Any) -> CorpusManifest:
     config = PreparationConfig(**{"tokenizer": "byte", "workers": 1, **settings})
     prepare_into(out, find([str(source) for source in sources], config), config, "--out")
-    return read_manifest(out)
+    return read_corpus_manifest(out)
 
 
 def texts_of(folder: Path, role: str) -> list[str]:
     """Every document of a prepared folder, decoded; pieces of one text joined."""
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     found: list[str] = []
-    for entry in read_manifest(folder).sources:
+    for entry in read_corpus_manifest(folder).sources:
         for shard in entry.train if role == "train" else entry.val:
             arrays = load_file(folder / shard.file)
             borders = arrays["document_offsets"].tolist()
@@ -175,9 +176,9 @@ def learnt_from(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def spy(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         seen.extend(texts)
-        return train_bpe(seen, vocab_size)
+        return train_bpe_tokenizer(seen, vocab_size)
 
-    monkeypatch.setattr(preparation, "train_bpe", spy)
+    monkeypatch.setattr(preparation, "train_bpe_tokenizer", spy)
     return seen
 
 
@@ -521,7 +522,7 @@ def test_whatever_is_killed_and_when_the_same_command_finishes_what_is_left(tmp_
         patch.setattr(parts, "PART_BYTES", 30_000)
         prepare_into(whole, find([str(lines)], config), config, "--out")
     assert contents(out) == contents(whole)
-    assert read_manifest(whole).sources[0].duplicates == 100
+    assert read_corpus_manifest(whole).sources[0].duplicates == 100
 
 
 def test_a_worker_imports_no_torch() -> None:
