@@ -123,15 +123,9 @@ def _without_sources(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"weights": ()})})
 
 
-<<<<<<< HEAD
 def _vocab_size(config: TrainConfig) -> int:
     """Return the vocabulary size of the configured tokenizer; a typical one if it depends on a text."""
-    from gpt.data.tokenizer import build_tokenizer
-=======
-def _vocabulary(config: TrainConfig) -> int:
-    """The size that the configured tokenizer has, or, where only a text would tell, a likely one."""
     from gpt.data.tokenizer_builders import build_tokenizer
->>>>>>> main
 
     trained = {"bpe": config.data.vocab_size, "char": CHAR_VOCAB_SIZE}
     kind = config.data.tokenizer

@@ -45,13 +45,8 @@ SETTINGS: dict[str, Any] = {
 
 def garbled(config: TrainConfig, *batches: int, factor: float = 10.0) -> Trainer:
     """A run on data of which some global batches are so bad that their loss is `factor` times what it would be."""
-<<<<<<< HEAD
-    trainer = build(open_run(config))
-    rows = {tuple(trainer._train_step._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
-=======
     trainer = build_trainer(open_run(config))
-    rows = {tuple(trainer._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
->>>>>>> main
+    rows = {tuple(trainer._train_step._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
 
     def spoil(_: object, args: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
         return loss * factor if tuple(args[0][0].tolist()) in rows else loss

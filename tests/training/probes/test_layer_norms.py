@@ -9,7 +9,7 @@ import torch
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.models.gpt import GPT
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.metrics import Meter
 from gpt.training.probes.layer_norms import LayerNorms, layer_name
@@ -55,7 +55,7 @@ def test_layer_without_gradient_has_no_gradient_norm() -> None:
 
 def test_run_logs_norms_whose_squares_add_up_to_the_squared_gradient_norm(tiny: Configure, tmp_path: Path) -> None:
     log = {"interval": 2, "grad_norms": True}
-    build(open_run(tiny(tmp_path, max_steps=4, grad_clip=0.01, log=log))).train()
+    build_trainer(open_run(tiny(tmp_path, max_steps=4, grad_clip=0.01, log=log))).train()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     reports = [record for record in records if "train/loss" in record]
     assert [report["step"] for report in reports] == [1, 2, 4]
@@ -79,6 +79,6 @@ def test_norms_cost_the_report_no_host_sync(tiny: Configure, tmp_path: Path, mon
     monkeypatch.setattr(Meter, "report", counted_report)
     for grad_norms in (False, True):
         log = {"interval": 2, "grad_norms": grad_norms}
-        build(open_run(tiny(tmp_path / str(grad_norms), max_steps=3, log=log))).train()
+        build_trainer(open_run(tiny(tmp_path / str(grad_norms), max_steps=3, log=log))).train()
     losses_norms_skips = [3, 3, 3]  # one sync in each report, of steps 1, 2 and 3
     assert syncs == losses_norms_skips + [numbers + 2 * 5 for numbers in losses_norms_skips]  # of five layers
