@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gpt.configs.run_plan import windows_per_epoch
+from gpt.configs.run_plan import count_windows
 from gpt.utils.helper import Purpose, random_bits
 
 FEISTEL_ROUNDS = 8
@@ -124,7 +124,7 @@ def window_starts(seed: int, first: int, count: int, n_tokens: int, block_size: 
     >>> window_starts(seed=0, first=4, count=2, n_tokens=33, block_size=8).tolist()
     [17, 1]
     """
-    per_epoch = windows_per_epoch(n_tokens, block_size)
+    per_epoch = count_windows(n_tokens, block_size)
     max_offset = min(block_size - 1, n_tokens - 1 - per_epoch * block_size)
     starts = np.empty(count, dtype=np.int64)
     for part, epoch, windows in shuffle_epochs(seed, first, count, per_epoch):
