@@ -11,7 +11,7 @@ EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
 """Exit status after a signal, as shells report one; any other early stop is 1."""
 
 
-class TrainCommand(PresetOverrides, JsonOutput):
+class TrainCommand(JsonOutput, PresetOverrides):
     """Train a GPT. Every default below is the preset's value."""
 
     dry_run: bool = False
