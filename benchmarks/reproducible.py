@@ -79,7 +79,7 @@ def _stepper(preset: str, micro_batches: int, dist: DistContext, *, reproducible
     config = config.model_copy(update={"parallel": parallel, "tokens_per_step": tokens_per_step})
     machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
     plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("made-up tokens", 10**12),)))
-    tokens = SyntheticTokens(VOCAB_SIZE, block_size, masked=False)
+    tokens = SyntheticTokens(VOCAB_SIZE, block_size, document_mask=False)
     loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
     state, timer = build_state(config, plan, dist), StepTimer(dist.device)
     train_step = build_train_step(config, plan, dist, state, loader, timer)

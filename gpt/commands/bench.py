@@ -153,7 +153,7 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     from gpt.training.step_timer import StepTimer
 
     timer = StepTimer(dist.device)
-    tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, masked=config.data.document_mask)
+    tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, document_mask=config.data.document_mask)
     loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
     train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)
     rows = plan.batch.micro_batch_size * plan.batch.block_size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gpt.configs.cli import PresetOverrides, is_named, parse_over_preset
+from gpt.configs.cli import PresetOverrides, has_flag, parse_over_preset
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     command = parse_over_preset(VerifyResumeCommand, argv, verb="verify-resume")
     if sys.platform != "linux":
         raise UserError("verify-resume ends processes as only Linux does: run it there")
-    own_length = command.config is not None or any(is_named(f"--{name}", argv) for name in HORIZON)
+    own_length = command.config is not None or any(has_flag(argv, name) for name in HORIZON)
 
     from rich.console import Console
 

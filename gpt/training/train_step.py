@@ -89,7 +89,7 @@ class TrainStep:
             probes: measure the gradient and the parameters before the update.
         """
         with self._timer.phase("data"):
-            batch = self._loader.batch_of(step)
+            batch = self._loader.get_batch(step)
         lr_multiplier = self._schedule(step)
         set_learning_rate(self._optimizer, lr_multiplier)
 

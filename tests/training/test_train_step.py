@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from gpt.checkpoint.app_state import AppState
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.optimizer_config import OptimizerConfig
-from gpt.configs.run_plan import BatchPlan
 from gpt.data.data_loader import DataLoader, MicroBatch, StepBatch
 from gpt.data.packing import pack
 from gpt.data.sequences import PackedDocuments
@@ -43,7 +43,7 @@ class RepeatedBatch:
     def __init__(self, batch: StepBatch):
         self.batch = batch
 
-    def batch_of(self, step: int) -> StepBatch:
+    def get_batch(self, step: int) -> StepBatch:
         return self.batch
 
 
@@ -201,7 +201,7 @@ def padded(tmp_path: Path) -> PackedDocuments:
     documents = [(generator.integers(1, 13, n), 1) for n in (5, 6, 7, 8, 1, 20, 5, 3, 5, 7, 6, 5, 1, 1)]
     stream = write_stream(tmp_path, documents)
     packing = pack(stream, 8, ends_are_targets=False)
-    return PackedDocuments(stream, packing, 8, seed=1, end_of_text=None, masked=False)
+    return PackedDocuments(stream, packing, 8, seed=1, end_of_text=None, document_mask=False)
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(8, 1), (2, 1), (1, 1), (2, 2), (1, 4)])
