@@ -30,7 +30,7 @@ def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure
     assert open_run(tiny(finished_run, max_steps=5), dry_run=True).finished_at == 8
     longer = open_run(tiny(finished_run, max_steps=9), dry_run=True)
     assert longer.finished_at is None
-    assert longer.origin == finished_run / "checkpoints/step_00000008"
+    assert longer.start.checkpoint == finished_run / "checkpoints/step_00000008"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import FLAG, ResumeRule, resume_rules
-from gpt.configs.run_plan import DTYPE, RunPlan, resolve
+from gpt.configs.run_plan import DTYPE_KEY, RunPlan, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 from gpt.utils.custom_scheduler import build_schedule
@@ -48,7 +48,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Difference, ...]:
     """Compare two configurations field by field; a derived size equals the same size given as a number."""
-    before, now = (flatten(_with_resolved_model(config).model_dump(mode="json")) for config in (saved, current))
+    before, now = (flatten(config.model_dump(mode="json")) for config in (saved, current))
     rules = resume_rules(TrainConfig)
     has_dropout = bool(saved.model.dropout or current.model.dropout)
     return tuple(
@@ -92,7 +92,6 @@ def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: 
     Raises:
         UserError: names the first field that differs.
     """
-    saved, current = saved.resolved(), current.resolved()
     for name in GPTConfig.model_fields:
         before, now = getattr(saved, name), getattr(current, name)
         if before != now and name not in WEIGHT_INDEPENDENT:
@@ -119,7 +118,7 @@ def require_same_identity(
     """
     for name in current:
         if name in names and saved.get(name, current[name]) != current[name]:
-            remedy = f"or add {FLAG}" if name == DTYPE else "or use another --run-dir"
+            remedy = f"or add {FLAG}" if name == DTYPE_KEY else "or use another --run-dir"
             raise UserError(
                 f"{checkpoint} cannot be resumed: {name} is {saved[name]} in the checkpoint and {current[name]} in "
                 f"this run; restore what was changed, {remedy}"
@@ -147,13 +146,9 @@ def keeps_learning_rates(config: TrainConfig, plan: RunPlan, saved: TrainConfig,
     same_decay = plan.lr.model_copy(update={"decay_steps": former.lr.decay_steps})
     remedy = f"--lr.decay-steps {same_decay.decay_steps} keeps the former decay, or " if keeps(same_decay) else ""
     raise UserError(
-        f"{checkpoint} cannot be resumed: its {step} steps had the learning rates of a run of {former.max_steps} steps, "
-        f"and a run of {plan.max_steps} steps has others; {remedy}{FLAG} accepts them"
+        f"{checkpoint} cannot be resumed: its {step} steps had the learning rates of a run of {former.max_steps} "
+        f"steps, and a run of {plan.max_steps} steps has others; {remedy}{FLAG} accepts them"
     )
-
-
-def _with_resolved_model(config: TrainConfig) -> TrainConfig:
-    return config.model_copy(update={"model": config.model.resolved()})
 
 
 def _apply_dropout(rule: ResumeRule, has_dropout: bool) -> ResumeRule:

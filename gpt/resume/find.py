@@ -7,10 +7,18 @@ configuration or manifest again, or hashes its files again.
 import logging
 from pathlib import Path
 
-from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, CheckpointManifest, environment_mismatch, verify
-from gpt.checkpoint.newest import NewestValid, newest_valid
+from pydantic import Field
+
+from gpt.checkpoint.manifest import (
+    CHECKPOINT_MANIFEST,
+    CONFIG,
+    PROGRESS,
+    CheckpointManifest,
+    environment_mismatch,
+    verify,
+)
+from gpt.checkpoint.newest import NewestValid, find_newest_valid
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
-from gpt.checkpoint.store import CONFIG, PROGRESS, read_json
 from gpt.configs.base import Config
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
@@ -22,7 +30,7 @@ from gpt.resume.compatibility import (
     require_allowed,
     require_same_architecture,
 )
-from gpt.utils.atomic_io import require_possible, require_writable, sweep
+from gpt.utils.atomic_io import read_json, require_possible, require_writable, sweep
 from gpt.utils.distributed import DistContext
 from gpt.utils.folder_lock import lock_folder
 from gpt.utils.helper import sha256_of_file
@@ -44,7 +52,7 @@ class Start(Config):
     """metrics.jsonl holds the evaluation of this step."""
     saved: TrainConfig | None = None
     """Configuration in the checkpoint."""
-    identity: dict[str, str | int] = {}
+    identity: dict[str, str | int] = Field(default_factory=dict)
     """`RunPlan.identity` in the checkpoint, or in that of `init_from`."""
     manifest_sha256: str | None = None
     """Digest of the checkpoint's manifest, and so of every file in it."""
@@ -93,7 +101,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
         checkpoint = _require_newest(folder, config.resume)
         return _start_of_own_checkpoint(folder, config, launched, NewestValid(checkpoint, verify(checkpoint)))
     if folder.steps():
-        return _start_of_own_checkpoint(folder, config, launched, newest_valid(folder.steps()))
+        return _start_of_own_checkpoint(folder, config, launched, find_newest_valid(folder.steps()))
     if not _names_checkpoint(launched.resume):  # it saved nothing: compare with what the folder was made for
         _require_allowed(config, launched, place)
     return _start_of_new_run(config, launched.resume)
@@ -179,9 +187,9 @@ def _read_start(
         step=progress.get("step", 0),
         saved=saved,
         identity=progress.get("identity", {}),
-        manifest_sha256=sha256_of_file(checkpoint / CHECKPOINT_MANIFEST),
+        manifest_sha256=manifest.sha256,
         differences=tuple(item for item in differences if item.name not in PER_LAUNCH),
-        mismatch=environment_mismatch(checkpoint.name, manifest),
+        mismatch=environment_mismatch(checkpoint, manifest),
     )
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from gpt.checkpoint.manifest import MODEL, OPTIMIZER, PROGRESS, VAL_LOSS
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import MODEL, OPTIMIZER, PROGRESS, read_json
-from gpt.resume.compatibility import leaves
-from gpt.utils.atomic_io import read_jsonl
-from gpt.verification.watch import LOSS, VAL_LOSS
+from gpt.resume.compatibility import flatten
+from gpt.utils.atomic_io import read_json, read_jsonl
+from gpt.verification.watch import LOSS
 
 OF_THE_CLOCK = {"tokens_per_second", "mfu", "peak_memory_bytes"}
 """Metrics of the machine, which are never the same twice."""
@@ -72,7 +72,7 @@ def compare(reference: RunFolder, resumed: RunFolder) -> Comparison:
             found.tensors += 1
             found.nbytes += nbytes
             found.differences += [difference] if difference else []
-    progress = [leaves(read_json(path / PROGRESS)) for path in last]
+    progress = [flatten(read_json(path / PROGRESS)) for path in last]
     found.differences += _of_record(f"{last[0].name}/{PROGRESS}", *progress)
     return found
 

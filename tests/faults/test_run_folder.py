@@ -98,9 +98,9 @@ def test_a_damaged_checkpoint_is_skipped_aloud_by_auto_and_refused_by_name(
             assert before in str(error.value)
             assert sha256_of_file(newest / name) in str(error.value)
     with open_run(tiny(run_dir)) as layout:
-        assert (layout.origin, layout.finished_at) == (older, None)
+        assert (layout.start.checkpoint, layout.finished_at) == (older, None)
     aside = newest.with_name("step_00000008.damaged")
-    assert layout.moved_aside == (str(aside),)
+    assert layout.start.moved_aside == (str(aside),)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [older.name, aside.name]
     skipped, chosen = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert f"skipped step_00000008, now {aside}: {newest}" in skipped
@@ -140,7 +140,7 @@ def test_a_dry_run_says_what_it_would_skip_and_leaves_it(
 ) -> None:
     empty(run_dir / "checkpoints/step_00000008/model.safetensors")
     before = contents(run_dir)
-    assert open_run(tiny(run_dir), dry_run=True).origin == run_dir / "checkpoints/step_00000004"
+    assert open_run(tiny(run_dir), dry_run=True).start.checkpoint == run_dir / "checkpoints/step_00000004"
     assert "skipped step_00000008: " in caplog.text
     assert contents(run_dir) == before
 
@@ -374,7 +374,7 @@ def test_a_clock_that_is_off_has_no_effect(years: int, tiny: Configure, run_dir:
         os.utime(path, (wrong, wrong))
     config = tiny(run_dir, max_steps=9, checkpoint={"keep": 2})
     with open_run(config) as layout:
-        assert layout.origin == run_dir / "checkpoints/step_00000008"
+        assert layout.start.checkpoint == run_dir / "checkpoints/step_00000008"
         build_trainer(layout).train()
     assert [path.name for path in RunFolder(run_dir).committed()] == ["step_00000008", "step_00000009"]
 
