@@ -21,7 +21,7 @@ from gpt.utils.helper import sha256_of_file
 from gpt.utils.sealed_json import SEAL_KEY, seal_json, verify_seal
 
 CHECKPOINT_FORMAT_VERSION = 3
-"""Version 1 recorded no environment and no digest of the manifest; version 2 blanked that digest to take it."""
+"""Version 1 recorded no environment and no digest of the manifest itself; version 2 took that digest in another way."""
 CHECKPOINT_MANIFEST = "manifest.json"
 MODEL, OPTIMIZER, PROGRESS, CONFIG = "model.safetensors", "optimizer.safetensors", "progress.json", "config.json"
 FILES = (MODEL, OPTIMIZER, PROGRESS, CONFIG)

@@ -1,9 +1,9 @@
 """JSON objects that end with their own digest, so that every changed byte is noticed.
 
 {
-"format_version": 3,
-...
-"sha256": "SHA-256 of the text up to the comma before this key"
+  "format_version": 3,
+  ...
+  "sha256": "SHA-256 of the text up to the comma before this key"
 }
 """
 
@@ -44,14 +44,14 @@ def verify_seal(text: str, content: Mapping[str, Any]) -> None:
         content: `text` when it is parsed.
 
     Raises:
-        SealError: the digests differ (the message names both), or another key follows the digest.
+        SealError: the digests differ (the message names both), or the text does not end with the digest.
     """
     sealed, _, end = text.rpartition(_SEAL)
     found, expected = _sha256(sealed), content.get(SEAL_KEY)
     if found != expected:
         raise SealError(f"SHA-256 {found} instead of {expected!r:.80}")
     if end != f'{found}"\n}}\n':
-        raise SealError(f"{SEAL_KEY!r} is not its last key")
+        raise SealError("it does not end with its digest")
 
 
 def read_sealed_json(path: Path, *, format_version: int, remedy: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint.manifest import verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import verify
 from gpt.configs.train_config import TrainConfig
 from tests.invariants.test_bits import logged_losses
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.manifest import verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import read_json, verify
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.main import main
@@ -25,6 +25,7 @@ from gpt.resume.journal import Journal
 from gpt.run import open_run
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
 from gpt.training.trainer import Trainer
+from gpt.utils.atomic_io import read_json
 from tests.conftest import LossRecorder
 
 pytestmark = pytest.mark.faults
@@ -357,11 +358,11 @@ def test_a_journal_that_cannot_be_followed_is_refused_at_once(
     journal = rolled_back[0] / "journal.jsonl"
     with pytest.raises(UserError, match=r"--spike\.journal .*none\.jsonl: no such file"):
         open_run(tiny(tmp_path / "a", spike={"journal": tmp_path / "none.jsonl"}, **SETTINGS))
-    with pytest.raises(UserError, match=r"journal\.jsonl, line 1: of another order of batches"):
+    with pytest.raises(UserError, match=r"journal\.jsonl, line 1: written for other batches"):
         open_run(tiny(tmp_path / "b", seed=7, spike={"journal": journal}, **SETTINGS))
     build_trainer(open_run(tiny(tmp_path / "c", **SETTINGS))).train()
     longer = SETTINGS | {"max_steps": 40}
-    with pytest.raises(UserError, match=r"batch 24 was trained on before step 30; name another --run-dir"):
+    with pytest.raises(UserError, match=r"batch 24 was trained on before step 30; use another --run-dir"):
         open_run(tiny(tmp_path / "c", spike={"journal": journal}, **longer))
 
 
