@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import spread, verdict, write_manifest
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.data_config import DataConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig
 from gpt.configs.presets import PRESETS
-from gpt.configs.run_plan import BatchPlan
 from gpt.data.corpus import build_sequences, open_corpus
 from gpt.data.data_loader import DataLoader
 from gpt.data.shards import ShardWriter

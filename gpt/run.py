@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from gpt.auto_batch import resolve_auto_micro_batch
 from gpt.checkpoint.run_folder import RunFolder, run_of
-from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, plan_batch, resolve
+from gpt.configs.batch_plan import plan_batch
+from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from gpt.configs.run_plan import BatchPlan
+from gpt.configs.batch_plan import BatchPlan
 from gpt.data.quarantine import Quarantine
 from gpt.data.sequences import Sequences
 

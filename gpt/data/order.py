@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gpt.configs.run_plan import windows_per_epoch
+from gpt.configs.run_plan import count_windows
 from gpt.utils.helper import Purpose, random_bits
 
 ROUNDS = 8
@@ -78,7 +78,7 @@ def window_starts(seed: int, first: int, count: int, n_tokens: int, block_size: 
     windows do not overlap, and begin at an offset below `block_size` that is drawn anew, so that later epochs show
     the model other contexts.
     """
-    per_epoch = windows_per_epoch(n_tokens, block_size)
+    per_epoch = count_windows(n_tokens, block_size)
     spare = min(block_size - 1, n_tokens - 1 - per_epoch * block_size)
     starts = np.empty(count, dtype=np.int64)
     for place, epoch, windows in shuffled(seed, first, count, per_epoch):

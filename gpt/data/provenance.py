@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.configs.run_plan import BatchPlan
+from gpt.configs.batch_plan import BatchPlan
 from gpt.data.corpus import Corpus
 from gpt.data.sequences import Piece, TracedSequences
 from gpt.data.shards import Tokens

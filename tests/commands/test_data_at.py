@@ -68,8 +68,8 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
     for arguments, told in (
-        ([str(tmp_path), "--step", "1"], "a run's folder holds its config.json"),
-        ([str(finished_run), "--step", "0"], "--step 0: must be at least 1; nearest: 1"),
+        ([str(tmp_path), "--step", "1"], "name a run's config.json"),
+        ([str(finished_run), "--step", "0"], "--step 0: must be at least 1 (nearest: 1)"),
         ([str(finished_run)], "usage: gpt data-at RUN_DIR STEP"),
     ):
         assert main(["data-at", *arguments]) == 2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.configs.run_plan import BatchPlan
+from gpt.configs.batch_plan import BatchPlan
 from gpt.data.data_loader import DataLoader, MicroBatch
 from gpt.data.order import Mixture
 from gpt.data.packing import pack

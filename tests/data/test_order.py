@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gpt.configs.run_plan import windows_per_epoch
+from gpt.configs.run_plan import count_windows
 from gpt.data.order import Mixture, _floor_sum, permute, shuffled, window_starts
 
 
@@ -35,7 +35,7 @@ def test_permutations_look_random() -> None:
 
 @pytest.mark.parametrize(("n_tokens", "block_size"), [(1000, 16), (33, 16), (32, 16), (17, 16), (64, 1)])
 def test_every_window_comes_once_per_epoch_and_lies_in_the_text(n_tokens: int, block_size: int) -> None:
-    per_epoch = windows_per_epoch(n_tokens, block_size)
+    per_epoch = count_windows(n_tokens, block_size)
     for epoch in range(5):
         starts = np.sort(window_starts(3, epoch * per_epoch, per_epoch, n_tokens, block_size))
         assert np.all(np.diff(starts) == block_size)
@@ -45,7 +45,7 @@ def test_every_window_comes_once_per_epoch_and_lies_in_the_text(n_tokens: int, b
 
 
 def test_epochs_differ_in_order_and_offset() -> None:
-    per_epoch = windows_per_epoch(1000, 16)
+    per_epoch = count_windows(1000, 16)
     epochs = [window_starts(3, epoch * per_epoch, per_epoch, 1000, 16) for epoch in range(8)]
     assert len({tuple(starts) for starts in epochs}) == 8
     assert len({min(starts) for starts in epochs}) > 3

@@ -141,7 +141,7 @@ def test_a_kept_packing_is_read_and_not_made_again(
     assert equal(made, pack(numbered(tmp_path / "again", [3, 7, 20, 5, 5, 1]), 8, ends_are_targets=True))
     monkeypatch.setattr(packing, "pack", None)
     assert equal(steps_to_keep(), made)
-    assert sorted(p.name for p in tmp_path.glob("kept*")) == ["kept.lock", "kept.safetensors"]
+    assert sorted(p.name for p in tmp_path.glob("kept*")) == ["kept.safetensors"]
 
 
 def test_a_damaged_packing_is_one_line_that_names_it(tmp_path: Path, steps_to_keep: Callable[[], Packing]) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.optimizer_config import OptimizerConfig
-from gpt.configs.run_plan import BatchPlan
 from gpt.data.data_loader import DataLoader, MicroBatch, StepBatch
 from gpt.data.packing import pack
 from gpt.data.sequences import PackedDocuments
