@@ -3,12 +3,12 @@
     python -m benchmarks.loader
     python -m benchmarks.loader --tokens 1000000000 --skip-training
 
-Alone: `DataLoader.batch_of` in a loop over a corpus of random tokens, that other work does not hide it. Every pass
+Alone: `DataLoader.get_batch` in a loop over a corpus of random tokens, that other work does not hide it. Every pass
 opens the corpus anew; the first pass over its tokens verifies each block of them, the second finds them verified. Of a
 large corpus a run sees few windows twice in the same block: that is the beginning of the first pass.
 
 In training: a run of the preset `shakespeare-char` on a made-up text, in which the time that the loop waits in
-`batch_of` is set against the time from step to step.
+`get_batch` is set against the time from step to step.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def _open(folder: Path, batch_size: int) -> DataLoader:
 
 def _read(loader: DataLoader, first: int, stop: int) -> None:
     for step in range(first, stop):
-        loader.batch_of(step)
+        loader.get_batch(step)
 
 
 def _in_training(folder: Path, steps: int) -> None:
@@ -118,19 +118,19 @@ def _in_training(folder: Path, steps: int) -> None:
         }
     )
     begins, waits = [], []
-    batch_of = DataLoader.batch_of
+    get_batch = DataLoader.get_batch
 
     def timed(loader: DataLoader, step: int) -> object:
         begins.append(time.perf_counter())
-        batch = batch_of(loader, step)
+        batch = get_batch(loader, step)
         waits.append(time.perf_counter() - begins[-1])
         return batch
 
-    DataLoader.batch_of = timed
+    DataLoader.get_batch = timed
     try:
         build_trainer(open_run(config)).train()
     finally:
-        DataLoader.batch_of = batch_of
+        DataLoader.get_batch = get_batch
     warm = slice(min(20, steps // 2), None)
     step_seconds = np.diff(begins)[warm]
     wait, step = statistics.median(waits[warm]), statistics.median(step_seconds)

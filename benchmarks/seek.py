@@ -71,7 +71,7 @@ def _first_batch(folder: Path) -> dict[str, float]:
     opened = time.perf_counter()
     batch = BatchPlan(micro_batch_size=BATCH, block_size=BLOCK_SIZE, world_size=1, grad_accum_steps=1)
     with DataLoader(sequences, batch, rank=0, device=torch.device("cpu")) as loader:
-        inputs = loader.batch_of(POSITION // batch.tokens_per_step).micro_batches[0].inputs
+        inputs = loader.get_batch(POSITION // batch.tokens_per_step).micro_batches[0].inputs
         done, memory, cpu = time.perf_counter(), _peak_bytes() - before, time.process_time() - cpu
     assert inputs.shape == (BATCH, BLOCK_SIZE)
     return {

@@ -11,7 +11,7 @@ EXIT_STATUSES = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status by the reason for which training ended, as shells report signals; any other reason is 1."""
 
 
-class TrainCommand(PresetOverrides, JsonOutput):
+class TrainCommand(JsonOutput, PresetOverrides):
     """Train a GPT. Every default below is the preset's value."""
 
     dry_run: bool = False

@@ -47,7 +47,7 @@ class Journal:
         Raises:
             UserError: the file cannot be written.
         """
-        batches = {str(self.quarantine.batch_of(step - 1)): why for step, why in bad_steps.items()}
+        batches = {str(self.quarantine.find_batch(step - 1)): why for step, why in bad_steps.items()}
         record = {"order": self._order, "quarantined": batches, "to_step": to_step, "reason": reason}
         self._dist.on_main(lambda: _append(self._path, record))
         for batch in batches:
@@ -118,7 +118,7 @@ def merge_records(own: list[Record], other: list[Record], source: Path, order: s
     known = build_quarantine(own)
     new = {batch: why for record in other for batch, why in record["quarantined"].items() if int(batch) not in known}
     for batch in new:
-        if int(batch) < known.batch_of(step):
+        if int(batch) < known.find_batch(step):
             raise UserError(f"{source}: batch {batch} was trained on before step {step}; use another --run-dir")
     return [*own, {"order": order, "quarantined": new, "from": str(source)}] if new else own
 

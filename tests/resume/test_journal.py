@@ -22,8 +22,8 @@ def test_written_records_are_read_back(tmp_path: Path) -> None:
     assert [record["to_step"] for record in records] == [3, 3]
     again = Journal(path, "order", records, DistContext("cpu"))
     assert again.rollbacks == journal.rollbacks == 2
-    assert [again.quarantine.batch_of(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
-    assert [journal.quarantine.batch_of(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
+    assert [again.quarantine.find_batch(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
+    assert [journal.quarantine.find_batch(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
 
 
 def test_missing_file_is_an_empty_journal_and_a_torn_line_is_ignored(tmp_path: Path) -> None:
@@ -71,6 +71,6 @@ def test_given_journal_adds_batches_that_were_not_trained_on(tmp_path: Path) -> 
     assert record["quarantined"].keys() == {"4", "5", "6"}
     assert "to_step" not in record
     assert merge_records(given, given, source, "order", step=100) == given
-    assert build_quarantine(merge_records(given[:1], given, source, "order", step=4)).batch_of(4) == 7
+    assert build_quarantine(merge_records(given[:1], given, source, "order", step=4)).find_batch(4) == 7
     with pytest.raises(UserError, match=r"batch 5 was trained on before step 5; use another --run-dir"):
         merge_records(given[:1], given, source, "order", step=5)
