@@ -13,7 +13,7 @@ from typing import IO, TypeVar
 
 from gpt.data.manifest import CORPUS_FORMAT_VERSION, TOKENIZER_FILE, CorpusManifest, SourceEntry
 from gpt.data.shards import ShardInfo
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_builders import build_byte_tokenizer
 
 Name = TypeVar("Name")
 Taken = TypeVar("Taken")
@@ -64,7 +64,7 @@ def write_input(path: Path, size: int, kind: str) -> int:
 
 def write_manifest(folder: Path, shards: Sequence[ShardInfo]) -> None:
     """Make a prepared corpus of training shards of bytes that lie in `folder`."""
-    tokenizer = byte_tokenizer()
+    tokenizer = build_byte_tokenizer()
     (folder / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
     CorpusManifest(
         format_version=CORPUS_FORMAT_VERSION,

@@ -26,10 +26,10 @@ from gpt.configs.data_config import DataConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import BatchPlan
-from gpt.data.corpus import open_corpus, sequences_of
+from gpt.data.corpus import build_sequences, open_corpus
 from gpt.data.data_loader import DataLoader
 from gpt.data.shards import ShardWriter
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 
 BLOCK_SIZE = 1024
@@ -93,7 +93,7 @@ def _write_corpus(folder: Path, n_tokens: int) -> None:
 
 def _open(folder: Path, batch_size: int) -> DataLoader:
     config = DataConfig(source=(str(folder),))
-    sequences = sequences_of(open_corpus([folder], config, BLOCK_SIZE), config, BLOCK_SIZE, seed=0)
+    sequences = build_sequences(open_corpus([folder], config, BLOCK_SIZE), config, BLOCK_SIZE, seed=0)
     batch = BatchPlan(micro_batch_size=batch_size, block_size=BLOCK_SIZE, world_size=1, grad_accum_steps=1)
     return DataLoader(sequences, batch, rank=0, device=torch.device("cpu"))
 
@@ -128,7 +128,7 @@ def _in_training(folder: Path, steps: int) -> None:
 
     DataLoader.batch_of = timed
     try:
-        build(open_run(config)).train()
+        build_trainer(open_run(config)).train()
     finally:
         DataLoader.batch_of = batch_of
     warm = slice(min(20, steps // 2), None)

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.common import Cost, cost_of, interleaved, verdict, write_input
 from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
 from gpt.data.shards import TokenStream
-from gpt.data.tokenizer import gpt2_tokenizer
+from gpt.data.tokenizer_builders import build_gpt2_tokenizer
 
 OURS = "gpt prepare"
 UNSPLIT = "gpt prepare --val-fraction 0"
@@ -51,7 +51,7 @@ def main() -> None:
         whole, slice_ = folder / f"whole{suffix}", folder / f"slice{suffix}"
         size = write_input(whole, int(given.megabytes * 1e6), given.format)
         scale = size / write_input(slice_, int(min(given.slow_megabytes, given.megabytes) * 1e6), given.format)
-        (folder / TOKENIZER_FILE).write_text(gpt2_tokenizer().definition, encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(build_gpt2_tokenizer().definition, encoding="utf-8")
 
         flags = ["--workers", str(given.workers)]
         contenders: dict[str, Callable[[], Cost]] = {

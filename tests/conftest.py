@@ -22,7 +22,7 @@ from gpt.data.prepare.parts import cut_into_parts, read_part
 from gpt.data.prepare.sources import find_source
 from gpt.data.shards import ShardWriter, TokenStream
 from gpt.data.tokenizer import Tokenizer
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.observer import Observer
 
@@ -97,7 +97,7 @@ def tiny(text_file: Path, cache_dir: Path) -> Callable[..., TrainConfig]:
 def finished_run(tiny: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of eight steps; nobody may write to it."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    build(open_run(tiny(run_dir, checkpoint={"interval": 4}))).train()
+    build_trainer(open_run(tiny(run_dir, checkpoint={"interval": 4}))).train()
     return run_dir
 
 
@@ -107,7 +107,7 @@ def record() -> Iterator[Callable[[TrainConfig], tuple[list[float], dict[str, to
 
     def train(config: TrainConfig, *observers: Observer) -> tuple[list[float], dict[str, torch.Tensor]]:
         recorder = LossRecorder()
-        trainer = build(open_run(config))
+        trainer = build_trainer(open_run(config))
         for observer in (*observers, recorder):
             trainer.attach(observer)
         trainer.train()

@@ -11,7 +11,7 @@ from gpt import auto_batch
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 
 Configure = Callable[..., TrainConfig]
@@ -86,4 +86,4 @@ def test_trying_changes_no_bit_of_the_run_and_resuming_keeps_the_step(
     other = settings | {"micro_batch_size": 6, "max_steps": 5, "resume_with_changes": True}  # for there is dropout
     longer = open_run(tiny(tmp_path / "auto", **other))
     assert longer.plan.batch.tokens_per_step == 12 * 16
-    build(longer).train()
+    build_trainer(longer).train()

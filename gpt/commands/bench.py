@@ -123,7 +123,7 @@ def _without_sources(config: TrainConfig) -> TrainConfig:
 
 def _vocabulary(config: TrainConfig) -> int:
     """The size that the configured tokenizer has, or, where only a text would tell, a likely one."""
-    from gpt.data.tokenizer import build_tokenizer
+    from gpt.data.tokenizer_builders import build_tokenizer
 
     learnt = {"bpe": config.data.vocab_size, "char": CHARACTERS}
     kind = config.data.tokenizer

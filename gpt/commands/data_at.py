@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     command = parse(DataAtCommand, argv, prog="gpt data-at")
 
     from gpt.checkpoint.run_folder import RunFolder
-    from gpt.data.corpus import sequences_of
+    from gpt.data.corpus import build_sequences
     from gpt.data.provenance import excerpts_of_batch
     from gpt.resume.journal import quarantine_of, read_journal
 
@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     config = load_config(folder.config)
     corpus, plan = _open(folder, config)
     index = quarantine_of(read_journal(folder.journal, plan.order)).batch_of(command.step - 1)
-    sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
+    sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     print(
         f"step {command.step}: global batch {index}, {plural(plan.batch.sequences_per_step, 'sequence')} "
         f"of {plan.batch.block_size} tokens"
@@ -64,11 +64,12 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     Raises:
         UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
     """
-    from gpt.checkpoint.store import PROGRESS, read_json
-    from gpt.data.corpus import open_corpus, prepare
+    from gpt.checkpoint.manifest import PROGRESS
+    from gpt.data.corpus import open_corpus, prepare_corpus
     from gpt.resume.find import require_same_identity
+    from gpt.utils.atomic_io import read_json
 
-    corpus = open_corpus(prepare(config.data), config.data, config.model.block_size)
+    corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
     checkpoints = folder.committed()
     identity = read_json(checkpoints[-1] / PROGRESS)["identity"] if checkpoints else {}
     tokens_per_step = identity.get("--tokens-per-step", config.tokens_per_step)

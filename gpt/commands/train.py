@@ -12,7 +12,7 @@ def run(argv: Sequence[str]) -> int:
     """Parse, then train; torch is imported only once the flags are known to be sound."""
     config, dry_run = parse_train(argv)
 
-    from gpt.pipeline import build
+    from gpt.pipeline import build_trainer
     from gpt.run import open_run
     from gpt.training.sinks.console import RunConsole, plan_table
     from gpt.training.trainer import FINISHED
@@ -34,6 +34,6 @@ def run(argv: Sequence[str]) -> int:
                 console.print(plan_table(layout.plan))
         else:
             with layout.dist.report_lost_ranks():
-                reason = build(layout, console).train()
+                reason = build_trainer(layout, console).train()
     layout.dist.close()
     return STATUS.get(reason, 0 if reason == FINISHED else 1)

@@ -160,11 +160,11 @@ def _last_words(log: Path) -> str:
 
 def _course(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     """What the reference tells of the run; the corpus's size tells where epochs end."""
-    from gpt.checkpoint.store import PROGRESS, read_json
+    from gpt.checkpoint.manifest import PROGRESS, VAL_LOSS
     from gpt.run import open_run
-    from gpt.utils.atomic_io import read_jsonl
+    from gpt.utils.atomic_io import read_json, read_jsonl
     from gpt.verification.kills import RunOutline
-    from gpt.verification.watch import LOSS, VAL_LOSS
+    from gpt.verification.watch import LOSS
 
     records = list(read_jsonl(reference.metrics))
     steps = [record["step"] for record in records if LOSS in record]

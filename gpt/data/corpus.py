@@ -17,6 +17,7 @@ from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.utils.atomic_io import require_writable
+from gpt.utils.distributed import DistContext
 from gpt.utils.helper import unique_names
 
 
@@ -36,8 +37,24 @@ class Corpus:
     """The source that each shard was made of."""
 
 
-def prepare(config: DataConfig) -> list[Path]:
-    """The folders of the prepared corpus: those named, or one in the cache, which is made if it is not there.
+def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpus:
+    """Prepare and pack the corpus on one process of each machine, then open it on every rank.
+
+    Raises:
+        UserError: a source cannot be read, the cache cannot be written, or a prepared file was changed.
+    """
+
+    def prepare_and_pack() -> list[str]:
+        folders = prepare_corpus(config)
+        open_corpus(folders, config, block_size)  # which packs its documents where the configuration asks for it
+        return [str(folder) for folder in folders]
+
+    folders = [Path(folder) for folder in dist.on_local_main(prepare_and_pack)]
+    return open_corpus(folders, config, block_size)
+
+
+def prepare_corpus(config: DataConfig) -> list[Path]:
+    """Return the prepared folders: those that the configuration names, or one in the cache, prepared if missing.
 
     Raises:
         UserError: a source cannot be read, or the cache not written.
@@ -63,7 +80,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     """Map prepared folders; nothing of their shards is read yet, but for packing.
 
     Args:
-        folders: from `prepare`.
+        folders: from `prepare_corpus`.
         config: how sequences are made of them.
         block_size: length of a sequence.
 
@@ -132,8 +149,8 @@ def _packings(
     return packings
 
 
-def sequences_of(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> TracedSequences:
-    """What is trained on, in its order."""
+def build_sequences(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> TracedSequences:
+    """Return the training sequences of a run, in its order."""
     each: list[TracedSequences] = [
         PackedDocuments(
             stream,

@@ -5,14 +5,13 @@ take the same batches as the run that wrote it.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt.data.quarantine import Quarantine
 from gpt.errors import UserError
-from gpt.utils.atomic_io import fsync
+from gpt.utils.atomic_io import append_jsonl
 from gpt.utils.distributed import DistContext
 
 Record = dict[str, Any]
@@ -66,11 +65,7 @@ def _append(path: Path, record: Record) -> None:
         UserError: the disk refused.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fsync(path.parent)
+        append_jsonl(path, record, durable=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; the last checkpoint is untouched") from error
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from gpt.checkpoint.manifest import MODEL, OPTIMIZER, PROGRESS, VAL_LOSS
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import MODEL, OPTIMIZER, PROGRESS, read_json
 from gpt.resume.compatibility import leaves
-from gpt.utils.atomic_io import read_jsonl
-from gpt.verification.watch import LOSS, VAL_LOSS
+from gpt.utils.atomic_io import read_json, read_jsonl
+from gpt.verification.watch import LOSS
 
 OF_THE_CLOCK = {"tokens_per_second", "mfu", "peak_memory_bytes"}
 """Metrics of the machine, which are never the same twice."""

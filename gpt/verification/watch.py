@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt.checkpoint.manifest import VAL_LOSS
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.utils.atomic_io import is_leftover
 
-LOSS, VAL_LOSS = "train/loss", "val/loss"
+LOSS = "train/loss"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from gpt.checkpoint import manager as manager_module
 from gpt.checkpoint.app_state import AppState, Progress
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.manifest import read_checkpoint_manifest, verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import read_checkpoint_manifest, verify
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.distributed import DistContext

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import sequences_of
+from gpt.data.corpus import build_sequences
 from gpt.data.data_loader import DataLoader
 from gpt.main import main
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import Run, open_run
 
 Configure = Callable[..., TrainConfig]
@@ -22,7 +22,7 @@ def shown(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]) -> list[
 
 def loader_of(run: Run) -> DataLoader:
     plan = run.plan
-    sequences = sequences_of(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
+    sequences = build_sequences(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
     return DataLoader(sequences, plan.batch, rank=0, device=run.dist.device)
 
 
@@ -51,7 +51,7 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
     other = tmp_path / "other.txt"
     other.write_text("other text " * 100)
     data = {"source": [str(source), str(other)], "packing": packing, "val_fraction": 0.0, "weights": [3, 1]}
-    build(
+    build_trainer(
         open_run(tiny(tmp_path / "run", data=data, max_steps=2, model={"block_size": 64}, tokens_per_step=512))
     ).train()
     lines = [line for step in range(1, 9) for line in shown(tmp_path / "run", step, capsys)]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt.configs.cli import load_config, parse_train
+from gpt.configs.cli import parse_train
+from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from gpt.configs.data_config import DataConfig
 from gpt.data import packing
-from gpt.data.corpus import open_corpus, prepare
+from gpt.data.corpus import open_corpus, prepare_corpus
 from gpt.data.packing import Packing, pack, packing_of
 from gpt.data.sequences import PackedDocuments
 from gpt.data.shards import ShardWriter, TokenStream
@@ -179,7 +179,7 @@ def test_a_packing_that_cannot_be_kept_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block_size", [128, 1024])
 def test_pythons_library_is_packed_with_little_padding(cache_dir: Path, block_size: int) -> None:
     data = DataConfig(packing="best-fit", cache_dir=cache_dir, tokenizer="bpe", vocab_size=512)
-    corpus = open_corpus(prepare(data), data, block_size)
+    corpus = open_corpus(prepare_corpus(data), data, block_size)
     (stream,), (packed,) = corpus.train.values(), corpus.packings.values()
     positions = packed.n_rows * block_size
     assert packed.lengths.sum() == len(stream)

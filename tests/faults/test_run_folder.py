@@ -18,7 +18,7 @@ from gpt.checkpoint.run_folder import RunFolder
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.main import main
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.utils.atomic_io import append_jsonl
 from gpt.utils.folder_lock import lock_folder, unlock_folder
@@ -71,7 +71,7 @@ def flags(text_file: Path, cache_dir: Path) -> list[str]:
 
 def train(config: TrainConfig) -> None:
     with open_run(config) as layout:
-        build(layout).train()
+        build_trainer(layout).train()
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -375,7 +375,7 @@ def test_a_clock_that_is_off_has_no_effect(years: int, tiny: Configure, run_dir:
     config = tiny(run_dir, max_steps=9, checkpoint={"keep": 2})
     with open_run(config) as layout:
         assert layout.origin == run_dir / "checkpoints/step_00000008"
-        build(layout).train()
+        build_trainer(layout).train()
     assert [path.name for path in RunFolder(run_dir).committed()] == ["step_00000008", "step_00000009"]
 
 
@@ -406,5 +406,5 @@ def test_records_are_dropped_in_one_step_or_not_at_all(call: str, when: int, fau
 def test_a_full_disk_leaves_the_records_as_they_were(tiny: Configure, run_dir: Path) -> None:
     before = (run_dir / "metrics.jsonl").read_bytes()
     with open_run(tiny(run_dir, max_steps=9)) as layout, small_files(200), pytest.raises(UserError, match="too large"):
-        build(layout)
+        build_trainer(layout)
     assert (run_dir / "metrics.jsonl").read_bytes() == before

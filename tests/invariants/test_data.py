@@ -14,7 +14,7 @@ from gpt.configs.train_config import TrainConfig
 from gpt.data.data_loader import DataLoader, MicroBatch
 from gpt.errors import UserError
 from gpt.models.gpt import GPT
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.utils.helper import IGNORED
 from tests.conftest import make_text
@@ -52,7 +52,7 @@ def mixed(sources: list[str], packing: str, **changes: Any) -> dict[str, Any]:
 
 
 def loader_and_model(config: TrainConfig) -> tuple[DataLoader, GPT]:
-    trainer = build(open_run(config))
+    trainer = build_trainer(open_run(config))
     model = trainer._state.model
     with torch.no_grad():  # larger weights than at the start: attention is then far from even
         for name, parameter in model.named_parameters():
@@ -158,7 +158,7 @@ def test_the_reported_loss_is_the_mean_over_the_steps_real_targets(
         losses.append(record(config)[0])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] == pytest.approx(losses[2], abs=1e-6)
-    trainer = build(open_run(tiny(tmp_path / "plain", data=data, **SIZES)))
+    trainer = build_trainer(open_run(tiny(tmp_path / "plain", data=data, **SIZES)))
     model = trainer._state.model.eval()
     nats, n_targets, n_padding = 0.0, 0, 0
     with trainer._loader as loader, torch.no_grad():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint.manifest import CHECKPOINT_FORMAT_VERSION
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import CHECKPOINT_FORMAT_VERSION
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.resume.find import find_start

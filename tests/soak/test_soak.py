@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, MODEL, PROGRESS, verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import CHECKPOINT_MANIFEST, MODEL, PROGRESS, read_checkpoint, verify
+from gpt.checkpoint.store import verify_and_load
 from gpt.checkpoint.tensor_file import read_tensors
 from gpt.commands.verify_resume import run as verify_resume
-from gpt.configs.cli import load_config, parse_train
+from gpt.configs.cli import parse_train
 from gpt.configs.data_config import DataConfig
+from gpt.configs.load import load_config
 from gpt.data.corpus import open_corpus
 from gpt.data.prepare.formats import Records
 from gpt.data.tokenizer import Tokenizer
@@ -244,7 +246,7 @@ def reader_of(
 
     def signed_progress() -> None:
         sign(step)
-        read_checkpoint(step, make_state(1, scaled=True))
+        verify_and_load(step, make_state(1, scaled=True))
 
     match name:
         case "flags":

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.verification.compare import Difference, compare
 
@@ -110,7 +110,7 @@ def test_a_missing_record_is_one_difference(finished_run: Path, other: RunFolder
 def test_a_run_of_another_seed_differs_from_the_first_step_on(
     tiny: Callable[..., TrainConfig], finished_run: Path, tmp_path: Path
 ) -> None:
-    build(open_run(tiny(tmp_path / "run", checkpoint={"interval": 4}, seed=1))).train()
+    build_trainer(open_run(tiny(tmp_path / "run", checkpoint={"interval": 4}, seed=1))).train()
     found = compare(RunFolder(finished_run), RunFolder(tmp_path / "run")).differences
     assert found[0].where.startswith("metrics.jsonl, step 1: ")
     assert sum(difference.count for difference in found) > 1000

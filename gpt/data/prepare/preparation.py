@@ -41,7 +41,8 @@ from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts
 from gpt.data.prepare.sources import Source, find_source
 from gpt.data.prepare.workers import WorkerPool
 from gpt.data.shards import ShardInfo, token_dtype
-from gpt.data.tokenizer import Tokenizer, build_tokenizer, char_tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import build_char_tokenizer, build_tokenizer, train_bpe_tokenizer
 from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
@@ -253,7 +254,7 @@ class _Preparation:
             return self._char_tokenizer(tasks)
         total = min(SAMPLE_BYTES, sum(part.size for _, part in tasks))
         with progress_bar("learning the tokenizer", total) as advance:
-            return train_bpe(_with_progress(self._sample(tasks), advance), self._config.vocab_size)
+            return train_bpe_tokenizer(_with_progress(self._sample(tasks), advance), self._config.vocab_size)
 
     def _char_tokenizer(self, tasks: Sequence[tuple[int, Part]]) -> Tokenizer:
         """Every character of the corpus; end-of-text too, if either split has several documents to separate."""
@@ -270,7 +271,7 @@ class _Preparation:
                             advance(document.size, 0)
         if not characters:
             raise UserError(_no_text(", ".join(self._found.names)))
-        return char_tokenizer(characters, has_documents=max(counts) > 1)
+        return build_char_tokenizer(characters, has_documents=max(counts) > 1)
 
     def _sample(self, tasks: Sequence[tuple[int, Part]]) -> Iterator[str]:
         """Training texts: all, or the beginnings of parts so that together they make up SAMPLE_BYTES."""

@@ -25,7 +25,8 @@ from gpt.data.manifest import CorpusManifest, read_corpus_manifest
 from gpt.data.prepare import part_worker, parts, preparation
 from gpt.data.prepare.preparation import Found, find, prepare_into
 from gpt.data.shards import TokenStream
-from gpt.data.tokenizer import Tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import train_bpe_tokenizer
 from gpt.errors import UserError
 from tests.conftest import contents, make_text, small_files
 
@@ -175,9 +176,9 @@ def learnt_from(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def spy(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         seen.extend(texts)
-        return train_bpe(seen, vocab_size)
+        return train_bpe_tokenizer(seen, vocab_size)
 
-    monkeypatch.setattr(preparation, "train_bpe", spy)
+    monkeypatch.setattr(preparation, "train_bpe_tokenizer", spy)
     return seen
 
 
