@@ -20,6 +20,7 @@ DOCUMENTS = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
     for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 }
+RECORDS = [path.relative_to(REPOSITORY).as_posix() for path in sorted((REPOSITORY / "docs" / "adr").glob("*.md"))]
 EXCLUDED_COMMANDS = (
     "pip ",
     "conda ",
@@ -77,7 +78,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder that looks like a clone, with the texts that the README calls my_texts."""
+    """Return a folder that looks like a clone, with the texts that the README calls my_texts."""
     (tmp_path / "gpt").symlink_to(REPOSITORY / "gpt")
     (tmp_path / "my_texts").mkdir()
     for index in range(30):
@@ -114,11 +115,11 @@ def test_readme_is_short() -> None:
     assert len(README.encode()) <= MAX_README_BYTES
 
 
-def test_files_that_the_readme_layout_names_exist() -> None:
-    [layout] = [code for language, code in code_blocks(README) if code.startswith("gpt/\n")]
+def test_files_that_the_readme_tree_names_exist() -> None:
+    [tree] = [code for language, code in code_blocks(README) if code.startswith("gpt/\n")]
     parents: list[str] = []
     names = []
-    for line in layout.splitlines():
+    for line in tree.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         parents[depth:] = [name]
         names.append("".join(parents))
@@ -126,7 +127,7 @@ def test_files_that_the_readme_layout_names_exist() -> None:
     assert [name for name in names if not (REPOSITORY / name).exists()] == []
 
 
-@pytest.mark.parametrize("name", [*DOCUMENTS, "CONTRIBUTING.md", "AGENTS.md"])
+@pytest.mark.parametrize("name", [*DOCUMENTS, *RECORDS, "CONTRIBUTING.md", "AGENTS.md"])
 def test_files_that_documents_name_exist(name: str) -> None:
     path = REPOSITORY / name
     text = path.read_text(encoding="utf-8")
