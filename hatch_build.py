@@ -30,8 +30,8 @@ class CompileKernels(BuildHookInterface):
 def compile_kernel(source: Path) -> Path:
     """Compile `source` and return the library, a file in the same folder.
 
-    OpenMP functions stay unresolved: they come from the runtime that torch loads. A second runtime would compete for the
-    cores.
+    OpenMP functions stay unresolved: they come from the runtime that torch loads. A second runtime would compete for
+    the cores.
 
     Raises:
         OSError: unsupported platform, no compiler, or a folder that is not writable.

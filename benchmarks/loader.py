@@ -3,11 +3,11 @@
     python -m benchmarks.loader
     python -m benchmarks.loader --tokens 1000000000 --skip-training
 
-Alone: `DataLoader.batch_of` in a loop over a corpus of random tokens, with no other work to hide it. Every repeat opens
+Alone: `DataLoader.get_batch` in a loop over a corpus of random tokens, with no other work to hide it. Every repeat opens
 the corpus again. Its first pass over the tokens verifies each block, the second finds all blocks verified. A run on a
 large corpus rarely reads two windows of the same block, as at the beginning of the first pass.
 
-In training: a run of the preset `shakespeare-char` on a synthetic text. The time that the loop waits in `batch_of` is
+In training: a run of the preset `shakespeare-char` on a synthetic text. The time that the loop waits in `get_batch` is
 compared with the time from step to step.
 """
 
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import format_spread, format_verdict, write_manifest
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.data_config import DataConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig
 from gpt.configs.presets import PRESETS
-from gpt.configs.run_plan import BatchPlan
 from gpt.data.corpus import build_sequences, open_corpus
 from gpt.data.data_loader import DataLoader
 from gpt.data.shards import ShardWriter
@@ -99,7 +99,7 @@ def _open(folder: Path, batch_size: int) -> DataLoader:
 
 def _read(loader: DataLoader, first: int, stop: int) -> None:
     for step in range(first, stop):
-        loader.batch_of(step)
+        loader.get_batch(step)
 
 
 def _measure_in_training(folder: Path, steps: int) -> None:
@@ -117,19 +117,19 @@ def _measure_in_training(folder: Path, steps: int) -> None:
         }
     )
     starts, waits = [], []
-    batch_of = DataLoader.batch_of
+    get_batch = DataLoader.get_batch
 
-    def timed_batch_of(loader: DataLoader, step: int) -> object:
+    def timed_get_batch(loader: DataLoader, step: int) -> object:
         starts.append(time.perf_counter())
-        batch = batch_of(loader, step)
+        batch = get_batch(loader, step)
         waits.append(time.perf_counter() - starts[-1])
         return batch
 
-    DataLoader.batch_of = timed_batch_of
+    DataLoader.get_batch = timed_get_batch
     try:
         build_trainer(open_run(config)).train()
     finally:
-        DataLoader.batch_of = batch_of
+        DataLoader.get_batch = get_batch
     after_warmup = slice(min(20, steps // 2), None)
     step_seconds = np.diff(starts)[after_warmup]
     wait, step = statistics.median(waits[after_warmup]), statistics.median(step_seconds)

@@ -93,10 +93,10 @@ def _build_step_function(
     machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
     plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("synthetic tokens", 10**12),)))
     train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), autocast_of(plan))
-    tokens = SyntheticTokens(VOCAB_SIZE, block_size, masked=False)
+    tokens = SyntheticTokens(VOCAB_SIZE, block_size, document_mask=False)
     steps = count()
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
-        batch = loader.batch_of(0)
+        batch = loader.get_batch(0)
 
     def take_step() -> None:
         train_step(next(steps), batch)

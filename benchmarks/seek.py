@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import format_spread, format_verdict, write_manifest
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.data_config import DataConfig
-from gpt.configs.run_plan import BatchPlan
 from gpt.data.corpus import build_sequences, open_corpus
 from gpt.data.data_loader import DataLoader
 from gpt.data.shards import BLOCK_BYTES, ShardInfo
@@ -70,7 +70,7 @@ def _measure_first_batch(folder: Path) -> dict[str, float]:
     opened = time.perf_counter()
     batch = BatchPlan(micro_batch_size=BATCH, block_size=BLOCK_SIZE, world_size=1, grad_accum_steps=1)
     with DataLoader(sequences, batch, rank=0, device=torch.device("cpu")) as loader:
-        inputs = loader.batch_of(POSITION // batch.tokens_per_step).micro_batches[0].inputs
+        inputs = loader.get_batch(POSITION // batch.tokens_per_step).micro_batches[0].inputs
         done, memory, cpu = time.perf_counter(), _peak_bytes() - before, time.process_time() - cpu
     assert inputs.shape == (BATCH, BLOCK_SIZE)
     return {

@@ -70,7 +70,7 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
         journal,
         scaled=plan.dtype == "float16",
         name_documents=lambda step: name_documents(
-            corpus, sequences, plan.batch, journal.quarantine.batch_of(step - 1)
+            corpus, sequences, plan.batch, journal.quarantine.find_batch(step - 1)
         ),
     )
 

@@ -15,10 +15,11 @@ from gpt.checkpoint.app_state import AppState, load_model_tensors
 from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, PROGRESS, environment_mismatch, read_checkpoint_manifest
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
 from gpt.checkpoint.store import read_weights, verify_and_load
+from gpt.configs.batch_plan import plan_batch
 from gpt.configs.load import load_config
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import FLAG
-from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, plan_batch, resolve
+from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError

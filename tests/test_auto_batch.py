@@ -63,8 +63,7 @@ def test_on_a_cpu_it_is_no_larger_than_is_of_use_and_the_plan_says_so(
     plan = open_run(tiny(tmp_path, **AUTO), dry_run=True).plan
     assert plan.batch.micro_batch_size == 4
     assert plan.notes == (
-        "--micro-batch-size auto is 4, which divides the step: at most 5 sequences "
-        "are of use to a CPU or fit in memory",
+        "--micro-batch-size auto is 4, which divides the step: at most 5 sequences make a CPU faster or fit in memory",
     )
 
 

@@ -15,7 +15,7 @@ from gpt.inference.load import load_for_inference
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import Event, StepEnd, Stop
-from tests.conftest import contents
+from tests.conftest import read_files
 
 Configure = Callable[..., TrainConfig]
 
@@ -118,7 +118,7 @@ def test_a_run_that_ends_where_it_was_interrupted_is_evaluated_there_once(tiny: 
     trainer.attach(Interruption())
     assert trainer.train() == "SIGTERM"
     assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()
-    before = contents(tmp_path / "checkpoints")
+    before = read_files(tmp_path / "checkpoints")
 
     ending = tiny(tmp_path, max_steps=3)
     layout = open_run(ending)
@@ -126,7 +126,7 @@ def test_a_run_that_ends_where_it_was_interrupted_is_evaluated_there_once(tiny: 
     assert build_trainer(layout).train() == "finished"
     assert list(logged(tmp_path, "val/loss")) == [3]
     assert json.loads((tmp_path / "samples.jsonl").read_text())["step"] == 3
-    assert contents(tmp_path / "checkpoints") == before
+    assert read_files(tmp_path / "checkpoints") == before
     assert open_run(ending).finished_at == 3
 
     build_trainer(open_run(tiny(tmp_path / "whole", max_steps=3))).train()

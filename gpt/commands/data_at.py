@@ -37,19 +37,19 @@ def run(argv: Sequence[str]) -> int:
 
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.data.corpus import build_sequences
-    from gpt.data.provenance import excerpts_of_batch
+    from gpt.data.provenance import find_excerpts
     from gpt.resume.journal import quarantine_of, read_journal
 
     folder = RunFolder(command.run_dir)
     config = load_config(folder.config)
     corpus, plan = _open(folder, config)
-    index = quarantine_of(read_journal(folder.journal, plan.order)).batch_of(command.step - 1)
+    index = quarantine_of(read_journal(folder.journal, plan.order)).find_batch(command.step - 1)
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     print(
         f"step {command.step}: global batch {index}, {plural(plan.batch.sequences_per_step, 'sequence')} "
         f"of {plan.batch.block_size} tokens"
     )
-    for number, excerpts in enumerate(excerpts_of_batch(corpus, sequences, plan.batch, index)):
+    for number, excerpts in enumerate(find_excerpts(corpus, sequences, plan.batch, index)):
         print(f"sequence {number}")
         for excerpt in excerpts:
             text = corpus.tokenizer.decode(excerpt.read(SHOWN).tolist())

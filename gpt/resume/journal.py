@@ -45,7 +45,7 @@ class Journal:
         Raises:
             UserError: the disk refused.
         """
-        batches = {str(self.quarantine.batch_of(step - 1)): why for step, why in bad_steps.items()}
+        batches = {str(self.quarantine.find_batch(step - 1)): why for step, why in bad_steps.items()}
         record = {"order": self._order, "quarantined": batches, "to_step": to_step, "reason": reason}
         self._dist.on_main(lambda: _append(self._path, record))
         for batch in batches:
@@ -119,6 +119,6 @@ def joined(own: list[Record], other: list[Record], source: Path, order: str, ste
     known = quarantine_of(own)
     more = {batch: why for record in other for batch, why in record["quarantined"].items() if int(batch) not in known}
     for batch in more:
-        if int(batch) < known.batch_of(step):
+        if int(batch) < known.find_batch(step):
             raise UserError(f"{source}: batch {batch} was trained on before step {step}; name another --run-dir")
     return [*own, {"order": order, "quarantined": more, "from": str(source)}] if more else own

@@ -13,7 +13,7 @@ from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.distributed import DistContext
 from tests.checkpoint.test_store import make_state, trained_state
-from tests.conftest import small_files
+from tests.conftest import limit_file_size
 
 WAYS = pytest.mark.parametrize("asynchronous", [False, True])
 
@@ -87,7 +87,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, async
     manager, state = make_manager(tmp_path, asynchronous=asynchronous), trained_state()
     save(manager, state, 2)
     told = r"step_00000003.tmp/model.safetensors: the checkpoint of step 3 cannot be saved: File too large; .*ulimit"
-    with small_files(2000), pytest.raises(UserError, match=told):
+    with limit_file_size(2000), pytest.raises(UserError, match=told):
         save(manager, state, 3)
     assert steps(tmp_path) == [2]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, async
 
 def test_a_failed_writer_is_told_by_the_next_poll_but_one(tmp_path: Path) -> None:
     manager, state = make_manager(tmp_path), trained_state()
-    with small_files(2000):
+    with limit_file_size(2000):
         manager.save(state)
         assert manager._writer is not None
         manager._writer.join()
@@ -110,7 +110,7 @@ def test_a_failed_writer_is_told_by_the_next_poll_but_one(tmp_path: Path) -> Non
 
 def test_the_next_save_waits_for_the_former_and_tells_of_its_failure(tmp_path: Path) -> None:
     manager, state = make_manager(tmp_path), trained_state()
-    with small_files(2000):
+    with limit_file_size(2000):
         manager.save(state)
         with pytest.raises(UserError, match="File too large"):
             manager.save(state)

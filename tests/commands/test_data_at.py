@@ -34,7 +34,7 @@ def test_the_documents_of_a_step_are_those_it_trains_on(
     assert lines[1:17:2] == [f"sequence {n}" for n in range(8)]
     run = open_run(tiny(finished_run), dry_run=True)
     with loader_of(run) as loader:
-        inputs = np.concatenate([micro.inputs.numpy() for micro in loader.batch_of(2).micro_batches])
+        inputs = np.concatenate([micro.inputs.numpy() for micro in loader.get_batch(2).micro_batches])
     for line, row in zip(lines[2::2], inputs, strict=True):
         place, text = line.split(": ", 2)[1:]
         assert place.startswith("train-000000.safetensors document 0, tokens ")
@@ -68,8 +68,8 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
     for arguments, told in (
-        ([str(tmp_path), "--step", "1"], "a run's folder holds its config.json"),
-        ([str(finished_run), "--step", "0"], "--step 0: must be at least 1; nearest: 1"),
+        ([str(tmp_path), "--step", "1"], "name a run's config.json"),
+        ([str(finished_run), "--step", "0"], "--step 0: must be at least 1 (nearest: 1)"),
         ([str(finished_run)], "usage: gpt data-at RUN_DIR STEP"),
     ):
         assert main(["data-at", *arguments]) == 2

@@ -13,7 +13,7 @@ from gpt.data.manifest import read_corpus_manifest
 from gpt.data.prepare import parts
 from gpt.errors import UserError
 from gpt.main import main
-from tests.conftest import contents, make_text
+from tests.conftest import make_text, read_files
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_on_a_full_disk_the_same_command_finishes_when_there_is_room(lines: Path
     assert "out" not in (tmp_path / "left").read_text().split()
     flags = ["--text-field", "body", "--tokenizer", "byte", "--workers", "1"]
     assert run([str(source), "--out", str(tmp_path / "whole"), *flags]) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
 def test_the_message_of_another_command_is_not_changed() -> None:

@@ -13,7 +13,7 @@ from gpt.data.corpus import Corpus, open_corpus, prepare_corpus, tokenizer_misma
 from gpt.errors import UserError
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
-from tests.conftest import make_text, small_files
+from tests.conftest import limit_file_size, make_text
 
 BLOCK = 16
 
@@ -134,7 +134,7 @@ def test_a_full_disk_names_the_cache_and_nothing_looks_finished(tmp_path: Path) 
     source.write_text("some text " * 5000)
     config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
     with (
-        small_files(20_000),
+        limit_file_size(20_000),
         pytest.raises(
             UserError, match=r"--data.cache-dir .*: cannot be written: .*too large; the same command goes on"
         ),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.configs.cli import parse_train
+from gpt.commands.train import parse_train
 from gpt.configs.train_config import TrainConfig
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
@@ -97,7 +97,7 @@ def test_two_processes_train_on_a_packed_mixture_as_one_does(cache_dir: Path, tm
     ]
     lean = ("--micro-batch-size", "auto", "--parallel.activation-checkpointing", "selective")
     process = torchrun(*flags, *lean, "--run-dir", str(tmp_path / "two"))
-    config, _ = parse_train([*FLAGS[1:], *flags, "--run-dir", str(tmp_path / "one")])
+    config = parse_train([*FLAGS[1:], *flags, "--run-dir", str(tmp_path / "one")]).as_train_config()
     build_trainer(open_run(config)).train()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

@@ -22,7 +22,7 @@ from gpt.errors import UserError
 from gpt.utils.sealed_json import write_sealed_json
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
 from tests.checkpoint.test_tensor_file import MALICIOUS
-from tests.conftest import contents
+from tests.conftest import read_files
 
 pytestmark = pytest.mark.faults
 
@@ -234,7 +234,7 @@ def test_a_malicious_run_runs_nothing_and_writes_nowhere_else(
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "SEEN []"
     assert not marker.exists()
-    assert set(contents(tmp_path)) - set(contents(run_dir)) <= {f"run/{name}" for name in contents(run_dir)}
+    assert set(read_files(tmp_path)) - set(read_files(run_dir)) <= {f"run/{name}" for name in read_files(run_dir)}
 
 
 def test_a_regular_expression_that_explodes_is_given_up() -> None:

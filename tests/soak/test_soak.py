@@ -24,8 +24,8 @@ from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, MODEL, PROGRESS, verify
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import verify_and_load
 from gpt.checkpoint.tensor_file import read_tensors
+from gpt.commands.train import parse_train
 from gpt.commands.verify_resume import run as verify_resume
-from gpt.configs.cli import parse_train
 from gpt.configs.data_config import DataConfig
 from gpt.configs.load import load_config
 from gpt.data.corpus import open_corpus
