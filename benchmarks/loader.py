@@ -3,9 +3,9 @@
     python -m benchmarks.loader
     python -m benchmarks.loader --tokens 1000000000 --skip-training
 
-Alone: `DataLoader.get_batch` in a loop over a corpus of random tokens, with no other work to hide it. Every repeat opens
-the corpus again. Its first pass over the tokens verifies each block, the second finds all blocks verified. A run on a
-large corpus rarely reads two windows of the same block, as at the beginning of the first pass.
+Alone: `DataLoader.get_batch` in a loop over a corpus of random tokens, with no other work to hide it. Every repeat
+opens the corpus again. Its first pass over the tokens verifies each block, the second finds all blocks verified. A run
+on a large corpus rarely reads two windows of the same block, as at the beginning of the first pass.
 
 In training: a run of the preset `shakespeare-char` on a synthetic text. The time that the loop waits in `get_batch` is
 compared with the time from step to step.
