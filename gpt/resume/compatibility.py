@@ -54,7 +54,8 @@ CONTRACT: dict[str, Change] = {
     **_each(Change.NEEDS_FLAG, "", "dtype"),  # of autocast: what is saved is of the same types under each
     **_each(Change.NEEDS_FLAG, "model", "dropout"),  # no weight depends on it
     **_each(Change.FORBIDDEN, "model", "n_layer n_head n_kv_head n_embd block_size vocab_size bias position norm mlp"),
-    **_each(Change.FORBIDDEN, "model", "qk_norm logit_softcap"),
+    **_each(Change.FORBIDDEN, "model", "qk_norm logit_softcap head_dim intermediate_size norm_eps rope_theta"),
+    **_each(Change.FORBIDDEN, "model", "tie_embeddings qkv_bias attn_out_bias mlp_bias"),
     **_each(Change.FORBIDDEN, "optimizer", "name"),  # its state is another one
     **_each(Change.FORBIDDEN, "data", "source weights val_source val_fraction text_field on_error deduplicate"),
     **_each(Change.FORBIDDEN, "data", "tokenizer vocab_size packing document_mask"),
