@@ -22,8 +22,8 @@ import torch
 from benchmarks.common import interleaved, spread, verdict
 from gpt.checkpoint.app_state import AppState, Progress
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.manifest import FILES, verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import FILES, verify
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.presets import PRESETS
 from gpt.models.gpt import GPT

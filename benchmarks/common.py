@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from gpt.data.manifest import FORMAT_VERSION, TOKENIZER, Manifest, SourceEntry
+from gpt.data.manifest import CORPUS_FORMAT_VERSION, TOKENIZER_FILE, CorpusManifest, SourceEntry
 from gpt.data.shards import ShardInfo
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_builders import build_byte_tokenizer
 
 Name = TypeVar("Name")
 Taken = TypeVar("Taken")
@@ -64,10 +64,10 @@ def write_input(path: Path, size: int, kind: str) -> int:
 
 def write_manifest(folder: Path, shards: Sequence[ShardInfo]) -> None:
     """Make a prepared corpus of training shards of bytes that lie in `folder`."""
-    tokenizer = byte_tokenizer()
-    (folder / TOKENIZER).write_text(tokenizer.definition, encoding="utf-8")
-    Manifest(
-        format_version=FORMAT_VERSION,
+    tokenizer = build_byte_tokenizer()
+    (folder / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
+    CorpusManifest(
+        format_version=CORPUS_FORMAT_VERSION,
         settings={},
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,

@@ -3,12 +3,12 @@
     python -m benchmarks.loader
     python -m benchmarks.loader --tokens 1000000000 --skip-training
 
-Alone: `DataLoader.batch_of` in a loop over a corpus of random tokens, that other work does not hide it. Every pass
+Alone: `DataLoader.get_batch` in a loop over a corpus of random tokens, that other work does not hide it. Every pass
 opens the corpus anew; the first pass over its tokens verifies each block of them, the second finds them verified. Of a
 large corpus a run sees few windows twice in the same block: that is the beginning of the first pass.
 
 In training: a run of the preset `shakespeare-char` on a made-up text, in which the time that the loop waits in
-`batch_of` is set against the time from step to step.
+`get_batch` is set against the time from step to step.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from benchmarks.common import spread, verdict, write_manifest
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.data_config import DataConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig
 from gpt.configs.presets import PRESETS
-from gpt.configs.run_plan import BatchPlan
-from gpt.data.corpus import open_corpus, sequences_of
+from gpt.data.corpus import build_sequences, open_corpus
 from gpt.data.data_loader import DataLoader
 from gpt.data.shards import ShardWriter
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 
 BLOCK_SIZE = 1024
@@ -93,14 +93,14 @@ def _write_corpus(folder: Path, n_tokens: int) -> None:
 
 def _open(folder: Path, batch_size: int) -> DataLoader:
     config = DataConfig(source=(str(folder),))
-    sequences = sequences_of(open_corpus([folder], config, BLOCK_SIZE), config, BLOCK_SIZE, seed=0)
+    sequences = build_sequences(open_corpus([folder], config, BLOCK_SIZE), config, BLOCK_SIZE, seed=0)
     batch = BatchPlan(micro_batch_size=batch_size, block_size=BLOCK_SIZE, world_size=1, grad_accum_steps=1)
     return DataLoader(sequences, batch, rank=0, device=torch.device("cpu"))
 
 
 def _read(loader: DataLoader, first: int, stop: int) -> None:
     for step in range(first, stop):
-        loader.batch_of(step)
+        loader.get_batch(step)
 
 
 def _in_training(folder: Path, steps: int) -> None:
@@ -118,19 +118,19 @@ def _in_training(folder: Path, steps: int) -> None:
         }
     )
     begins, waits = [], []
-    batch_of = DataLoader.batch_of
+    get_batch = DataLoader.get_batch
 
     def timed(loader: DataLoader, step: int) -> object:
         begins.append(time.perf_counter())
-        batch = batch_of(loader, step)
+        batch = get_batch(loader, step)
         waits.append(time.perf_counter() - begins[-1])
         return batch
 
-    DataLoader.batch_of = timed
+    DataLoader.get_batch = timed
     try:
-        build(open_run(config)).train()
+        build_trainer(open_run(config)).train()
     finally:
-        DataLoader.batch_of = batch_of
+        DataLoader.get_batch = get_batch
     warm = slice(min(20, steps // 2), None)
     step_seconds = np.diff(begins)[warm]
     wait, step = statistics.median(waits[warm]), statistics.median(step_seconds)

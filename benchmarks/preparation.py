@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import Cost, cost_of, interleaved, verdict, write_input
-from gpt.data.manifest import TOKENIZER, read_manifest
+from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
 from gpt.data.shards import TokenStream
-from gpt.data.tokenizer import gpt2_tokenizer
+from gpt.data.tokenizer_builders import build_gpt2_tokenizer
 
 OURS = "gpt prepare"
 UNSPLIT = "gpt prepare --val-fraction 0"
@@ -51,7 +51,7 @@ def main() -> None:
         whole, slice_ = folder / f"whole{suffix}", folder / f"slice{suffix}"
         size = write_input(whole, int(given.megabytes * 1e6), given.format)
         scale = size / write_input(slice_, int(min(given.slow_megabytes, given.megabytes) * 1e6), given.format)
-        (folder / TOKENIZER).write_text(gpt2_tokenizer().definition, encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(build_gpt2_tokenizer().definition, encoding="utf-8")
 
         flags = ["--workers", str(given.workers)]
         contenders: dict[str, Callable[[], Cost]] = {
@@ -92,7 +92,7 @@ def _ours(source: Path, out: Path, flags: list[str]) -> Cost:
 def _peer(name: str, source: Path, out: Path, scale: float = 1.0) -> Cost:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    shutil.copy(out.parent / TOKENIZER, out)
+    shutil.copy(out.parent / TOKENIZER_FILE, out)
     with tempfile.TemporaryDirectory(dir=out.parent) as cache:  # or `datasets` would find what it did before
         env = os.environ | {"HF_HOME": cache, "HF_HUB_OFFLINE": "1"}
         cost = cost_of([sys.executable, Path(__file__).with_name("tokenizing_peers.py"), name, source, out], env)
@@ -100,7 +100,7 @@ def _peer(name: str, source: Path, out: Path, scale: float = 1.0) -> Cost:
 
 
 def _counts_of_corpus(folder: Path) -> np.ndarray:
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     shards = [(folder, shard) for source in manifest.sources for shard in (*source.train, *source.val)]
     stream = TokenStream(shards, manifest.vocab_size)
     return np.bincount(stream.read(0, len(stream)), minlength=manifest.vocab_size)

@@ -80,10 +80,10 @@ def _stepper(preset: str, micro_batches: int, dist: DistContext, *, reproducible
     machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
     plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("made-up tokens", 10**12),)))
     train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), autocast_of(plan))
-    tokens = SyntheticTokens(VOCAB_SIZE, block_size, masked=False)
+    tokens = SyntheticTokens(VOCAB_SIZE, block_size, document_mask=False)
     steps = count()
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
-        batch = loader.batch_of(0)
+        batch = loader.get_batch(0)
 
     def stepper() -> None:
         train_step(next(steps), batch)

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import spread, verdict, write_manifest
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.data_config import DataConfig
-from gpt.configs.run_plan import BatchPlan
-from gpt.data.corpus import open_corpus, sequences_of
+from gpt.data.corpus import build_sequences, open_corpus
 from gpt.data.data_loader import DataLoader
 from gpt.data.shards import BLOCK_BYTES, ShardInfo
 
@@ -67,11 +67,11 @@ def _first_batch(folder: Path) -> dict[str, float]:
     before, start, cpu = _resident_bytes(), time.perf_counter(), time.process_time()
     config = DataConfig(source=(str(folder),))
     corpus = open_corpus([folder], config, BLOCK_SIZE)
-    sequences = sequences_of(corpus, config, BLOCK_SIZE, seed=0)
+    sequences = build_sequences(corpus, config, BLOCK_SIZE, seed=0)
     opened = time.perf_counter()
     batch = BatchPlan(micro_batch_size=BATCH, block_size=BLOCK_SIZE, world_size=1, grad_accum_steps=1)
     with DataLoader(sequences, batch, rank=0, device=torch.device("cpu")) as loader:
-        inputs = loader.batch_of(POSITION // batch.tokens_per_step).micro_batches[0].inputs
+        inputs = loader.get_batch(POSITION // batch.tokens_per_step).micro_batches[0].inputs
         done, memory, cpu = time.perf_counter(), _peak_bytes() - before, time.process_time() - cpu
     assert inputs.shape == (BATCH, BLOCK_SIZE)
     return {

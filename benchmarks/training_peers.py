@@ -116,7 +116,7 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
     from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
     from gpt.configs.parallel_config import ParallelConfig
     from gpt.configs.train_config import TrainConfig
-    from gpt.pipeline import build
+    from gpt.pipeline import build_trainer
     from gpt.run import open_run
     from gpt.training.events import Event, MetricsReady, StepEnd, TrainStart
 
@@ -169,7 +169,7 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
         )
         layout = open_run(config)
         watch.parameters = layout.plan.model.n_parameters
-        trainer = build(layout)
+        trainer = build_trainer(layout)
         trainer.attach(Timer())
         with contextlib.suppress(EnoughError):
             trainer.train()

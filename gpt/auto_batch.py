@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from gpt.configs.run_plan import RunPlan, divisors, resolve
+from gpt.configs.batch_plan import find_divisors
+from gpt.configs.run_plan import RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.machine.memory import max_size_by_measure, max_size_by_trial
@@ -82,7 +83,7 @@ def max_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> in
         for _ in range(2):  # the second has the gradients of the first beside it, as in accumulation
             forward(n_sequences).backward()
 
-    sizes = divisors(plan.batch.sequences_per_step // dist.world_size)
+    sizes = find_divisors(plan.batch.sequences_per_step // dist.world_size)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     states = 2 * weights  # of AdamW; Muon keeps less
     if dist.device.type == "cuda":

@@ -14,7 +14,7 @@ from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import sequences_of
+from gpt.data.corpus import build_sequences
 from gpt.data.data_loader import DataLoader
 from gpt.data.provenance import name_documents
 from gpt.data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
 
 
-def build(run: Run, console: Console | None = None) -> Trainer:
+def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     """Compose the run.
 
     Args:
@@ -63,14 +63,14 @@ def build(run: Run, console: Console | None = None) -> Trainer:
     autocast = autocast_of(plan)
     own_time = OwnTime(dist.device)
 
-    sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
+    sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     journal = Journal(run.folder.journal, plan.order, run.journal, dist)
     guard = SpikeGuard(
         config.spike,
         journal,
         scaled=plan.dtype == "float16",
         name_documents=lambda step: name_documents(
-            corpus, sequences, plan.batch, journal.quarantine.batch_of(step - 1)
+            corpus, sequences, plan.batch, journal.quarantine.find_batch(step - 1)
         ),
     )
 

@@ -12,24 +12,28 @@ from typing import Any, Self
 
 from gpt.auto_batch import resolve_auto_micro_batch
 from gpt.checkpoint.app_state import AppState, load_model_tensors
+from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, PROGRESS, environment_mismatch, read_checkpoint_manifest
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
-from gpt.checkpoint.store import MANIFEST, PROGRESS, environment_mismatch, read_checkpoint, read_json, read_weights
+from gpt.checkpoint.store import read_weights, verify_and_load
+from gpt.configs.batch_plan import plan_batch
 from gpt.configs.load import load_config
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.run_plan import DTYPE, TOKENIZER, MachineFacts, RunPlan, plan_batch, resolve
+from gpt.configs.resume_rule import FLAG
+from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
-from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_mismatch_note
+from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.environment import environment
 from gpt.machine.hardware import find_device, machine_facts
-from gpt.resume.compatibility import FLAG, Difference
+from gpt.resume.compatibility import Difference
 from gpt.resume.find import changes, find_start, require_same_architecture, require_same_identity
 from gpt.resume.journal import Record, joined, read_journal
 from gpt.utils.atomic_io import (
     append_jsonl,
     keep_jsonl,
     keep_until,
+    read_json,
     require_possible,
     require_writable,
     sweep,
@@ -102,7 +106,7 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
         origin, set_aside = _claimed(folder, config, dist, dry_run=dry_run)
         facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
         machine = MachineFacts(**dist.broadcast(asdict(facts)))
-        corpus = _open(config, dist)
+        corpus = load_corpus(config.data, config.model.block_size, dist)
         plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
         note = tokenizer_mismatch_note(config.data, corpus)
         if note:
@@ -132,7 +136,7 @@ def restore(run: Run, state: AppState) -> None:
 
 def _restore(run: Run, state: AppState) -> None:
     if run.origin is not None:
-        read_checkpoint(run.origin, state)
+        verify_and_load(run.origin, state)
     elif run.config.init_from is not None:
         checkpoint = locate_checkpoint(run.config.init_from, "--init-from")
         try:
@@ -164,7 +168,7 @@ def _lineage(run: Run, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "checkpoint": str(origin) if origin else None,
-        "manifest_sha256": sha256_of_file(origin / MANIFEST) if origin else None,
+        "manifest_sha256": sha256_of_file(origin / CHECKPOINT_MANIFEST) if origin else None,
         "init_from": str(run.config.init_from) if run.config.init_from and not origin else None,
         "moved_aside": run.moved_aside,
         "changes": {change.name: [change.then, change.now] for change in _changes(run.config, origin)},
@@ -189,7 +193,7 @@ def _claimed(
 
     def require_same() -> None:
         try:
-            same = sha256_of_file(origin / MANIFEST) == digest
+            same = sha256_of_file(origin / CHECKPOINT_MANIFEST) == digest
         except OSError:
             same = False
         if not same:
@@ -224,19 +228,7 @@ def _claim(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> tuple[st
         return None, None, set_aside
     if start.damaged:
         log.warning(f"continuing from {start.checkpoint}, the newest checkpoint that is whole")
-    return str(start.checkpoint), sha256_of_file(start.checkpoint / MANIFEST), set_aside
-
-
-def _open(config: TrainConfig, dist: DistContext) -> Corpus:
-    """The corpus, prepared and packed by one process of each machine and opened by all."""
-
-    def parallelize() -> list[str]:
-        folders = prepare(config.data)
-        open_corpus(folders, config.data, config.model.block_size)  # which packs it
-        return [str(folder) for folder in folders]
-
-    folders = [Path(folder) for folder in dist.on_local_main(parallelize)]
-    return open_corpus(folders, config.data, config.model.block_size)
+    return str(start.checkpoint), sha256_of_file(start.checkpoint / CHECKPOINT_MANIFEST), set_aside
 
 
 def _journal(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Path | None) -> list[Record]:
@@ -264,7 +256,7 @@ def _changes(config: TrainConfig, origin: Path | None) -> list[Difference]:
 
 def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Path) -> RunPlan:
     """Check that `plan` may go on from `origin`, and say in it what has changed."""
-    names = plan.identity.keys() - ({DTYPE} if config.resume_with_changes else set())
+    names = plan.identity.keys() - ({DTYPE_KEY} if config.resume_with_changes else set())
     require_same_identity(plan.identity, origin, names)
     step = _step_of(origin)
     if step >= plan.max_steps and origin not in folder.committed():
@@ -272,7 +264,7 @@ def _continued(config: TrainConfig, plan: RunPlan, folder: RunFolder, origin: Pa
     notes = [f"changed at step {step}: {change}" for change in _changes(config, origin)]
     if not _keeps_rates(config, plan, origin, step):
         notes.append(f"the first {step} steps had other learning rates than this schedule gives them")
-    if unlike := environment_mismatch(origin):
+    if unlike := environment_mismatch(origin, read_checkpoint_manifest(origin)):
         notes.append(unlike)
     return replace(plan, notes=(*plan.notes, *notes))
 
@@ -324,7 +316,7 @@ def _together(dist: DistContext, work: Callable[[], None]) -> None:
 
 def _require_same_tokenizer(plan: RunPlan, checkpoint: Path) -> None:
     try:
-        require_same_identity(plan.identity, checkpoint, {TOKENIZER})
+        require_same_identity(plan.identity, checkpoint, {TOKENIZER_KEY})
     except UserError as error:
         theirs = run_of(checkpoint).tokenizer
         raise UserError(

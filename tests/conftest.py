@@ -1,4 +1,4 @@
-"""Fixtures that several folders share: a small text, a small configuration, and one finished run."""
+"""Fixtures and helpers that several folders of tests share: a small text, a tiny configuration, a finished run."""
 
 import random
 import resource
@@ -22,33 +22,37 @@ from gpt.data.prepare.parts import cut_into_parts, read_part
 from gpt.data.prepare.sources import find_source
 from gpt.data.shards import ShardWriter, TokenStream
 from gpt.data.tokenizer import Tokenizer
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.observer import Observer
 
-WORDS = """
-    the a of model token data loss step train batch layer head width seed rate decay norm bias gelu run
-""".split()
+WORDS = [
+    "the", "a", "of", "model", "token", "data", "loss", "step", "train", "batch",
+    "layer", "head", "width", "seed", "rate", "decay", "norm", "bias", "gelu", "run",
+]  # fmt: skip
 
 
-# The models of these tests are so small that a second thread costs more than it computes.
+# The models of these tests are so small that a second thread makes them slower.
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-scale", type=float, default=1.0, help="how much of the soak to do (pytest -m soak)")
+    parser.addoption(
+        "--soak-scale", type=float, default=1.0, help="fraction of the soak tests' work to do (pytest -m soak)"
+    )
 
 
 def make_text(n_words: int, seed: int = 0) -> str:
-    draw = random.Random(seed)
-    return "".join(draw.choice(WORDS) + draw.choice([" ", " ", " ", ", ", ".\n"]) for _ in range(n_words))
+    generator = random.Random(seed)
+    separators = [" ", " ", " ", ", ", ".\n"]
+    return "".join(generator.choice(WORDS) + generator.choice(separators) for _ in range(n_words))
 
 
 @contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes: what a full disk does, without one."""
+def limit_file_size(max_bytes: int) -> Iterator[None]:
+    """Limit the size of files that this process writes, which has the effect of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, before[1]))
     try:
         yield
     finally:
@@ -69,7 +73,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(text_file: Path, cache_dir: Path) -> Callable[..., TrainConfig]:
-    """A configuration that trains in a second; keyword arguments replace fields, sections by dicts."""
+    """Return a function that makes a configuration which trains in a second.
+
+    Its keyword arguments replace fields; a dict replaces the fields of a section that it names.
+    """
 
     def configure(run_dir: Path, **changes: Any) -> TrainConfig:
         base = TrainConfig(
@@ -95,19 +102,19 @@ def tiny(text_file: Path, cache_dir: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture(scope="session")
 def finished_run(tiny: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of eight steps; nobody may write to it."""
+    """Return the folder of a finished run of eight steps, which tests must not change."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    build(open_run(tiny(run_dir, checkpoint={"interval": 4}))).train()
+    build_trainer(open_run(tiny(run_dir, checkpoint={"interval": 4}))).train()
     return run_dir
 
 
 @pytest.fixture
 def record() -> Iterator[Callable[[TrainConfig], tuple[list[float], dict[str, torch.Tensor]]]]:
-    """Trains a configuration; returns the loss of every step and the final weights."""
+    """Return a function that trains a configuration and returns the loss of each step and the final weights."""
 
     def train(config: TrainConfig, *observers: Observer) -> tuple[list[float], dict[str, torch.Tensor]]:
         recorder = LossRecorder()
-        trainer = build(open_run(config))
+        trainer = build_trainer(open_run(config))
         for observer in (*observers, recorder):
             trainer.attach(observer)
         trainer.train()
@@ -118,7 +125,7 @@ def record() -> Iterator[Callable[[TrainConfig], tuple[list[float], dict[str, to
 
 
 class LossRecorder:
-    """The observer that tests attach to see every loss."""
+    """Observer that records every event and every loss."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -136,7 +143,7 @@ class LossRecorder:
 def write_stream(
     folder: Path, documents: Sequence[tuple[Sequence[int], int]], vocab_size: int = 2**16, per_shard: int = 1000
 ) -> TokenStream:
-    """A stream of (ids, bytes of text), with `per_shard` documents in each shard."""
+    """Write documents, each given as (ids, bytes of text), into shards of `per_shard` documents."""
     folder.mkdir(exist_ok=True)
     shards = []
     for index, start in enumerate(range(0, len(documents), per_shard)):
@@ -152,13 +159,13 @@ def write_stream(
 def read_documents(
     source: Path | str, records: Records | None = None, tokenizer: Tokenizer | None = None
 ) -> list[Document]:
-    """Every document of a source, in order."""
+    """Read all documents of a source in order."""
     records = records or Records("text", skip_bad=False)
     files = find_source(str(source)).files
     parts = cut_into_parts(files, records, val_fraction=0.0, role="train", tokenizer=tokenizer)
     return [document for part in parts for document in read_part(part, records, tokenizer)]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, to the byte."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file below a folder, by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

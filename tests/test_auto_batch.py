@@ -11,7 +11,7 @@ from gpt import auto_batch
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 
 Configure = Callable[..., TrainConfig]
@@ -63,8 +63,7 @@ def test_on_a_cpu_it_is_no_larger_than_is_of_use_and_the_plan_says_so(
     plan = open_run(tiny(tmp_path, **AUTO), dry_run=True).plan
     assert plan.batch.micro_batch_size == 4
     assert plan.notes == (
-        "--micro-batch-size auto is 4, which divides the step: at most 5 sequences "
-        "are of use to a CPU or fit in memory",
+        "--micro-batch-size auto is 4, which divides the step: at most 5 sequences make a CPU faster or fit in memory",
     )
 
 
@@ -86,4 +85,4 @@ def test_trying_changes_no_bit_of_the_run_and_resuming_keeps_the_step(
     other = settings | {"micro_batch_size": 6, "max_steps": 5, "resume_with_changes": True}  # for there is dropout
     longer = open_run(tiny(tmp_path / "auto", **other))
     assert longer.plan.batch.tokens_per_step == 12 * 16
-    build(longer).train()
+    build_trainer(longer).train()

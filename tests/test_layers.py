@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 
-def test_a_file_imports_lower_layers_only() -> None:
+def test_files_import_lower_layers_only() -> None:
     command = Path(sys.executable).with_name("lint-imports")
     repository = Path(__file__).resolve().parents[1]
     done = subprocess.run([command, "--no-cache"], cwd=repository, capture_output=True, text=True)

@@ -12,10 +12,10 @@ from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.inference.load import load_for_inference
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import Event, StepEnd, Stop
-from tests.conftest import contents
+from tests.conftest import read_files
 
 Configure = Callable[..., TrainConfig]
 
@@ -47,7 +47,7 @@ def test_a_run_is_not_continued_on_other_data_or_in_another_batch(
     source = tmp_path / "t.txt"
     source.write_text("some text " * 300)
     settings = {"data": {"source": str(source)}, "max_steps": 1}
-    build(open_run(tiny(tmp_path / "run", **settings))).train()
+    build_trainer(open_run(tiny(tmp_path / "run", **settings))).train()
     before = (tmp_path / "run" / "tokenizer.json").read_bytes()
     if change is None:
         source.write_text("same text " * 300)
@@ -58,7 +58,7 @@ def test_a_run_is_not_continued_on_other_data_or_in_another_batch(
 
 
 def test_a_longer_horizon_that_changes_past_rates_needs_a_flag(tiny: Configure, tmp_path: Path) -> None:
-    build(open_run(tiny(tmp_path, max_steps=4, lr={"decay_steps": 0}))).train()
+    build_trainer(open_run(tiny(tmp_path, max_steps=4, lr={"decay_steps": 0}))).train()
     longer = {"max_steps": 8, "lr": {"decay_steps": 0}}
     with pytest.raises(UserError) as error:
         open_run(tiny(tmp_path, **longer), dry_run=True)
@@ -79,7 +79,7 @@ def test_a_longer_horizon_that_changes_past_rates_needs_a_flag(tiny: Configure, 
 
 def test_a_decay_at_the_end_that_has_begun_cannot_be_kept(tiny: Configure, tmp_path: Path) -> None:
     wsd = {"schedule": "wsd", "decay_steps": 2}
-    build(open_run(tiny(tmp_path, max_steps=4, lr=wsd))).train()
+    build_trainer(open_run(tiny(tmp_path, max_steps=4, lr=wsd))).train()
     with pytest.raises(UserError, match="gives them others; --resume-with-changes goes on with those"):
         open_run(tiny(tmp_path, max_steps=8, lr=wsd), dry_run=True)
 
@@ -88,15 +88,15 @@ def test_a_decay_at_the_end_that_has_begun_cannot_be_kept(tiny: Configure, tmp_p
 @pytest.mark.parametrize("now", ["float32", "bfloat16", "float16"])
 def test_a_run_goes_on_in_another_type_where_that_is_said(tiny: Configure, tmp_path: Path, then: str, now: str) -> None:
     settings = {"optimizer": {"name": "muon"}, "eval": {"interval": 0}}
-    build(open_run(tiny(tmp_path, dtype=then, max_steps=2, **settings))).train()
-    build(open_run(tiny(tmp_path, dtype=now, max_steps=4, resume_with_changes=True, **settings))).train()
+    build_trainer(open_run(tiny(tmp_path, dtype=then, max_steps=2, **settings))).train()
+    build_trainer(open_run(tiny(tmp_path, dtype=now, max_steps=4, resume_with_changes=True, **settings))).train()
     assert logged(tmp_path, "train/loss").keys() == {1, 2, 3, 4}
 
 
 def test_changed_settings_of_the_optimizer_take_effect(tiny: Configure, tmp_path: Path) -> None:
-    build(open_run(tiny(tmp_path, max_steps=2))).train()
+    build_trainer(open_run(tiny(tmp_path, max_steps=2))).train()
     change = {"optimizer": {"beta2": 0.5, "weight_decay": 0.7}, "lr": {"max_lr": 0.5}, "model": {"dropout": 0.3}}
-    trainer = build(open_run(tiny(tmp_path, max_steps=3, resume_with_changes=True, **change)))
+    trainer = build_trainer(open_run(tiny(tmp_path, max_steps=3, resume_with_changes=True, **change)))
     trainer.train()
     decayed, *_ = trainer._state.optimizer.param_groups
     assert (decayed["betas"], decayed["weight_decay"]) == ((0.9, 0.5), 0.7)
@@ -114,28 +114,28 @@ class Interruption:
 
 
 def test_a_run_that_ends_where_it_was_interrupted_is_evaluated_there_once(tiny: Configure, tmp_path: Path) -> None:
-    trainer = build(open_run(tiny(tmp_path)))
+    trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(Interruption())
     assert trainer.train() == "SIGTERM"
     assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()
-    before = contents(tmp_path / "checkpoints")
+    before = read_files(tmp_path / "checkpoints")
 
     ending = tiny(tmp_path, max_steps=3)
     layout = open_run(ending)
     assert (layout.finished_at, layout.plan.evaluates_first) == (None, True)
-    assert build(layout).train() == "finished"
+    assert build_trainer(layout).train() == "finished"
     assert list(logged(tmp_path, "val/loss")) == [3]
     assert json.loads((tmp_path / "samples.jsonl").read_text())["step"] == 3
-    assert contents(tmp_path / "checkpoints") == before
+    assert read_files(tmp_path / "checkpoints") == before
     assert open_run(ending).finished_at == 3
 
-    build(open_run(tiny(tmp_path / "whole", max_steps=3))).train()
+    build_trainer(open_run(tiny(tmp_path / "whole", max_steps=3))).train()
     for key in ("val/loss", "train/loss"):
         assert logged(tmp_path, key) == logged(tmp_path / "whole", key)
 
 
 def test_without_a_validation_set_nothing_is_missing_at_the_end(tiny: Configure, tmp_path: Path) -> None:
-    trainer = build(open_run(tiny(tmp_path, data={"val_fraction": 0.0})))
+    trainer = build_trainer(open_run(tiny(tmp_path, data={"val_fraction": 0.0})))
     trainer.attach(Interruption())
     trainer.train()
     assert open_run(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=3)).finished_at == 3
@@ -147,7 +147,7 @@ def test_a_dry_run_writes_nothing(tiny: Configure, tmp_path: Path) -> None:
 
 
 def test_init_from_takes_the_weights_alone(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
-    trainer = build(open_run(tiny(tmp_path, init_from=finished_run, max_steps=1)))
+    trainer = build_trainer(open_run(tiny(tmp_path, init_from=finished_run, max_steps=1)))
     saved = load_file(finished_run / "checkpoints/step_00000008/model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in trainer._state.model.state_dict().items())
     assert trainer._state.progress.step == 0
@@ -179,13 +179,13 @@ def test_init_from_another_tokenizer_names_the_one_to_take(tiny: Configure, fini
 
 
 def test_a_damaged_checkpoint_is_not_trained_on(tiny: Configure, tmp_path: Path) -> None:
-    build(open_run(tiny(tmp_path, max_steps=1))).train()
+    build_trainer(open_run(tiny(tmp_path, max_steps=1))).train()
     weights = tmp_path / "checkpoints/step_00000001/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(UserError, match=f"{weights}: damaged"):
-        build(open_run(tiny(tmp_path, max_steps=2)))
+        build_trainer(open_run(tiny(tmp_path, max_steps=2)))
 
 
 def test_resume_from_a_named_checkpoint_begins_a_new_folder(
@@ -193,7 +193,7 @@ def test_resume_from_a_named_checkpoint_begins_a_new_folder(
 ) -> None:
     checkpoint = finished_run / "checkpoints/step_00000004"
     config = tiny(tmp_path / "fork", resume=str(checkpoint))
-    trainer = build(open_run(config))
+    trainer = build_trainer(open_run(config))
     assert trainer._state.progress.step == 4
     trainer.train()
     ours, theirs = (
@@ -211,12 +211,12 @@ def test_resume_from_a_named_checkpoint_begins_a_new_folder(
 def test_a_corpus_without_validation_set_trains_without_evaluating(tiny: Configure, tmp_path: Path) -> None:
     layout = open_run(tiny(tmp_path, data={"val_fraction": 0.0}, max_steps=3))
     assert layout.plan.notes == ("no validation set: val/loss is not reported",)
-    build(layout).train()
+    build_trainer(layout).train()
     assert "val/loss" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_a_padded_vocabulary_trains_and_samples_within_the_tokenizers(tiny: Configure, tmp_path: Path) -> None:
-    build(open_run(tiny(tmp_path, model={"vocab_size": 320}, max_steps=1))).train()
+    build_trainer(open_run(tiny(tmp_path, model={"vocab_size": 320}, max_steps=1))).train()
     model, tokenizer = load_for_inference(tmp_path, "cpu")
     assert (model.config.vocab_size, tokenizer.vocab_size) == (320, 257)
     assert not model.training
@@ -225,14 +225,14 @@ def test_a_padded_vocabulary_trains_and_samples_within_the_tokenizers(tiny: Conf
 def test_a_prompt_that_cannot_be_tokenized_is_told_before_training(tiny: Configure, tmp_path: Path) -> None:
     config = tiny(tmp_path, data={"tokenizer": "char"}, sample={"prompts": ("Ω",)})
     with pytest.raises(UserError, match=r"--sample\.prompts 'Ω': the character 'Ω' is not among"):
-        build(open_run(config))
+        build_trainer(open_run(config))
 
 
 def test_the_default_prompt_gives_way_where_the_text_lacks_its_characters(tiny: Configure, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("甲乙丙丁" * 200)
     data = {"source": str(tmp_path / "t.txt"), "tokenizer": "char"}
     sample = {"prompts": TextSampleConfig().prompts}
-    build(open_run(tiny(tmp_path / "run", data=data, sample=sample, max_steps=1))).train()
+    build_trainer(open_run(tiny(tmp_path / "run", data=data, sample=sample, max_steps=1))).train()
     assert json.loads((tmp_path / "run" / "samples.jsonl").read_text())["prompt"] == ""
 
 

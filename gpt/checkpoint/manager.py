@@ -10,19 +10,12 @@ from threading import Thread
 from types import MappingProxyType
 
 from gpt.checkpoint.app_state import AppState
-from gpt.checkpoint.newest import newest_valid
+from gpt.checkpoint.manifest import VAL_LOSS, read_checkpoint_manifest, verify
+from gpt.checkpoint.newest import find_newest_valid
 from gpt.checkpoint.retention import steps_to_keep
 from gpt.checkpoint.run_folder import RunFolder, step_of
 from gpt.checkpoint.staging import Staging
-from gpt.checkpoint.store import (
-    VAL_LOSS,
-    Snapshot,
-    read_checkpoint,
-    read_manifest,
-    snapshot_of,
-    verify,
-    write_checkpoint,
-)
+from gpt.checkpoint.store import Snapshot, take_snapshot, verify_and_load, write_checkpoint
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import make_folder, remove_folder
@@ -92,7 +85,7 @@ class CheckpointManager:
                 self._writer = _Writer(lambda: self._commit(step, snapshot))
             self._in_flight = step, path
         else:
-            self._dist.on_main(lambda: self._commit(step, snapshot_of(state, metrics, self._dist.world_size)))
+            self._dist.on_main(lambda: self._commit(step, take_snapshot(state, metrics, self._dist.world_size)))
             self._committed.append((step, path))
 
     def poll(self) -> list[tuple[int, Path]]:
@@ -129,7 +122,7 @@ class CheckpointManager:
         if found is None:
             return None
         path = Path(found)
-        read_checkpoint(path, state)
+        verify_and_load(path, state)
         step = state.progress.step
         self._dist.on_main(lambda: self._give_up_after(step))
         self._resumed_at = step
@@ -243,16 +236,16 @@ class CheckpointManager:
         losses = []
         for step, path in self._steps():
             try:
-                losses.append((step, read_manifest(path).metrics[VAL_LOSS]))
+                losses.append((step, read_checkpoint_manifest(path).metrics[VAL_LOSS]))
             except (KeyError, UserError):  # not evaluated, or damaged
                 continue
         return losses
 
     def _newest_whole(self, at_most: int | None) -> str | None:
-        start = newest_valid([path for step, path in self._steps() if at_most is None or step <= at_most])
-        for path, reason in start.damaged:
+        found = find_newest_valid([path for step, path in self._steps() if at_most is None or step <= at_most])
+        for path, reason in found.skipped:
             log.warning("skipped %s: %s", path.name, reason)
-        return None if start.checkpoint is None else str(start.checkpoint)
+        return None if found.checkpoint is None else str(found.checkpoint)
 
     def _give_up_after(self, step: int) -> None:
         for at, path in reversed(self._steps()):

@@ -5,47 +5,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.checkpoint.store import FORMAT_VERSION, MANIFEST, read_json, verify
+from gpt.checkpoint.manifest import CheckpointManifest, NewerFormatError, verify
 from gpt.errors import UserError
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
+class NewestValid:
+    """Result of a search for the newest valid checkpoint."""
 
     checkpoint: Path | None
-    """None: afresh."""
-    damaged: tuple[tuple[Path, str], ...] = ()
-    """Newer ones that are not whole, newest first, each with the reason."""
+    """None if no checkpoint is valid."""
+    manifest: CheckpointManifest | None
+    """The checkpoint's manifest, verified."""
+    skipped: tuple[tuple[Path, str], ...] = ()
+    """Newer checkpoints that are damaged, newest first, each with the reason."""
 
 
-def newest_valid(checkpoints: Sequence[Path]) -> Start:
-    """The last of `checkpoints` that verifies, if one does.
+def find_newest_valid(checkpoints: Sequence[Path]) -> NewestValid:
+    """Verify checkpoints from the newest down, and return the first that is valid.
+
+    Args:
+        checkpoints: oldest first.
 
     Raises:
-        UserError: on the way there is one that only a newer version of this program can read.
-        OSError: one cannot be read, and may be another time.
+        NewerFormatError: a newer version of this program wrote one of them; it is not damaged.
+        OSError: one cannot be read now, and may be readable later.
     """
-    damaged: list[tuple[Path, str]] = []
+    skipped: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints):
         try:
-            verify(checkpoint)
+            return NewestValid(checkpoint, verify(checkpoint), tuple(skipped))
+        except NewerFormatError:
+            raise
         except UserError as error:
-            if _is_of_a_newer_version(checkpoint):
-                raise
-            damaged.append((checkpoint, str(error)))
+            skipped.append((checkpoint, str(error)))
         except OSError as error:
-            if error.errno != errno.EIO:  # a disk that lost a block; anything else may pass
+            if error.errno != errno.EIO:  # EIO: the disk lost a block; anything else may pass
                 raise
-            damaged.append((checkpoint, f"{error.filename or checkpoint}: {error.strerror}"))
-        else:
-            return Start(checkpoint, tuple(damaged))
-    return Start(None, tuple(damaged))
-
-
-def _is_of_a_newer_version(checkpoint: Path) -> bool:
-    try:
-        version = read_json(checkpoint / MANIFEST).get("format_version")
-    except UserError:
-        return False
-    return isinstance(version, int) and version > FORMAT_VERSION
+            skipped.append((checkpoint, f"{error.filename or checkpoint}: {error.strerror}"))
+    return NewestValid(None, None, tuple(skipped))

@@ -7,7 +7,7 @@ and, where steps were profiled, trace.json; where batches were left out, journal
 import re
 from pathlib import Path
 
-from gpt.checkpoint.store import MANIFEST
+from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, VAL_LOSS
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
@@ -46,12 +46,12 @@ class RunFolder:
 
     def committed(self) -> list[Path]:
         """Checkpoints, oldest first."""
-        return [path for path in self.steps() if (path / MANIFEST).exists()]
+        return [path for path in self.steps() if (path / CHECKPOINT_MANIFEST).exists()]
 
     def evaluated_at(self, step: int) -> bool:
         """Whether metrics.jsonl holds an evaluation of `step`."""
         records = read_jsonl(self.metrics)
-        return any(record.get("step") == step and "val/loss" in record for record in records)
+        return any(record.get("step") == step and VAL_LOSS in record for record in records)
 
     def move_aside(self, checkpoint: Path) -> Path:
         """Rename a checkpoint so that it is none any more and its step can be saved again; returns where it lies.
@@ -88,7 +88,7 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    if (path / MANIFEST).exists():
+    if (path / CHECKPOINT_MANIFEST).exists():
         return path
     committed = RunFolder(path).committed()
     if not committed:

@@ -1,8 +1,7 @@
-"""Safetensors files, written and hashed in one pass; reading them is left to the library.
+"""Safetensors files of tensors, written and hashed in one pass; the library reads them.
 
-`safetensors.torch.save_file` copies every tensor to `bytes` and leaves the digest to a second reading. The format
-(github.com/huggingface/safetensors, README): 8 bytes little-endian with the header's length, the header as JSON padded
-by spaces to a multiple of 8, the tensors' bytes. The order is the library's own, so the bytes are, too.
+`safetensors.torch.save_file` copies every tensor to `bytes`, and its file would have to be read again for the digest.
+The bytes written here are the library's own, because the tensors are in its order.
 """
 
 import hashlib
@@ -18,8 +17,9 @@ from safetensors.torch import load_file
 
 from gpt.errors import UserError
 from gpt.utils.helper import first_line
+from gpt.utils.safetensors_file import TensorEntry, encode_header, read_header
 
-CHUNK = 2**23
+CHUNK_BYTES = 2**23
 """Bytes written and hashed at once; hashing so many lets other threads run."""
 MAX_HEADER_BYTES = 100_000_000
 """Bytes; the library's own limit."""
@@ -59,7 +59,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
         OSError: the disk refused; names the file.
     """
     names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
-    return write_bytes(path, [_header(tensors, names), *(_bytes_of(tensors[name]) for name in names)])
+    header = encode_header(
+        TensorEntry(name, _DTYPES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes)
+        for name in names
+    )
+    return write_bytes(path, [header, *(_bytes_of(tensors[name]) for name in names)])
 
 
 def write_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
@@ -70,10 +74,10 @@ def write_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
     """
     digest, size = hashlib.sha256(), 0
     try:
-        with path.open("xb", buffering=CHUNK // 8) as file:
+        with path.open("xb", buffering=CHUNK_BYTES // 8) as file:
             for part in parts:
-                for start in range(0, len(part), CHUNK):
-                    piece = part[start : start + CHUNK]
+                for start in range(0, len(part), CHUNK_BYTES):
+                    piece = part[start : start + CHUNK_BYTES]
                     file.write(piece)
                     digest.update(piece)
                     size += len(piece)
@@ -96,23 +100,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _header(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> bytes:
-    entries: dict[str, Any] = {}
-    at = 0
-    for name in names:
-        tensor = tensors[name]
-        end = at + tensor.nbytes
-        entries[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, end],
-        }
-        at = end
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's own memory."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
@@ -128,7 +115,4 @@ def _require_unique_names(path: Path) -> None:
         return dict(pairs)
 
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes")
-        json.loads(file.read(length), object_pairs_hook=unique)
+        json.loads(read_header(file, MAX_HEADER_BYTES), object_pairs_hook=unique)

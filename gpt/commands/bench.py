@@ -123,7 +123,7 @@ def _without_sources(config: TrainConfig) -> TrainConfig:
 
 def _vocabulary(config: TrainConfig) -> int:
     """The size that the configured tokenizer has, or, where only a text would tell, a likely one."""
-    from gpt.data.tokenizer import build_tokenizer
+    from gpt.data.tokenizer_builders import build_tokenizer
 
     learnt = {"bpe": config.data.vocab_size, "char": CHARACTERS}
     kind = config.data.tokenizer
@@ -159,13 +159,13 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     state.scaler = TimedScaler(dist.device.type, enabled=state.scaler.is_enabled(), stopwatch=stopwatch)
     train_step = build_train_step(config, plan, dist, state, stopwatch.around(autocast_of(plan)))
     schedule = build_schedule(plan.lr, plan.max_steps)
-    tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, masked=config.data.document_mask)
+    tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, document_mask=config.data.document_mask)
     rows = plan.batch.micro_batch_size * plan.batch.block_size
 
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
 
         def advance(step: int) -> None:
-            batch = loader.batch_of(step)
+            batch = loader.get_batch(step)
             stopwatch.lap("data")
             set_learning_rate(state.optimizer, schedule(step))
             train_step(step, batch)

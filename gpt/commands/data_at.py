@@ -9,7 +9,7 @@ from pydantic import Field
 from gpt.configs.base import MAX_COUNT, Config
 from gpt.configs.cli import POSITIONAL, parse
 from gpt.configs.load import load_config
-from gpt.configs.run_plan import CORPUS, MachineFacts, RunPlan, resolve
+from gpt.configs.run_plan import CORPUS_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.utils.helper import plural, printable
@@ -36,20 +36,20 @@ def run(argv: Sequence[str]) -> int:
     command = parse(DataAtCommand, argv, prog="gpt data-at")
 
     from gpt.checkpoint.run_folder import RunFolder
-    from gpt.data.corpus import sequences_of
-    from gpt.data.provenance import excerpts_of_batch
+    from gpt.data.corpus import build_sequences
+    from gpt.data.provenance import find_excerpts
     from gpt.resume.journal import quarantine_of, read_journal
 
     folder = RunFolder(command.run_dir)
     config = load_config(folder.config)
     corpus, plan = _open(folder, config)
-    index = quarantine_of(read_journal(folder.journal, plan.order)).batch_of(command.step - 1)
-    sequences = sequences_of(corpus, config.data, plan.batch.block_size, plan.seed)
+    index = quarantine_of(read_journal(folder.journal, plan.order)).find_batch(command.step - 1)
+    sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     print(
         f"step {command.step}: global batch {index}, {plural(plan.batch.sequences_per_step, 'sequence')} "
         f"of {plan.batch.block_size} tokens"
     )
-    for number, excerpts in enumerate(excerpts_of_batch(corpus, sequences, plan.batch, index)):
+    for number, excerpts in enumerate(find_excerpts(corpus, sequences, plan.batch, index)):
         print(f"sequence {number}")
         for excerpt in excerpts:
             text = corpus.tokenizer.decode(excerpt.read(SHOWN).tolist())
@@ -64,11 +64,12 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     Raises:
         UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
     """
-    from gpt.checkpoint.store import PROGRESS, read_json
-    from gpt.data.corpus import open_corpus, prepare
+    from gpt.checkpoint.manifest import PROGRESS
+    from gpt.data.corpus import open_corpus, prepare_corpus
     from gpt.resume.find import require_same_identity
+    from gpt.utils.atomic_io import read_json
 
-    corpus = open_corpus(prepare(config.data), config.data, config.model.block_size)
+    corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
     checkpoints = folder.committed()
     identity = read_json(checkpoints[-1] / PROGRESS)["identity"] if checkpoints else {}
     tokens_per_step = identity.get("--tokens-per-step", config.tokens_per_step)
@@ -77,5 +78,5 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:
-        require_same_identity(plan.identity, checkpoints[-1], {CORPUS})
+        require_same_identity(plan.identity, checkpoints[-1], {CORPUS_KEY})
     return corpus, plan

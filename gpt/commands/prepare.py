@@ -52,13 +52,16 @@ def _prepare(command: PrepareCommand) -> None:
 
 def _inspect(folder: Path) -> None:
     """Show the manifest and a text, and compare every shard with its digest."""
-    from gpt.data.manifest import TOKENIZER, read_manifest
+    from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
     from gpt.utils.helper import sha256_of_file
 
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     _show(folder)
     shards = [shard for source in manifest.sources for shard in (*source.train, *source.val)]
-    for name, expected in [(TOKENIZER, manifest.tokenizer_sha256), *((shard.file, shard.sha256) for shard in shards)]:
+    for name, expected in [
+        (TOKENIZER_FILE, manifest.tokenizer_sha256),
+        *((shard.file, shard.sha256) for shard in shards),
+    ]:
         path = folder / name
         try:
             found = sha256_of_file(path)
@@ -72,10 +75,10 @@ def _inspect(folder: Path) -> None:
 def _show(folder: Path) -> None:
     from rich.table import Table
 
-    from gpt.data.manifest import read_manifest
+    from gpt.data.manifest import read_corpus_manifest
     from gpt.utils.helper import format_si, plural
 
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     table = Table.grid(padding=(0, 2))
     special = ", ".join(f"{name} {index}" for name, index in manifest.special_ids.items())
     table.add_row("folder", str(folder))
@@ -98,13 +101,13 @@ def _show(folder: Path) -> None:
 
 def _sample(folder: Path) -> str:
     """The beginning of the first text."""
-    from gpt.data.manifest import TOKENIZER, read_manifest
+    from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
     from gpt.data.shards import TokenStream
     from gpt.data.tokenizer import Tokenizer
     from gpt.utils.helper import printable
 
-    tokenizer = Tokenizer.from_file(folder / TOKENIZER)
-    shards = [shard for source in read_manifest(folder).sources for shard in (*source.train, *source.val)]
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
+    shards = [shard for source in read_corpus_manifest(folder).sources for shard in (*source.train, *source.val)]
     stream = TokenStream([(folder, shard) for shard in shards], tokenizer.vocab_size)
     return printable(tokenizer.decode(stream.read(0, min(SAMPLE_TOKENS, len(stream))).tolist()))
 

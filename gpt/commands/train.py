@@ -1,18 +1,41 @@
-"""`gpt train [PRESET] [--flags]`: train, continue, or only plan a run."""
+"""`gpt train [PRESET] [--flags]`: train a model, resume a run, or only print its plan."""
 
 from collections.abc import Sequence
+from typing import Self
 
-from gpt.configs.cli import parse_train
+from pydantic import model_validator
 
-STATUS = {"SIGINT": 130, "SIGTERM": 143}
+from gpt.configs.cli import JsonOutput, PresetOverrides, parse_over_preset
+
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
 """Exit status after a signal, as shells report one; any other early stop is 1."""
 
 
-def run(argv: Sequence[str]) -> int:
-    """Parse, then train; torch is imported only once the flags are known to be sound."""
-    config, dry_run = parse_train(argv)
+class TrainCommand(JsonOutput, PresetOverrides):
+    """Train a GPT. Every default below is the preset's value."""
 
-    from gpt.pipeline import build
+    dry_run: bool = False
+    """Resolve, check and print the plan; train nothing."""
+
+    @model_validator(mode="after")
+    def _require_dry_run(self) -> Self:
+        if self.as_json and not self.dry_run:
+            raise ValueError("--json needs --dry-run; a training run writes its metrics to metrics.jsonl")
+        return self
+
+
+def parse_train(argv: Sequence[str]) -> TrainCommand:
+    """Parse `[PRESET] [--flags]`."""
+    return parse_over_preset(TrainCommand, argv, verb="train")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the flags, then train; torch is imported only once the flags are valid."""
+    command = parse_train(argv)
+    config, dry_run = command.as_train_config(), command.dry_run
+
+    from gpt.commands.output import print_json
+    from gpt.pipeline import build_trainer
     from gpt.run import open_run
     from gpt.training.sinks.console import RunConsole, plan_table
     from gpt.training.trainer import FINISHED
@@ -30,10 +53,12 @@ def run(argv: Sequence[str]) -> int:
                 )
         elif dry_run:
             reason = FINISHED
-            if console:
+            if console and command.as_json:
+                print_json(layout.plan.to_dict())
+            elif console:
                 console.print(plan_table(layout.plan))
         else:
             with layout.dist.report_lost_ranks():
-                reason = build(layout, console).train()
+                reason = build_trainer(layout, console).train()
     layout.dist.close()
-    return STATUS.get(reason, 0 if reason == FINISHED else 1)
+    return EXIT_STATUS.get(reason, 0 if reason == FINISHED else 1)

@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _judge(path: Path) -> Verdict | None:
     """None of what is no checkpoint, and was none."""
-    from gpt.checkpoint.store import VAL_LOSS, read_manifest, verify
+    from gpt.checkpoint.manifest import VAL_LOSS, verify
     from gpt.utils.atomic_io import is_leftover
 
     if is_leftover(path):
@@ -59,10 +59,10 @@ def _judge(path: Path) -> Verdict | None:
     if not path.name.startswith("step_"):
         return None
     try:
-        verify(path)
+        manifest = verify(path)
     except UserError as error:
         return Verdict(path.name, _size(path), None, DAMAGED, str(error))
-    return Verdict(path.name, _size(path), read_manifest(path).metrics.get(VAL_LOSS), OK)
+    return Verdict(path.name, _size(path), manifest.metrics.get(VAL_LOSS), OK)
 
 
 def _size(path: Path) -> int:

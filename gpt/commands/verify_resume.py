@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gpt.configs.cli import PresetOverrides, is_named, parse_over_preset
+from gpt.configs.cli import PresetOverrides, has_flag, parse_over_preset
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.verification.compare import Comparison
-    from gpt.verification.kills import KillRecord, RunOutline, Timings
-    from gpt.verification.lives import Start
+    from gpt.verification.kills import KillRecord
+    from gpt.verification.plan import RunOutline
+    from gpt.verification.processes import Launcher
+    from gpt.verification.timings import Timings
 
 CHECKPOINTS_PER_KILL = 2
 """How long a run is made, where its length was left to us."""
@@ -48,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     command = parse_over_preset(VerifyResumeCommand, argv, verb="verify-resume")
     if sys.platform != "linux":
         raise UserError("verify-resume ends processes as only Linux does: run it there")
-    own_length = command.config is not None or any(is_named(f"--{name}", argv) for name in HORIZON)
+    own_length = command.config is not None or any(has_flag(argv, name) for name in HORIZON)
 
     from rich.console import Console
 
@@ -95,28 +97,30 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.utils.helper import plural
     from gpt.verification.compare import compare
-    from gpt.verification.kills import kill_and_resume, plan_kills
-    from gpt.verification.lives import launcher_for
+    from gpt.verification.kills import kill_and_resume
+    from gpt.verification.plan import plan_kills
+    from gpt.verification.processes import launcher_for
 
     saved = folder / "config.json"
     saved.write_text(config.saved_json(), encoding="utf-8")
     reference, resumed = (RunFolder(folder / name) for name in ("reference", "resumed"))
-    start = launcher_for(command.ranks)
-    pace = _train_reference(start, reference, ["train", "--config", str(saved)])
-    course = _course(config, reference)
+    launch = launcher_for(command.ranks)
+    timings = _train_reference(launch, reference, ["train", "--config", str(saved)])
+    outline = _outline(config, reference)
     console.print(
-        f"reference: {plural(course.last_step - course.first_step, 'step')} on {plural(command.ranks, 'rank')} in "
-        f"{pace.whole:.1f} s, {pace.start_up:.1f} s of them before the first report"
+        f"reference: {plural(outline.last_step - outline.first_step, 'step')} on {plural(command.ranks, 'rank')} in "
+        f"{timings.total:.1f} s, {timings.start_up:.1f} s of them before the first report"
     )
 
-    def tell(number: int, kill: "KillRecord") -> None:
-        console.print(f"kill {number}: {kill.place.value}, after step {kill.step}; {plural(kill.lost, 'step')} lost")
+    def report(number: int, kill: "KillRecord") -> None:
+        lost = plural(kill.lost_steps, "step")
+        console.print(f"kill {number}: {kill.phase.value}, after step {kill.step}; {lost} lost")
 
     log = folder / "resumed.log"
-    aims = plan_kills(command.kill_seed, command.kills, course)
+    plan = plan_kills(command.kill_seed, command.kills, outline)
     arguments = ["train", "--config", str(saved), "--run-dir", str(resumed.path)]
     try:
-        kills = kill_and_resume(lambda: start(arguments, log), resumed, aims, course, pace, tell)
+        kills = kill_and_resume(lambda: launch(arguments, log), resumed, plan, outline, timings, report)
     except UserError as error:
         console.print(f"the killed run does not go on: {error}; its last words in {log}: {_last_words(log)}")
         return False
@@ -124,31 +128,31 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
         console.print(
             f"the run came to its end after {plural(len(kills), 'kill')}; a larger --max-steps has room for more"
         )
-    _show_kills(console, kills, course)
+    _show_kills(console, kills, outline)
     return _show_verdict(console, compare(reference, resumed))
 
 
-def _train_reference(start: "Start", folder: "RunFolder", arguments: list[str]) -> "Timings":
+def _train_reference(launch: "Launcher", folder: "RunFolder", arguments: list[str]) -> "Timings":
     """The run that nobody kills.
 
     Raises:
         UserError: it failed.
     """
-    from gpt.verification.kills import measure
+    from gpt.verification.timings import measure_timings
 
     log = folder.path.with_name(f"{folder.path.name}.log")
-    life = start([*arguments, "--run-dir", str(folder.path)], log)
+    process = launch([*arguments, "--run-dir", str(folder.path)], log)
     try:
-        pace = measure(life, folder)
+        timings = measure_timings(process, folder)
     finally:
-        life.kill()
-    if life.poll() == 0:
-        return pace
+        process.kill()
+    if process.poll() == 0:
+        return timings
     said = _last_words(log)
     if said.startswith(ERROR_PREFIX):  # nothing has been trained, and the same command should be able to start again
         shutil.rmtree(log.parent)
         raise UserError(said.removeprefix(ERROR_PREFIX))
-    raise UserError(f"the reference ended with status {life.poll()}; see {log}")
+    raise UserError(f"the reference ended with status {process.poll()}; see {log}")
 
 
 def _last_words(log: Path) -> str:
@@ -158,16 +162,16 @@ def _last_words(log: Path) -> str:
     return said[-1] if said else "none"
 
 
-def _course(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
+def _outline(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     """What the reference tells of the run; the corpus's size tells where epochs end."""
-    from gpt.checkpoint.store import PROGRESS, read_json
+    from gpt.checkpoint.manifest import PROGRESS, VAL_LOSS
     from gpt.run import open_run
-    from gpt.utils.atomic_io import read_jsonl
-    from gpt.verification.kills import RunOutline
-    from gpt.verification.watch import LOSS, VAL_LOSS
+    from gpt.utils.atomic_io import read_json, read_jsonl
+    from gpt.verification.plan import RunOutline
+    from gpt.verification.watcher import TRAIN_LOSS
 
     records = list(read_jsonl(reference.metrics))
-    steps = [record["step"] for record in records if LOSS in record]
+    steps = [record["step"] for record in records if TRAIN_LOSS in record]
     unused = reference.path.with_name("planned")
     with open_run(config.model_copy(update={"run_dir": unused, "micro_batch_size": 1}), dry_run=True) as layout:
         per_epoch = layout.plan.windows_per_epoch
@@ -177,24 +181,24 @@ def _course(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
         first_step=steps[0] - 1,
         last_step=steps[-1],
         checkpoint_interval=config.checkpoint.interval,
-        evaluated=frozenset(record["step"] for record in records if VAL_LOSS in record),
+        evaluated_steps=frozenset(record["step"] for record in records if VAL_LOSS in record),
         epoch_ends=frozenset(-(-end // per_step) for end in range(per_epoch, steps[-1] * per_step, per_epoch)),
     )
 
 
-def _show_kills(console: "Console", kills: "Sequence[KillRecord]", course: "RunOutline") -> None:
+def _show_kills(console: "Console", kills: "Sequence[KillRecord]", outline: "RunOutline") -> None:
     from rich.table import Table
 
-    from gpt.verification.kills import Place
+    from gpt.verification.plan import Phase
 
     table = Table("killed", "kills", "most steps lost", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for place in Place:
-        lost = [kill.lost for kill in kills if kill.place is place]
-        if lost or place is not Place.EPOCH or course.epoch_ends:
-            table.add_row(place.value, str(len(lost)), str(max(lost, default="")))
+    for phase in Phase:
+        lost = [kill.lost_steps for kill in kills if kill.phase is phase]
+        if lost or phase is not Phase.EPOCH_BOUNDARY or outline.epoch_ends:
+            table.add_row(phase.value, str(len(lost)), str(max(lost, default="")))
     console.print(table)
-    interval = course.checkpoint_interval or course.last_step
-    most = max((kill.lost for kill in kills), default=0)
+    interval = outline.checkpoint_interval or outline.last_step
+    most = max((kill.lost_steps for kill in kills), default=0)
     console.print(f"most steps lost by a kill: {most}; between two checkpoints lie {interval}")
 
 
@@ -204,12 +208,12 @@ def _show_verdict(console: "Console", found: "Comparison") -> bool:
     if found.differences:
         first = found.differences[0]
         console.print(f"first difference: {first}")
-        console.print(f"values that differ: {sum(difference.count for difference in found.differences):,}")
+        console.print(f"values that differ: {sum(difference.n_values for difference in found.differences):,}")
         return False
     console.print(
-        f"0 differing bits in {plural(found.losses, 'loss', 'es')}, {plural(found.evaluations, 'evaluation')}, "
-        f"{plural(found.texts, 'text')}, and the last checkpoint's {plural(found.tensors, 'tensor')} of weights and "
-        f"optimizer ({format_si(found.nbytes)}B) and progress"
+        f"0 differing bits in {plural(found.n_losses, 'loss', 'es')}, {plural(found.n_evaluations, 'evaluation')}, "
+        f"{plural(found.n_samples, 'sample')}, and the last checkpoint's {plural(found.n_tensors, 'tensor')} of "
+        f"weights and optimizer ({format_si(found.tensor_bytes)}B) and progress"
     )
     console.print("(what is drawn is addressed by seed and position: there is no generator's state to compare)")
     return True

@@ -1,22 +1,24 @@
-"""What every configuration model shares."""
+"""Base class, shared field types and the field walk of every configuration model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic.fields import FieldInfo
 
 MAX_COUNT = 10**15
-"""Above every sensible count of steps or tokens."""
+"""Upper bound for counts of steps or tokens, far above any real run."""
 
 
-def _named(value: object) -> object:
+def _require_path(value: object) -> object:
     if value == "":
         raise ValueError("names no path")
     return value
 
 
-FilePath = Annotated[Path, BeforeValidator(_named)]
-"""A path that a user gives; an empty one would be the current folder."""
+FilePath = Annotated[Path, BeforeValidator(_require_path)]
+"""A path that a user gives; rejects the empty one, which would mean the current folder."""
 
 
 class Config(BaseModel):
@@ -29,3 +31,20 @@ class Config(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
     )
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of a field that is a section, or None for a plain field."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def walk_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield (dotted name, field) for every field of `model`, sections included, in order."""
+    for name, field in model.model_fields.items():
+        path = prefix + (field.alias or name)
+        section = section_of(field)
+        if section is None:
+            yield path, field
+        else:
+            yield from walk_fields(section, f"{path}.")

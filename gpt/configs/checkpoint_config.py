@@ -1,20 +1,23 @@
-"""When a run's state is saved and how much of it is kept."""
+"""Configuration of checkpoints: when the state is saved and which checkpoints are kept."""
+
+from typing import Annotated
 
 from pydantic import Field
 
 from gpt.configs.base import Config
+from gpt.configs.resume_rule import SAFE
 
 
 class CheckpointConfig(Config):
-    """Checkpoints of a run; the last step is saved whatever the interval."""
+    """Checkpoints of a run; the last step is always saved."""
 
-    interval: int = Field(200, ge=0)
+    interval: Annotated[int, SAFE] = Field(200, ge=0)
     """Steps between checkpoints; 0: only the last step."""
-    every_minutes: float = Field(0.0, ge=0)
-    """Minutes between checkpoints, beside `interval`; 0: only steps count."""
-    keep: int = Field(2, ge=0)
+    every_minutes: Annotated[float, SAFE] = Field(0.0, ge=0)
+    """Also save when this many minutes have passed since the last checkpoint; 0: no time limit."""
+    keep: Annotated[int, SAFE] = Field(2, ge=0)
     """Newest checkpoints to keep; 0: all."""
-    keep_best: bool = False
-    """Save whenever an evaluation improves on val/loss, and keep the best one as well."""
-    asynchronous: bool = True
-    """Train on while a copy of the state in host memory is written; off: wait for the disk."""
+    keep_best: Annotated[bool, SAFE] = False
+    """Also save after each evaluation with the lowest val/loss so far, and keep that checkpoint."""
+    asynchronous: Annotated[bool, SAFE] = True
+    """Write checkpoints in the background from a copy in host memory; off: training waits for the disk."""

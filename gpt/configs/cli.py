@@ -1,19 +1,18 @@
 """argv -> configuration: tyro reads the flags, pydantic checks them, and every error is one line.
 
-tyro hands over the values as text and builds plain dicts (`_registry`), so that pydantic sees the whole tree at
-once: its errors then carry the full path of a field, and a saved config.json is checked by the same code.
+tyro hands over the values as text and builds plain dicts (`_registry`), so that pydantic checks the whole tree at
+once: its errors then carry the full path of a field, and the same code checks a saved config.json.
 """
 
 import contextlib
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
-from pydantic import BaseModel, ValidationError
+from pydantic import Field, ValidationError
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -23,8 +22,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from gpt.configs.base import Config
-from gpt.configs.explain import explain_error, flags_of, nearest_name
+from gpt.configs.base import Config, section_of
+from gpt.configs.explain import explain_unknown_argument, explain_usage_error, explain_validation_error, suggest_name
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import HORIZON, TrainConfig
@@ -36,73 +35,72 @@ POSITIONAL = "positional"
 """`Annotated[..., POSITIONAL]` makes a field an argument without a flag."""
 
 VERBS = {
-    "train": "train a model, or continue a run",
+    "train": "train a model, or resume a run",
     "prepare": "turn texts into tokens, once for many runs",
-    "sample": "let a trained model continue a text",
+    "sample": "generate text with a trained model",
     "data-at": "show the documents that a step of a run was trained on",
-    "verify": "compare every checkpoint of a run with its digests",
-    "verify-resume": "kill and resume a run again and again, and compare every bit with one left in peace",
+    "verify": "compare every checkpoint of a run with its SHA-256 digests",
+    "verify-resume": "kill and resume a run again and again; check that it stays bit-exact",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 
 
+class JsonOutput(Config):
+    """Flag of the commands whose result can be printed as JSON."""
+
+    as_json: bool = Field(False, alias="json")
+    """Print the result as one JSON object on stdout; log messages go to stderr."""
+
+
 class PresetOverrides(TrainConfig):
-    """A command line that begins with a preset: every value is the preset's own unless a flag gives another."""
+    """Command line that begins with a preset: a field keeps the preset's value unless a flag sets another."""
 
     config: Path | None = None
     """Start from a saved config.json instead of a preset."""
 
     def as_train_config(self) -> TrainConfig:
-        """Without what only the command line has."""
+        """Return the configuration without the fields that only the command line has."""
         return TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)))
 
 
-class TrainCommand(PresetOverrides):
-    """Train a GPT: every value below is the preset's own."""
-
-    dry_run: bool = False
-    """Resolve, check and print the plan; train nothing."""
+P = TypeVar("P", bound=PresetOverrides)
 
 
-T = TypeVar("T", bound=PresetOverrides)
+def parse_over_preset(model: type[P], argv: Sequence[str], *, verb: str) -> P:
+    """Parse `[PRESET] [--flags]`: the flags of `model` over the values of the preset or of a saved configuration.
 
-
-def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
-    """`[PRESET] [--flags]` -> the configuration, and whether only to plan it."""
-    command = parse_over_preset(TrainCommand, argv, verb="train")
-    return command.as_train_config(), command.dry_run
-
-
-def parse_over_preset(model: type[T], argv: Sequence[str], *, verb: str) -> T:
-    """`[PRESET] [--flags]` -> the flags of `model`, over the values of the preset or of a saved configuration."""
+    Raises:
+        UserError: an unknown preset, or anything that `parse` rejects.
+    """
     flags = list(argv)
     preset = flags.pop(0) if flags and not flags[0].startswith("-") else None
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown verb or preset {preset!r}; {nearest_name(preset, [*VERBS, *PRESETS])}")
-    base = _saved_or_preset(_value_of("--config", flags), preset)
-    named = {name for name in HORIZON if is_named(f"--{name}", flags)}
-    if named:  # a horizon on the command line replaces the preset's, whichever of the three that one uses
-        base |= {name: 0 for name in HORIZON if name not in named}
+        raise UserError(f"unknown verb or preset {preset!r}; {suggest_name(preset, [*VERBS, *PRESETS])}")
+    base = _load_base_values(_read_flag(flags, "--config"), preset)
+    given = {name for name in HORIZON if has_flag(flags, name)}
+    if given:  # a horizon on the command line replaces the preset's, whichever of the three the preset sets
+        base |= {name: 0 for name in HORIZON if name not in given}
     return parse(model, flags, prog=f"gpt {verb} {preset or ''}".strip(), default=base)
 
 
 def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[str, Any] | None = None) -> C:
-    """The flags of `model`, over the values in `default` and the model's own.
+    """Parse the flags of `model` over the values in `default` and the model's own defaults.
 
     Raises:
-        UserError: an unknown flag, a missing value, or a value that `model` refuses.
+        UserError: an unknown flag, a missing value, or a value that `model` rejects.
         SystemExit: after `--help`.
     """
     for word in argv:
         if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
             raise UserError(f"{word!r} is not valid text")
-    said = io.StringIO()
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(message):
             values, unknown = tyro.cli(
                 model,
                 args=list(argv),
                 prog=prog,
+                description=_join_lines(model.__doc__),
                 default=model.model_construct(**(default or {})),
                 return_unknown_args=True,
                 registry=_registry,
@@ -110,82 +108,94 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
     except SystemExit as stop:
         if not stop.code:
             raise
-        _refuse(said.getvalue(), argv, model, prog)
+        raise UserError(explain_usage_error(message.getvalue(), argv, model, prog)) from None
     if unknown:
-        _refuse_unknown(unknown[0], argv, model, prog)
+        raise UserError(explain_unknown_argument(unknown[0], argv, model, prog))
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain_error(error, model)) from error
+        raise UserError(explain_validation_error(error, model)) from error
+
+
+def has_flag(argv: Sequence[str], name: str) -> bool:
+    """Return whether a command line sets the field `name` by its flag."""
+    flag = f"--{name}".replace("_", "-")
+    return any(word.split("=")[0].replace("_", "-") == flag for word in argv)
 
 
 _registry = ConstructorRegistry()
 
 
 @_registry.struct_rule
-def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A section of the configuration becomes a plain dict: pydantic checks the whole tree later."""
-    if not (isinstance(info.type, type) and issubclass(info.type, BaseModel)):
+def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Read a section of the configuration as a plain dict, which pydantic checks later with the whole tree."""
+    if not (isinstance(info.type, type) and issubclass(info.type, Config)):
         return None
     fields = tuple(
         StructFieldSpec(
             name=field.alias or name,
-            type=_positional(kind) if POSITIONAL in field.metadata else kind,
-            default=_members_as_texts(getattr(info.default, name, tyro.MISSING)),
-            helptext=field.description,
+            type=_mark_positional(kind) if POSITIONAL in field.metadata else kind,
+            default=_members_as_text(getattr(info.default, name, tyro.MISSING)),
+            helptext=_join_lines(field.description or getattr(section_of(field), "__doc__", None)),
         )
         for name, field in info.type.model_fields.items()
-        for kind in [_as_texts(field.annotation)]
+        for kind in [_list_as_text(field.annotation)]
     )
     return StructConstructorSpec(instantiate=dict, fields=fields)
 
 
 @_registry.primitive_rule
-def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """A single value stays the text that was typed; switches and lists keep tyro's own reading."""
-    alternatives = _alternatives(info.type)
+def _build_value_spec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Keep a single value as the text that was typed; switches and lists are left to tyro's own rules."""
+    alternatives = _get_alternatives(info.type)
     kinds = [kind for kind in alternatives if kind is not NoneType]
-    if not all(kind in (int, float, str, Path) or _choices(kind) for kind in kinds):
+    if not all(kind in (int, float, str, Path) or _get_choices(kind) for kind in kinds):
         return None
-    choices = ["{" + ",".join(_choices(kind)) + "}" if _choices(kind) else kind.__name__.upper() for kind in kinds]
+    names = [
+        "{" + ",".join(_get_choices(kind)) + "}" if _get_choices(kind) else kind.__name__.upper() for kind in kinds
+    ]
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="|".join(choices),
+        metavar="|".join(names),
         instance_from_str=lambda words: None if words[0] == "none" and NoneType in alternatives else words[0],
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
 
 
-def _as_texts(annotation: Any) -> Any:
-    """A list of anything is read as a list of texts."""
-    return tuple[str, ...] if get_origin(annotation) is tuple else annotation
+def _join_lines(text: str | None) -> str:
+    """Return a docstring without its line breaks, so that the help screen can wrap it; paragraphs stay apart."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
 
 
-def _members_as_texts(default: Any) -> Any:
-    """So its default is one too."""
-    return tuple(str(member) for member in default) if isinstance(default, tuple) else default
-
-
-def _positional(annotation: Any) -> Any:
+def _mark_positional(annotation: Any) -> Any:
     return Annotated[annotation, tyro.conf.Positional]
 
 
-def _alternatives(annotation: Any) -> list[Any]:
-    """The types of a union, without what they are annotated with."""
+def _list_as_text(annotation: Any) -> Any:
+    return tuple[str, ...] if get_origin(annotation) is tuple else annotation
+
+
+def _members_as_text(default: Any) -> Any:
+    return tuple(str(member) for member in default) if isinstance(default, tuple) else default
+
+
+def _get_alternatives(annotation: Any) -> list[Any]:
+    """Return the types of a union, without their metadata."""
     types = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in types]
 
 
-def _choices(annotation: Any) -> tuple[str, ...]:
+def _get_choices(annotation: Any) -> tuple[str, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-def _saved_or_preset(saved: str | None, preset: str | None) -> dict[str, Any]:
+def _load_base_values(saved: str | None, preset: str | None) -> dict[str, Any]:
+    """Return the values of `--config`'s file or of the preset, by field name."""
     if saved is None:
         config = PRESETS[preset or "quickstart"]()
     elif preset is not None:
-        raise UserError(f"--config {saved} and the preset {preset} both give every value: leave one out")
+        raise UserError(f"--config {saved} and the preset {preset} both set every value: remove one of them")
     else:
         try:
             config = load_config(Path(saved))
@@ -194,43 +204,11 @@ def _saved_or_preset(saved: str | None, preset: str | None) -> dict[str, Any]:
     return {name: getattr(config, name) for name in type(config).model_fields}
 
 
-def is_named(flag: str, argv: Sequence[str]) -> bool:
-    """Whether a command line gives a value to `--flag`."""
-    return any(word.split("=")[0].replace("_", "-") == flag.replace("_", "-") for word in argv)
-
-
-def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+def _read_flag(argv: Sequence[str], flag: str) -> str | None:
+    """Return the value that a command line gives to `flag`, if any."""
     for index, word in enumerate(argv):
         if word == flag:
             return next((value for value in argv[index + 1 : index + 2] if not value.startswith("--")), None)
         if word.startswith(f"{flag}="):
             return word.removeprefix(f"{flag}=")
     return None
-
-
-def _refuse(box: str, argv: Sequence[str], model: type[Config], prog: str) -> NoReturn:
-    """What tyro refuses by itself: a flag without its value, which its message names, or a missing argument."""
-    known = {*flags_of(model), "--help"}
-    for word in argv:
-        if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known:
-            _refuse_unknown(word, argv, model, prog)
-    flag = re.search(r"Missing value for argument\W+(--[a-z][\w.-]*)", box)
-    if flag:
-        raise UserError(f"{flag[1]} needs a value")
-    required = " ".join(name.upper() for name, field in model.model_fields.items() if field.is_required())
-    raise UserError(f"usage: {prog} {required} [--flags]; see {prog} --help")
-
-
-def _refuse_unknown(word: str, argv: Sequence[str], model: type[Config], prog: str) -> NoReturn:
-    flags = flags_of(model)
-    before = argv[argv.index(word) - 1] if word in argv[1:] else ""
-    joined = next((given.removesuffix(f"={word}") for given in argv if given.endswith(f"={word}")), "")
-    for switch in (before.replace("_", "-"), joined.replace("_", "-")):
-        off = re.sub(r"([a-z-]+)$", r"no-\1", switch.removeprefix("--"))
-        if switch and f"--{off}" in flags:
-            raise UserError(f"{switch} takes no value: it is {switch} or --{off}")
-    if not word.startswith("-"):
-        hint = f"; a preset comes first: {' '.join(prog.split()[:2])} {word}" if word in PRESETS else ""
-        raise UserError(f"unexpected argument {word!r}{hint}; see {prog} --help")
-    flag = word.split("=")[0].replace("_", "-")
-    raise UserError(f"unknown flag {flag}; {nearest_name(flag, flags)}")

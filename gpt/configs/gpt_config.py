@@ -1,10 +1,11 @@
 """The architecture of the model."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gpt.configs.base import Config
+from gpt.configs.resume_rule import NEEDS_FLAG
 
 NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
 """Defaults of `norm_eps`: as in GPT-2, and as in Llama and Qwen 3."""
@@ -30,7 +31,8 @@ class GPTConfig(Config):
     """Longest context in tokens; one training sequence is this long."""
     vocab_size: int = Field(0, ge=0, le=2**31)
     """Rows of the embedding; 0: the tokenizer's vocabulary; a larger number pads it."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    # NEEDS_FLAG, not FORBIDDEN: no weight's shape or meaning depends on it.
+    dropout: Annotated[float, NEEDS_FLAG] = Field(0.0, ge=0, lt=1)
     """Probability of dropping an activation (embeddings, attention weights, residual branches)."""
     bias: bool = True
     """Biases in linear layers and layer norms, as in GPT-2."""

@@ -1,28 +1,29 @@
-"""The learning rate over the course of a run."""
+"""Configuration of the learning-rate schedule."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gpt.configs.base import MAX_COUNT, Config
+from gpt.configs.resume_rule import NEEDS_FLAG, SAFE_IF_LR_UNCHANGED
 
 
 class LRConfig(Config):
-    """Warmup to `max_lr`, then a decay; `gpt/utils/custom_scheduler.py` has the formulas."""
+    """Linear warmup to `max_lr`, then a decay; `gpt/utils/custom_scheduler.py` has the formulas."""
 
-    schedule: Literal["cosine", "linear", "wsd", "inverse-sqrt", "constant"] = "linear"
-    """Shape after warmup; wsd holds max_lr and decays at the end of the run."""
-    max_lr: float = Field(2e-3, gt=0)
+    schedule: Annotated[Literal["cosine", "linear", "wsd", "inverse-sqrt", "constant"], NEEDS_FLAG] = "linear"
+    """Shape after warmup; wsd (warmup, stable, decay) holds max_lr and decays at the end of the run."""
+    max_lr: Annotated[float, NEEDS_FLAG] = Field(2e-3, gt=0)
     """Highest learning rate."""
-    min_lr: float = Field(0.0, ge=0)
-    """Lowest learning rate of a decay."""
-    warmup_steps: int = Field(40, ge=0, le=MAX_COUNT)
-    """Steps of linear warmup; the first step's rate is max_lr / warmup_steps."""
-    decay_steps: int = Field(0, ge=0, le=MAX_COUNT)
-    """Steps that the decay takes; 0: all after warmup (cosine, linear), a fifth of the run (wsd)."""
+    min_lr: Annotated[float, NEEDS_FLAG] = Field(0.0, ge=0)
+    """Lowest learning rate of the decay."""
+    warmup_steps: Annotated[int, NEEDS_FLAG] = Field(40, ge=0, le=MAX_COUNT)
+    """Steps of linear warmup; the first step's learning rate is max_lr / warmup_steps."""
+    decay_steps: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(0, ge=0, le=MAX_COUNT)
+    """Steps of decay; 0: all steps after warmup (cosine, linear), a fifth of the run (wsd)."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _require_consistent(self) -> Self:
         if self.min_lr > self.max_lr:
             raise ValueError(
                 f"min_lr={self.min_lr:g} is above max_lr={self.max_lr:g}; lower it to {self.max_lr:g} or less"

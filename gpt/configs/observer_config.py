@@ -1,69 +1,73 @@
-"""What is watched while a run trains."""
+"""Configuration of the observers: logging, evaluation, samples, profiling and loss spikes."""
+
+from typing import Annotated
 
 from pydantic import Field
 
 from gpt.configs.base import MAX_COUNT, Config, FilePath
+from gpt.configs.resume_rule import SAFE
 
 
 class LogConfig(Config):
-    """The console and metrics.jsonl."""
+    """Metrics on the console and in metrics.jsonl."""
 
-    interval: int = Field(10, ge=1)
+    interval: Annotated[int, SAFE] = Field(10, ge=1)
     """Steps between two reports of the training loss."""
 
 
 class EvalConfig(Config):
-    """Evaluation on the validation set; the last step is evaluated whatever the interval."""
+    """Evaluation on the validation set; the last step is always evaluated."""
 
-    interval: int = Field(200, ge=0)
+    interval: Annotated[int, SAFE] = Field(200, ge=0)
     """Steps between evaluations; 0: only the last step."""
-    batches: int = Field(0, ge=0)
+    batches: Annotated[int, SAFE] = Field(0, ge=0)
     """Micro-batches per evaluation; 0: the whole validation set."""
 
 
 class SampleConfig(Config):
-    """How text is drawn from the model, during training and by `gpt sample`."""
+    """Sampling from the model, during training and by `gpt sample`."""
 
-    max_new_tokens: int = Field(200, ge=1, le=MAX_COUNT)
-    """Tokens to draw at most; an end-of-text token ends a text earlier."""
-    temperature: float = Field(0.8, ge=0)
-    """Divides the logits; 0 takes the most likely token each time."""
-    top_k: int = Field(0, ge=0, le=MAX_COUNT)
-    """Draw among the k most likely tokens; 0: among all."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Draw among the most likely tokens that together have this probability."""
+    max_new_tokens: Annotated[int, SAFE] = Field(200, ge=1, le=MAX_COUNT)
+    """Maximum number of tokens to generate; an end-of-text token ends the sample earlier."""
+    temperature: Annotated[float, SAFE] = Field(0.8, ge=0)
+    """Divides the logits; 0: always take the most likely token."""
+    top_k: Annotated[int, SAFE] = Field(0, ge=0, le=MAX_COUNT)
+    """Sample from the k most likely tokens; 0: from all."""
+    top_p: Annotated[float, SAFE] = Field(1.0, gt=0, le=1)
+    """Sample from the fewest most likely tokens whose probabilities add up to at least this (nucleus sampling)."""
 
 
 class TextSampleConfig(SampleConfig):
-    """Texts that are drawn at each evaluation and written to samples.jsonl."""
+    """Samples generated at each evaluation and written to samples.jsonl."""
 
-    prompts: tuple[str, ...] = ("def ",)
-    """Prompts to continue; none: draw no text. An empty prompt starts a document."""
+    prompts: Annotated[tuple[str, ...], SAFE] = ("def ",)
+    """Prompts to continue, one sample each; none: no samples. An empty prompt starts a new document."""
 
 
 class ProfileConfig(Config):
-    """A trace of some steps, written to the run's trace.json; chrome://tracing and ui.perfetto.dev show it."""
+    """Trace of some steps, written to the run's trace.json; open it in chrome://tracing or ui.perfetto.dev."""
 
-    start: int = Field(3, ge=1, le=MAX_COUNT)
-    """The first step to trace; the very first ones are not like the others."""
-    steps: int = Field(0, ge=0, le=1000)
+    start: Annotated[int, SAFE] = Field(3, ge=1, le=MAX_COUNT)
+    """First step to trace; the first two steps also allocate and compile."""
+    steps: Annotated[int, SAFE] = Field(0, ge=0, le=1000)
     """Steps to trace; 0: none."""
 
 
 class SpikeConfig(Config):
-    """What is done about a loss that is out of line: NaN or inf, of which an update is never made, or a spike."""
+    """Handling of loss spikes and of NaN or inf; an update with NaN or inf is always skipped."""
 
-    max_skips: int = Field(10, ge=1, le=MAX_COUNT)
-    """Updates in a row that are skipped for a NaN or inf before the run ends."""
-    window: int = Field(128, ge=16, le=65_536)
-    """Losses that a new one is compared with: the last ones that were no spikes."""
-    threshold: float = Field(8.0, gt=0)
-    """A spike lies so many robust deviations (1.4826 median absolute deviations) above the window's median."""
-    least_rise: float = Field(0.2, ge=0)
-    """And so many nats above it, so that a flat stretch makes no spikes."""
-    rollback: bool = False
-    """After a spike go back to the last checkpoint before it, and on without the batches of the bad steps."""
-    max_rollbacks: int = Field(3, ge=1, le=MAX_COUNT)
-    """How often a run goes back before it ends."""
-    journal: FilePath | None = None
-    """journal.jsonl of another run on the same data: leave out the batches that it left out."""
+    max_skips: Annotated[int, SAFE] = Field(10, ge=1, le=MAX_COUNT)
+    """Consecutive updates skipped for NaN or inf before the run stops."""
+    window: Annotated[int, SAFE] = Field(128, ge=16, le=65_536)
+    """Number of recent losses, spikes excluded, that a new loss is compared with."""
+    threshold: Annotated[float, SAFE] = Field(8.0, gt=0)
+    """Minimum rise of a spike above the window's median, in robust deviations (1.4826 median absolute deviations)."""
+    least_rise: Annotated[float, SAFE] = Field(0.2, ge=0)
+    """Minimum rise of a spike above the window's median, in nats; a spike exceeds both minimums."""
+    rollback: Annotated[bool, SAFE] = False
+    """After a spike, return to the last checkpoint before it and train on without the batches of the bad steps."""
+    max_rollbacks: Annotated[int, SAFE] = Field(3, ge=1, le=MAX_COUNT)
+    """Rollbacks before the run stops."""
+    # SAFE: once a run has begun, its own journal holds these records.
+    journal: Annotated[FilePath | None, SAFE] = None
+    """journal.jsonl of another run on the same data: skip the batches that it skipped."""

@@ -1,24 +1,26 @@
-"""The optimizer."""
+"""Configuration of the optimizer."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from gpt.configs.base import Config
+from gpt.configs.resume_rule import NEEDS_FLAG
 
 
 class OptimizerConfig(Config):
-    """AdamW, or Muon with it; decay applies to matrices only, never to biases and norms."""
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest; weight decay applies to matrices only."""
 
+    # FORBIDDEN: another optimizer cannot read the saved state.
     name: Literal["adamw", "muon"] = "adamw"
-    """muon orthogonalises the updates of the blocks' matrices, and leaves the rest to adamw."""
-    muon_lr: float = Field(0.02, gt=0)
-    """Highest learning rate of muon's matrices; lr.max_lr is that of the rest, and both follow one schedule."""
-    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """muon orthogonalises the updates of the blocks' matrices and leaves the other weights to adamw."""
+    muon_lr: Annotated[float, NEEDS_FLAG] = Field(0.02, gt=0)
+    """Highest learning rate of muon's matrices; lr.max_lr applies to the rest, and both follow one schedule."""
+    muon_momentum: Annotated[float, NEEDS_FLAG] = Field(0.95, ge=0, lt=1)
     """Decay of muon's running mean of the gradient."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: Annotated[float, NEEDS_FLAG] = Field(0.1, ge=0)
     """Decoupled weight decay of the matrices."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: Annotated[float, NEEDS_FLAG] = Field(0.9, ge=0, lt=1)
     """Decay of adamw's running mean of the gradient."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: Annotated[float, NEEDS_FLAG] = Field(0.95, ge=0, lt=1)
     """Decay of adamw's running mean of the squared gradient."""

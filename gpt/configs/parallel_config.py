@@ -1,22 +1,23 @@
-"""How the model is made ready to train on one process or many."""
+"""Configuration of memory saving and of training with several processes."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from gpt.configs.base import MAX_COUNT, Config
+from gpt.configs.resume_rule import NEEDS_FLAG, SAFE
 
 
 class ParallelConfig(Config):
-    """What is applied to the model, and how its processes keep together; nothing but rounding changes."""
+    """Activation checkpointing and the coordination of several processes; results change by rounding at most."""
 
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
-    """Less memory for more arithmetic: block makes each block's activations again in the backward pass; selective keeps
-    its products of matrices and makes the rest again."""
-    reproducible: bool = False
-    """Add gradients in a fixed order, so that on a CPU every bit is the same at 1, 2, 4, ... processes; each computes
-    with one thread, unless --runtime.threads says otherwise."""
-    check_replicas: int = Field(100, ge=0, le=MAX_COUNT)
-    """Steps between comparisons of the processes' weights, which are also compared before a checkpoint; 0: never."""
-    step_timeout: float = Field(600, ge=1, le=86_400)
-    """Seconds that a step waits for a process before the run is given up, to be started again."""
+    activation_checkpointing: Annotated[Literal["none", "block", "selective"], SAFE] = "none"
+    """Save memory by recomputing in the backward pass: block recomputes every activation of a block; selective saves
+    the matmul results and recomputes the rest."""
+    reproducible: Annotated[bool, NEEDS_FLAG] = False
+    """Add gradients in a fixed order, so that on CPUs a run is bit-exact with 1, 2, 4, ... processes; each computes
+    with one thread unless --runtime.threads sets another number."""
+    check_replicas: Annotated[int, SAFE] = Field(100, ge=0, le=MAX_COUNT)
+    """Steps between checks that every process holds the same weights; also checked before a checkpoint; 0: never."""
+    step_timeout: Annotated[float, SAFE] = Field(600, ge=1, le=86_400)
+    """Seconds that a step waits for another process before the run stops with an error."""

@@ -1,4 +1,4 @@
-"""The root of the configuration: `TrainConfig()` is the `quickstart` preset and the default of everything."""
+"""Root of the configuration; `TrainConfig()` is the `quickstart` preset and holds every default."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,45 +13,52 @@ from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, SpikeConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.parallel_config import ParallelConfig
+from gpt.configs.resume_rule import NEEDS_FLAG, SAFE, SAFE_IF_LR_UNCHANGED, SAFE_WITHOUT_DROPOUT
 from gpt.configs.runtime_config import RuntimeConfig
 
 MAX_MICRO_BATCH_SIZE = 2**20
-"""Of a micro-batch."""
+"""Upper bound of --micro-batch-size, in sequences."""
 HORIZON = ("max_steps", "max_tokens", "epochs")
-"""Fields that say how long a run is."""
+"""Fields that set the length of a run."""
 
 
 class TrainConfig(Config):
     """A training run."""
 
-    run_dir: FilePath = Path("runs/quickstart")
+    run_dir: Annotated[FilePath, SAFE] = Path("runs/quickstart")
     """Folder of the run: configuration, metrics, samples and checkpoints."""
+    # FORBIDDEN, like tokens_per_step: step s reads the sequences from s * sequences_per_step on, in an order that the
+    # seed decides, so another value would repeat some sequences and leave out others.
     seed: int = Field(1337, ge=0, le=2**63 - 1)
-    """Decides the initial weights, the data order and every other draw."""
-    max_steps: int = Field(400, ge=0, le=MAX_COUNT)
-    """Steps to train; 0: no bound. The earliest of max_steps, max_tokens and epochs ends the run."""
-    max_tokens: int = Field(0, ge=0, le=MAX_COUNT)
-    """Tokens to train on; 0: no bound."""
-    epochs: float = Field(0, ge=0, le=1_000_000)
-    """Passes over the training set; 0: no bound."""
-    micro_batch_size: Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] | Literal["auto"] = 16
-    """Sequences per process in one forward pass; auto: as many as fit in memory, on a CPU as many as are of use."""
+    """Seed of the initial weights, the data order, dropout and samples."""
+    max_steps: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(400, ge=0, le=MAX_COUNT)
+    """Steps to train; 0: no limit. The run ends at the earliest of max_steps, max_tokens and epochs."""
+    max_tokens: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(0, ge=0, le=MAX_COUNT)
+    """Tokens to train on; 0: no limit."""
+    epochs: Annotated[float, SAFE_IF_LR_UNCHANGED] = Field(0, ge=0, le=1_000_000)
+    """Passes over the training set; 0: no limit."""
+    micro_batch_size: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] | Literal["auto"], SAFE_WITHOUT_DROPOUT
+    ] = 16
+    """Sequences per process in one forward pass; auto: the most that fit in memory and, on a CPU, gain speed."""
     tokens_per_step: int = Field(2048, ge=0, le=MAX_COUNT)
-    """Tokens over all processes in one update; 0: one micro-batch per process."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train; auto: cuda, else mps, else cpu."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute type under autocast; auto: bfloat16 where the hardware has it, else float32."""
-    compile: bool = False
-    """Compile the model with torch.compile; a machine that cannot falls back, and says so."""
-    compile_mode: Literal["default", "max-autotune"] = "default"
-    """max-autotune times several kernels for each product of matrices, and takes long to compile."""
-    grad_clip: float = Field(1.0, ge=0)
-    """Largest norm of the gradient; 0: no clipping."""
-    resume: str = Field("auto", min_length=1)
-    """auto: continue the run in run_dir if there is one; never; or a checkpoint to continue from."""
-    resume_with_changes: bool = False
-    """Continue although the learning rate, the horizon or another setting of the optimization has changed."""
+    """Tokens per update over all processes and micro-batches; 0: one micro-batch per process."""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], SAFE] = "auto"
+    """Device to train on; auto: cuda, else mps, else cpu."""
+    # NEEDS_FLAG, not FORBIDDEN: autocast's type changes, the saved tensors' types do not.
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], NEEDS_FLAG] = "auto"
+    """Compute type under autocast; auto: bfloat16 if the hardware has it, else float32."""
+    compile: Annotated[bool, SAFE] = False
+    """Compile the model with torch.compile; falls back to eager with a warning where that is not possible."""
+    compile_mode: Annotated[Literal["default", "max-autotune"], SAFE] = "default"
+    """max-autotune times several kernels for each matmul; it takes long to compile."""
+    grad_clip: Annotated[float, NEEDS_FLAG] = Field(1.0, ge=0)
+    """Maximum norm of the gradient; 0: no clipping."""
+    resume: Annotated[str, SAFE] = Field("auto", min_length=1)
+    """auto: resume the run in run_dir, if any; never: start afresh, in a new run_dir; or a checkpoint to resume."""
+    resume_with_changes: Annotated[bool, SAFE] = False
+    """Resume although the learning rate, the horizon or another optimization setting has changed."""
+    # FORBIDDEN: a run that has begun cannot begin from other weights.
     init_from: FilePath | None = None
     """Run or checkpoint whose weights to start from, with a fresh optimizer."""
     model: GPTConfig = GPTConfig()
@@ -68,7 +75,7 @@ class TrainConfig(Config):
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _require_consistent(self) -> Self:
         if not (self.max_steps or self.max_tokens or self.epochs):
             raise ValueError("max_steps, max_tokens and epochs are all 0: set one of them, or the run never ends")
         if self.init_from is not None and self.resume not in ("auto", "never"):
@@ -78,5 +85,5 @@ class TrainConfig(Config):
         return self
 
     def saved_json(self) -> str:
-        """For config.json: without what is said of one start alone."""
+        """Return the JSON text for config.json, without the fields that concern a single launch."""
         return self.model_dump_json(indent=2, exclude={"resume_with_changes"})

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.run_plan import CorpusFacts, StreamFacts
-from gpt.data.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, packing_of
 from gpt.data.prepare.preparation import find, prepare_into
-from gpt.data.sequences import MixedSources, PackedDocuments, TracedSequences, Windows
+from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.utils.atomic_io import require_writable
+from gpt.utils.distributed import DistContext
 from gpt.utils.helper import unique_names
 
 
@@ -36,13 +37,29 @@ class Corpus:
     """The source that each shard was made of."""
 
 
-def prepare(config: DataConfig) -> list[Path]:
-    """The folders of the prepared corpus: those named, or one in the cache, which is made if it is not there.
+def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpus:
+    """Prepare and pack the corpus on one process of each machine, then open it on every rank.
+
+    Raises:
+        UserError: a source cannot be read, the cache cannot be written, or a prepared file was changed.
+    """
+
+    def prepare_and_pack() -> list[str]:
+        folders = prepare_corpus(config)
+        open_corpus(folders, config, block_size)  # which packs its documents where the configuration asks for it
+        return [str(folder) for folder in folders]
+
+    folders = [Path(folder) for folder in dist.on_local_main(prepare_and_pack)]
+    return open_corpus(folders, config, block_size)
+
+
+def prepare_corpus(config: DataConfig) -> list[Path]:
+    """Return the prepared folders: those that the configuration names, or one in the cache, prepared if missing.
 
     Raises:
         UserError: a source cannot be read, or the cache not written.
     """
-    prepared = [source for source in config.source if (Path(source) / MANIFEST).is_file()]
+    prepared = [source for source in config.source if (Path(source) / CORPUS_MANIFEST).is_file()]
     if prepared and (len(prepared) < len(config.source) or config.val_source):
         raise UserError(
             f"--data.source {prepared[0]} is prepared and others are not; prepare all of them together: "
@@ -63,14 +80,14 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     """Map prepared folders; nothing of their shards is read yet, but for packing.
 
     Args:
-        folders: from `prepare`.
+        folders: from `prepare_corpus`.
         config: how sequences are made of them.
         block_size: length of a sequence.
 
     Raises:
         UserError: a file is missing or was changed, or the folders have different tokenizers.
     """
-    manifests = [read_manifest(folder) for folder in folders]
+    manifests = [read_corpus_manifest(folder) for folder in folders]
     tokenizer = _tokenizer(folders[0], manifests[0])
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest.tokenizer_sha256 != tokenizer.sha256:
@@ -102,7 +119,8 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     facts = CorpusFacts(
         vocab_size=tokenizer.vocab_size,
         streams=tuple(
-            StreamFacts(name, len(stream), packings[name].n_rows if packings else 0) for name, stream in train.items()
+            StreamFacts(name, len(stream), packings[name].n_sequences if packings else 0)
+            for name, stream in train.items()
         ),
         sha256=" ".join(digests),
         tokenizer_sha256=tokenizer.sha256,
@@ -132,19 +150,19 @@ def _packings(
     return packings
 
 
-def sequences_of(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> TracedSequences:
-    """What is trained on, in its order."""
-    each: list[TracedSequences] = [
+def build_sequences(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> TraceableSequences:
+    """Return the training sequences of a run, in its order."""
+    each: list[TraceableSequences] = [
         PackedDocuments(
             stream,
             corpus.packings[name],
             block_size,
             seed=seed,
             end_of_text=corpus.tokenizer.end_of_text,
-            masked=config.document_mask,
+            document_mask=config.document_mask,
         )
         if corpus.packings
-        else Windows(stream, block_size, seed=seed, masked=config.document_mask)
+        else Windows(stream, block_size, seed=seed, document_mask=config.document_mask)
         for name, stream in corpus.train.items()
     ]
     return MixedSources(each, Mixture(config.weights, seed)) if config.weights else each[0]
@@ -159,7 +177,7 @@ def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
         UserError: the configuration names a tokenizer.json, and the folder was prepared with another, if only by one
             merge.
     """
-    if not (Path(config.source[0]) / MANIFEST).is_file():
+    if not (Path(config.source[0]) / CORPUS_MANIFEST).is_file():
         return None
     if Path(config.tokenizer).is_file():
         if Tokenizer.from_file(Path(config.tokenizer)).sha256 != corpus.tokenizer.sha256:
@@ -168,17 +186,17 @@ def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
                 f"{corpus.tokenizer.sha256}; leave the flag out, or prepare it again"
             )
         return None
-    named = read_manifest(Path(config.source[0])).settings.get("tokenizer")
+    named = read_corpus_manifest(Path(config.source[0])).settings.get("tokenizer")
     if config.tokenizer in (named, DataConfig().tokenizer):
         return None
     return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+def _tokenizer(folder: Path, manifest: CorpusManifest) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"{folder / TOKENIZER}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
+            f"{folder / TOKENIZER_FILE}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
             f"{manifest.tokenizer_sha256}; restore it, or delete the folder and prepare it again"
         )
     return tokenizer

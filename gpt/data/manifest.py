@@ -1,20 +1,18 @@
 """corpus.json: what a prepared folder holds, with the digest of every part of it and its own."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gpt.configs.base import Config
 from gpt.data.shards import ShardInfo
 from gpt.errors import UserError
-from gpt.utils.atomic_io import write_text
+from gpt.utils.sealed_json import read_sealed_json, write_sealed_json
 
-FORMAT_VERSION = 2
-MANIFEST = "corpus.json"
-TOKENIZER = "tokenizer.json"
+CORPUS_FORMAT_VERSION = 2
+CORPUS_MANIFEST = "corpus.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class SourceEntry(Config):
@@ -30,7 +28,7 @@ class SourceEntry(Config):
     """Documents left out because an equal one came before."""
 
 
-class Manifest(Config):
+class CorpusManifest(Config):
     """What a prepared folder holds. It says nothing of where, when and by how many processes it was made."""
 
     format_version: int
@@ -52,42 +50,21 @@ class Manifest(Config):
 
     def write(self, folder: Path) -> None:
         """Write it into `folder` in one step."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), indent=2).removesuffix("\n}")
-        write_text(folder / MANIFEST, f'{content}{_SEAL}{_sha256(content)}"\n}}\n')
+        write_sealed_json(folder / CORPUS_MANIFEST, self.model_dump(mode="json", exclude={"sha256"}))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder.
+def read_corpus_manifest(folder: Path) -> CorpusManifest:
+    """Return the manifest of a prepared folder.
 
     Raises:
         UserError: it is missing, of another format, damaged or changed.
     """
-    path = folder / MANIFEST
+    path = folder / CORPUS_MANIFEST
     remedy = "delete the folder and prepare it again"
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-        if content.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format {content.get('format_version')}, this program's is {FORMAT_VERSION}; {remedy}"
-            )
-        sealed, _, rest = text.rpartition(_SEAL)
-        found = _sha256(sealed)
-        if found != content["sha256"]:
-            raise UserError(f"{path}: changed: its SHA-256 is {found}, not {content['sha256']}; {remedy}")
-        if rest != f'{found}"\n}}\n':
-            raise ValueError("a key that follows the digest would replace one that it covers")
-        return Manifest.model_validate(content)
+        content = read_sealed_json(path, format_version=CORPUS_FORMAT_VERSION, remedy=remedy)
+        return CorpusManifest.model_validate(content)
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared corpus here; do all machines read the same source?") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: damaged; {remedy}") from error
-
-
-_SEAL = ',\n  "sha256": "'
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -32,6 +32,7 @@ from gpt.configs.base import Config
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync
 from gpt.utils.helper import sha256_of_file
+from gpt.utils.safetensors_file import LENGTH_BYTES, TensorEntry, encode_header, read_header
 
 Tokens = npt.NDArray[np.integer[Any]]
 
@@ -156,17 +157,11 @@ class ShardWriter:
             "document_bytes": np.array(self._text_bytes, dtype=np.uint64),
             "block_digests": _block_digests(self._spool),
         }
-        header: dict[str, Any] = {"__metadata__": {"format": "gpt-training-pipeline tokens, version 2"}}
-        at = 0
-        for name, array in arrays.items():
-            header[name] = {"dtype": "U64", "shape": [len(array)], "data_offsets": [at, at := at + array.nbytes]}
-        n_tokens = sum(self._lengths)
-        name_of_dtype = "U16" if self._dtype.itemsize == 2 else "U32"
-        ends = [at, at + n_tokens * self._dtype.itemsize]
-        header["tokens"] = {"dtype": name_of_dtype, "shape": [n_tokens], "data_offsets": ends}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that the tensors lie at multiples of their items
-        return b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())])
+        n_tokens, dtype = sum(self._lengths), "U16" if self._dtype.itemsize == 2 else "U32"
+        entries = [TensorEntry(name, "U64", [len(array)], array.nbytes) for name, array in arrays.items()]
+        entries.append(TensorEntry("tokens", dtype, [n_tokens], n_tokens * self._dtype.itemsize))
+        header = encode_header(entries, {"format": "gpt-training-pipeline tokens, version 2"}, compact=False)
+        return b"".join([header, *(array.tobytes() for array in arrays.values())])
 
 
 class TokenStream:
@@ -316,23 +311,19 @@ _TENSORS = ("document_offsets", "block_digests", "tokens")
 def _read_index(path: Path) -> tuple[dict[str, Any], int, str]:
     """Header, its size, and the digest of all that comes before the tokens; read, not mapped, to leave memory free."""
     with path.open("rb") as file:
-        prefix = file.read(8)
-        header_size = int.from_bytes(prefix, "little")
-        if header_size > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {header_size} bytes")
-        text = file.read(header_size)
+        text = read_header(file, MAX_HEADER_BYTES)
         header = json.loads(text)
-        digest = hashlib.sha256(prefix + text)
+        digest = hashlib.sha256(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         left = int(header["tokens"]["data_offsets"][0])
         while left > 0 and (block := file.read(min(left, 2**20))):
             digest.update(block)
             left -= len(block)
-    return header, header_size, digest.hexdigest()
+    return header, len(text), digest.hexdigest()
 
 
 def _tensor(content: npt.NDArray[np.uint8], header_size: int, entry: dict[str, Any]) -> npt.NDArray[Any]:
     """A tensor of a mapped safetensors file (8 bytes of header length, a JSON header, the data)."""
-    first, stop = (8 + header_size + int(offset) for offset in entry["data_offsets"])
+    first, stop = (LENGTH_BYTES + header_size + int(offset) for offset in entry["data_offsets"])
     return content[first:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 

@@ -1,22 +1,35 @@
 """Where a run begins: afresh, from the newest of its own checkpoints that is whole, or from another run's."""
 
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.checkpoint.newest import Start, newest_valid
+from gpt.checkpoint.manifest import PROGRESS, verify
+from gpt.checkpoint.newest import find_newest_valid
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
-from gpt.checkpoint.store import PROGRESS, read_json, verify
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.load import load_config
-from gpt.configs.run_plan import DTYPE
+from gpt.configs.resume_rule import FLAG
+from gpt.configs.run_plan import DTYPE_KEY
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import FLAG, Difference, differences, require_allowed
+from gpt.resume.compatibility import Difference, differences, require_allowed
+from gpt.utils.atomic_io import read_json
 
 WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
 """Fields of a model that trained weights do not depend on; the vocabulary is compared as the tokenizer's."""
 PER_LAUNCH = frozenset({"run_dir", "resume", "resume_with_changes"})
 """Fields that say where and how a run is continued: told elsewhere, and no news as differences."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    checkpoint: Path | None
+    """None: afresh."""
+    damaged: tuple[tuple[Path, str], ...] = ()
+    """Newer checkpoints that are damaged, newest first, each with the reason."""
 
 
 def find_start(folder: RunFolder, config: TrainConfig) -> Start:
@@ -76,7 +89,7 @@ def require_same_identity(identity: Mapping[str, str | int], checkpoint: Path, n
     saved = read_json(checkpoint / PROGRESS).get("identity", {})
     for name in identity:
         if name in names and saved.get(name, identity[name]) != identity[name]:
-            remedy = f"or say {FLAG}" if name == DTYPE else "or name another --run-dir"
+            remedy = f"or say {FLAG}" if name == DTYPE_KEY else "or name another --run-dir"
             raise UserError(
                 f"{checkpoint} cannot be continued: {name} is {saved.get(name)} there and {identity[name]} here; "
                 f"restore what was changed, {remedy}"
@@ -89,7 +102,8 @@ def _own(folder: RunFolder) -> Start:
     Raises:
         UserError: none is whole.
     """
-    start = newest_valid(folder.steps())
+    found = find_newest_valid(folder.steps())
+    start = Start(found.checkpoint, found.skipped)
     if start.checkpoint is None:
         listed = "; ".join(reason for _, reason in start.damaged)
         raise UserError(

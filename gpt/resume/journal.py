@@ -5,14 +5,13 @@ take the same batches as the run that wrote it.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt.data.quarantine import Quarantine
 from gpt.errors import UserError
-from gpt.utils.atomic_io import fsync
+from gpt.utils.atomic_io import append_jsonl
 from gpt.utils.distributed import DistContext
 
 Record = dict[str, Any]
@@ -46,7 +45,7 @@ class Journal:
         Raises:
             UserError: the disk refused.
         """
-        batches = {str(self.quarantine.batch_of(step - 1)): why for step, why in bad_steps.items()}
+        batches = {str(self.quarantine.find_batch(step - 1)): why for step, why in bad_steps.items()}
         record = {"order": self._order, "quarantined": batches, "to_step": to_step, "reason": reason}
         self._dist.on_main(lambda: _append(self._path, record))
         for batch in batches:
@@ -66,11 +65,7 @@ def _append(path: Path, record: Record) -> None:
         UserError: the disk refused.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fsync(path.parent)
+        append_jsonl(path, record, durable=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; the last checkpoint is untouched") from error
 
@@ -124,6 +119,6 @@ def joined(own: list[Record], other: list[Record], source: Path, order: str, ste
     known = quarantine_of(own)
     more = {batch: why for record in other for batch, why in record["quarantined"].items() if int(batch) not in known}
     for batch in more:
-        if int(batch) < known.batch_of(step):
+        if int(batch) < known.find_batch(step):
             raise UserError(f"{source}: batch {batch} was trained on before step {step}; name another --run-dir")
     return [*own, {"order": order, "quarantined": more, "from": str(source)}] if more else own

@@ -97,7 +97,7 @@ class Trainer(Subject):
 
     def _advance(self) -> None:
         """One step, and everything that is due after it."""
-        batch = self._loader.batch_of(self._step)
+        batch = self._loader.get_batch(self._step)
         multiplier = self._schedule(self._step)
         rate = self._plan.lr.max_lr * multiplier
         set_learning_rate(self._state.optimizer, multiplier)

@@ -29,6 +29,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: the file cannot be read, or holds no JSON object.
+    """
+    try:
+        return parse_json_object(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def parse_json_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that a text holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
 def make_folder(path: Path) -> None:
     """Make `path` and the folders above it that are missing, each on the disk before anything is put into it."""
     if not path.exists():
@@ -80,10 +109,21 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith((UNFINISHED_SUFFIX, REMOVED_SUFFIX))
 
 
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Add one line of JSON."""
+def append_jsonl(path: Path, record: dict[str, Any], *, durable: bool = False) -> None:
+    """Append a record as one line of JSON.
+
+    Args:
+        path: the file, made if it does not exist.
+        record: a JSON object.
+        durable: whether to return only once the line and the file's name are on the disk.
+    """
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    if durable:
+        fsync(path.parent)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A few pure functions that several layers need."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
@@ -37,9 +38,19 @@ def random_bits(*address: int) -> int:
     return state
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+def sha256_of_file(path: Path, *, follow_links: bool = True) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal.
+
+    Args:
+        path: the file.
+        follow_links: whether a symbolic link stands for the file that it points to; else opening it is an error, where
+            the system can tell.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | (0 if follow_links else getattr(os, "O_NOFOLLOW", 0))
+    with open(os.open(path, flags), "rb", buffering=0) as file:  # noqa: PTH123
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

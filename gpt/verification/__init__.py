@@ -1,1 +1,1 @@
-"""A run that is killed and continued, beside the same run left in peace."""
+"""Kill and resume a run again and again, and compare it bit by bit with a reference run that nothing interrupted."""

@@ -1,7 +1,7 @@
-"""Two runs, compared in every bit that is not the clock's.
+"""Bit-exact comparison of two runs.
 
-What a run draws is addressed by its seed and a position (`gpt.utils.helper.draw`), so there is no generator whose
-state could differ: the losses, the texts and the position say it all.
+Randomness is addressed by the seed and a position (`gpt.utils.helper.random_bits`), so there is no generator state to
+compare: metrics, samples, and the last checkpoint's tensors and progress are the whole result of a run.
 """
 
 import json
@@ -14,116 +14,123 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from gpt.checkpoint.manifest import MODEL, OPTIMIZER, PROGRESS, VAL_LOSS
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import MODEL, OPTIMIZER, PROGRESS, read_json
 from gpt.resume.compatibility import leaves
-from gpt.utils.atomic_io import read_jsonl
-from gpt.verification.watch import LOSS, VAL_LOSS
+from gpt.utils.atomic_io import read_json, read_jsonl
+from gpt.verification.watcher import TRAIN_LOSS
 
-OF_THE_CLOCK = {"tokens_per_second", "mfu", "peak_memory_bytes"}
-"""Metrics of the machine, which are never the same twice."""
-_ABSENT = "nothing"
+MACHINE_METRICS = frozenset({"tokens_per_second", "mfu", "peak_memory_bytes"})
+"""Metrics that measure the machine; they vary from launch to launch and are not compared."""
+_MISSING = "nothing"
+"""Text shown for a record, key or tensor that one of the two runs lacks."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Where two runs part."""
+class BitDifference:
+    """Place at which two runs differ."""
 
-    where: str
+    location: str
     reference: str
     resumed: str
-    count: int = 1
-    """Values that differ there; the first is shown."""
+    n_values: int = field(default=1, kw_only=True)
+    """Values that differ at this location; `reference` and `resumed` are the first of them."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reference} in the reference, {self.resumed} in the resumed run"
+        return f"{self.location}: {self.reference} in the reference, {self.resumed} in the resumed run"
 
 
 @dataclass
 class Comparison:
-    """What was compared, and what was found."""
+    """Counts of what was compared, and the differences."""
 
-    losses: int = 0
-    evaluations: int = 0
-    texts: int = 0
-    tensors: int = 0
-    nbytes: int = 0
-    """Of the tensors."""
-    differences: list[Difference] = field(default_factory=list)
-    """In the order in which a run would have come to them; none: every bit is the same."""
+    n_losses: int = 0
+    n_evaluations: int = 0
+    n_samples: int = 0
+    n_tensors: int = 0
+    tensor_bytes: int = 0
+    differences: list[BitDifference] = field(default_factory=list)
+    """Differences in the order in which training produces the values; empty if the runs are bit-exact."""
 
 
 def compare(reference: RunFolder, resumed: RunFolder) -> Comparison:
-    """Compare all losses, evaluations and texts, and the last checkpoints' weights, optimizers and progress."""
-    found = Comparison()
-    metrics = [_records(folder.metrics) for folder in (reference, resumed)]
-    found.losses = sum(LOSS in record for record in metrics[0])
-    found.evaluations = sum(VAL_LOSS in record for record in metrics[0])
-    found.differences += _of_records(reference.metrics.name, *metrics)
-    texts = [_records(folder.samples) for folder in (reference, resumed)]
-    found.texts = len(texts[0])
-    found.differences += _of_records(reference.samples.name, *texts)
+    """Compare all metrics and samples, and the last checkpoint's weights, optimizer state and progress."""
+    comparison = Comparison()
+    metrics = [_read_records(folder.metrics) for folder in (reference, resumed)]
+    comparison.n_losses = sum(TRAIN_LOSS in record for record in metrics[0])
+    comparison.n_evaluations = sum(VAL_LOSS in record for record in metrics[0])
+    comparison.differences += _compare_records(reference.metrics.name, *metrics)
+    samples = [_read_records(folder.samples) for folder in (reference, resumed)]
+    comparison.n_samples = len(samples[0])
+    comparison.differences += _compare_records(reference.samples.name, *samples)
     last = [folder.committed()[-1] for folder in (reference, resumed)]
     if last[0].name != last[1].name:
-        found.differences.append(Difference("last checkpoint", last[0].name, last[1].name))
-        return found
+        comparison.differences.append(BitDifference("last checkpoint", last[0].name, last[1].name))
+        return comparison
     for name in (MODEL, OPTIMIZER):
-        for difference, nbytes in _of_tensors(last[0] / name, last[1] / name):
-            found.tensors += 1
-            found.nbytes += nbytes
-            found.differences += [difference] if difference else []
+        for difference, n_bytes in _compare_tensor_files(last[0] / name, last[1] / name):
+            comparison.n_tensors += 1
+            comparison.tensor_bytes += n_bytes
+            comparison.differences += [difference] if difference else []
     progress = [leaves(read_json(path / PROGRESS)) for path in last]
-    found.differences += _of_record(f"{last[0].name}/{PROGRESS}", *progress)
-    return found
+    comparison.differences += _compare_dicts(f"{last[0].name}/{PROGRESS}", *progress)
+    return comparison
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    return [{key: record[key] for key in record.keys() - OF_THE_CLOCK} for record in read_jsonl(path)]
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    return [{key: record[key] for key in record.keys() - MACHINE_METRICS} for record in read_jsonl(path)]
 
 
-def _of_records(name: str, reference: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> Iterator[Difference]:
-    for number, (ours, theirs) in enumerate(zip_longest(reference, resumed), 1):
-        if ours is None or theirs is None or ours["step"] != theirs["step"] or ours.keys() != theirs.keys():
-            there, here = (_ABSENT if record is None else _shown(record) for record in (ours, theirs))
-            yield Difference(f"{name}, record {number}", there, here)
-            return  # what comes after it is moved, not changed
-        yield from _of_record(f"{name}, step {ours['step']}", ours, theirs)
+def _compare_records(
+    file_name: str, reference: list[dict[str, Any]], resumed: list[dict[str, Any]]
+) -> Iterator[BitDifference]:
+    for number, (expected, actual) in enumerate(zip_longest(reference, resumed), 1):
+        if expected is None or actual is None or expected["step"] != actual["step"] or expected.keys() != actual.keys():
+            texts = (_MISSING if record is None else _format_value(record) for record in (expected, actual))
+            yield BitDifference(f"{file_name}, record {number}", *texts)
+            return  # a record is missing or extra, so the later ones no longer line up
+        yield from _compare_dicts(f"{file_name}, step {expected['step']}", expected, actual)
 
 
-def _of_record(place: str, reference: dict[str, Any], resumed: dict[str, Any]) -> Iterator[Difference]:
+def _compare_dicts(location: str, reference: dict[str, Any], resumed: dict[str, Any]) -> Iterator[BitDifference]:
     for key in sorted(reference.keys() | resumed.keys()):
-        ours, theirs = (_shown(record[key]) if key in record else _ABSENT for record in (reference, resumed))
-        if ours != theirs:
-            yield Difference(f"{place}: {key}", ours, theirs)
+        expected, actual = (
+            _format_value(record[key]) if key in record else _MISSING for record in (reference, resumed)
+        )
+        if expected != actual:
+            yield BitDifference(f"{location}: {key}", expected, actual)
 
 
-def _shown(value: Any) -> str:
-    """A number's shortest text that gives the same bits again; equal texts are equal values."""
+def _format_value(value: Any) -> str:
+    """Return the value as JSON, which gives equal texts for floats only if their bits are equal."""
     return json.dumps(value, sort_keys=True)
 
 
-def _of_tensors(reference: Path, resumed: Path) -> Iterator[tuple[Difference | None, int]]:
-    """For each tensor of two files, read one at a time: what differs, and its bytes."""
-    place = f"{reference.parent.name}/{reference.name}"
-    with safe_open(reference, framework="pt") as ours, safe_open(resumed, framework="pt") as theirs:
-        for name in sorted({*ours.keys(), *theirs.keys()}):
-            if name not in ours.keys() or name not in theirs.keys():  # noqa: SIM118
-                there, here = (name if name in file.keys() else _ABSENT for file in (ours, theirs))  # noqa: SIM118
-                yield Difference(place, there, here), 0
+def _compare_tensor_files(reference: Path, resumed: Path) -> Iterator[tuple[BitDifference | None, int]]:
+    """Yield the difference, or None, and the bytes of each tensor; one pair of tensors is in memory at a time."""
+    location = f"{reference.parent.name}/{reference.name}"
+    with safe_open(reference, framework="pt") as reference_file, safe_open(resumed, framework="pt") as resumed_file:
+        names = set(reference_file.keys()), set(resumed_file.keys())
+        for name in sorted(names[0] | names[1]):
+            if name not in names[0] & names[1]:
+                yield BitDifference(location, *(name if name in own else _MISSING for own in names)), 0
                 continue
-            pair = ours.get_tensor(name), theirs.get_tensor(name)
-            yield _of_tensor(f"{place}: {name}", *pair), pair[0].nbytes
+            expected, actual = reference_file.get_tensor(name), resumed_file.get_tensor(name)
+            yield _compare_tensors(f"{location}: {name}", expected, actual), expected.nbytes
 
 
-def _of_tensor(place: str, reference: torch.Tensor, resumed: torch.Tensor) -> Difference | None:
-    there, here = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (reference, resumed))
-    if there != here:
-        return Difference(place, there, here)
-    width = reference.element_size()
-    ours, theirs = (tensor.reshape(-1).view(torch.uint8).reshape(-1, width) for tensor in (reference, resumed))
-    apart = (ours != theirs).any(dim=1).reshape(reference.shape).nonzero()
-    if not len(apart):
+def _compare_tensors(location: str, reference: torch.Tensor, resumed: torch.Tensor) -> BitDifference | None:
+    layouts = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (reference, resumed)]
+    if layouts[0] != layouts[1]:
+        return BitDifference(location, *layouts)
+    element_bytes = reference.element_size()
+    # Bytes are compared, not values: 0.0 == -0.0, and NaN != NaN.
+    expected, actual = (
+        tensor.reshape(-1).view(torch.uint8).reshape(-1, element_bytes) for tensor in (reference, resumed)
+    )
+    differing = (expected != actual).any(dim=1).reshape(reference.shape).nonzero()
+    if not len(differing):
         return None
-    at = tuple(apart[0].tolist())
-    there, here = (repr(tensor[at].item()) for tensor in (reference, resumed))
-    return Difference(f"{place}{list(at)}", there, here, len(apart))
+    index = tuple(differing[0].tolist())
+    values = (repr(tensor[index].item()) for tensor in (reference, resumed))
+    return BitDifference(f"{location}{list(index)}", *values, n_values=len(differing))

@@ -7,13 +7,13 @@ import torch
 from gpt.checkpoint import manager as manager_module
 from gpt.checkpoint.app_state import AppState, Progress
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.manifest import read_checkpoint_manifest, verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import read_manifest, verify
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.distributed import DistContext
 from tests.checkpoint.test_store import make_state, trained_state
-from tests.conftest import small_files
+from tests.conftest import limit_file_size
 
 WAYS = pytest.mark.parametrize("asynchronous", [False, True])
 
@@ -87,7 +87,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, async
     manager, state = make_manager(tmp_path, asynchronous=asynchronous), trained_state()
     save(manager, state, 2)
     told = r"step_00000003.tmp/model.safetensors: the checkpoint of step 3 cannot be saved: File too large; .*ulimit"
-    with small_files(2000), pytest.raises(UserError, match=told):
+    with limit_file_size(2000), pytest.raises(UserError, match=told):
         save(manager, state, 3)
     assert steps(tmp_path) == [2]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, async
 
 def test_a_failed_writer_is_told_by_the_next_poll_but_one(tmp_path: Path) -> None:
     manager, state = make_manager(tmp_path), trained_state()
-    with small_files(2000):
+    with limit_file_size(2000):
         manager.save(state)
         assert manager._writer is not None
         manager._writer.join()
@@ -110,7 +110,7 @@ def test_a_failed_writer_is_told_by_the_next_poll_but_one(tmp_path: Path) -> Non
 
 def test_the_next_save_waits_for_the_former_and_tells_of_its_failure(tmp_path: Path) -> None:
     manager, state = make_manager(tmp_path), trained_state()
-    with small_files(2000):
+    with limit_file_size(2000):
         manager.save(state)
         with pytest.raises(UserError, match="File too large"):
             manager.save(state)
@@ -187,7 +187,7 @@ def test_the_best_is_kept_and_known_again_after_a_resume(tmp_path: Path) -> None
     assert (again.improves(2.1), again.improves(1.9), again.improves(float("nan"))) == (False, True, False)
     save(again, state, 5, 2.2)
     assert steps(tmp_path) == [2, 5]
-    assert read_manifest(RunFolder(tmp_path).checkpoint_at(2)).metrics == {"val/loss": 2.0}
+    assert read_checkpoint_manifest(RunFolder(tmp_path).checkpoint_at(2)).metrics == {"val/loss": 2.0}
 
 
 def test_a_damaged_best_does_not_stop_a_run(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_the_bytes_are_the_librarys_own(tmp_path: Path, tensors: dict[str, torch
 
 
 def test_a_tensor_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file, "CHUNK", 64)
+    monkeypatch.setattr(tensor_file, "CHUNK_BYTES", 64)
     tensors = {"long": torch.randn(1000), "short": torch.randn(3)}
     write_tensors(tmp_path / "ours", tensors)
     save_file(tensors, tmp_path / "theirs")

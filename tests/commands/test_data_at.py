@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import sequences_of
+from gpt.data.corpus import build_sequences
 from gpt.data.data_loader import DataLoader
 from gpt.main import main
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import Run, open_run
 
 Configure = Callable[..., TrainConfig]
@@ -22,7 +22,7 @@ def shown(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]) -> list[
 
 def loader_of(run: Run) -> DataLoader:
     plan = run.plan
-    sequences = sequences_of(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
+    sequences = build_sequences(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
     return DataLoader(sequences, plan.batch, rank=0, device=run.dist.device)
 
 
@@ -34,7 +34,7 @@ def test_the_documents_of_a_step_are_those_it_trains_on(
     assert lines[1:17:2] == [f"sequence {n}" for n in range(8)]
     run = open_run(tiny(finished_run), dry_run=True)
     with loader_of(run) as loader:
-        inputs = np.concatenate([micro.inputs.numpy() for micro in loader.batch_of(2).micro_batches])
+        inputs = np.concatenate([micro.inputs.numpy() for micro in loader.get_batch(2).micro_batches])
     for line, row in zip(lines[2::2], inputs, strict=True):
         place, text = line.split(": ", 2)[1:]
         assert place.startswith("train-000000.safetensors document 0, tokens ")
@@ -51,7 +51,7 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
     other = tmp_path / "other.txt"
     other.write_text("other text " * 100)
     data = {"source": [str(source), str(other)], "packing": packing, "val_fraction": 0.0, "weights": [3, 1]}
-    build(
+    build_trainer(
         open_run(tiny(tmp_path / "run", data=data, max_steps=2, model={"block_size": 64}, tokens_per_step=512))
     ).train()
     lines = [line for step in range(1, 9) for line in shown(tmp_path / "run", step, capsys)]
@@ -68,8 +68,8 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
     for arguments, told in (
-        ([str(tmp_path), "--step", "1"], "a run's folder holds its config.json"),
-        ([str(finished_run), "--step", "0"], "--step 0: must be at least 1; nearest: 1"),
+        ([str(tmp_path), "--step", "1"], "name a run's config.json"),
+        ([str(finished_run), "--step", "0"], "--step 0: must be at least 1 (nearest: 1)"),
         ([str(finished_run)], "usage: gpt data-at RUN_DIR STEP"),
     ):
         assert main(["data-at", *arguments]) == 2

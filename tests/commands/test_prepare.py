@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from gpt.commands.prepare import run
-from gpt.data.manifest import read_manifest
+from gpt.data.manifest import read_corpus_manifest
 from gpt.data.prepare import parts
 from gpt.errors import UserError
 from gpt.main import main
-from tests.conftest import contents, make_text
+from tests.conftest import make_text, read_files
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_it_shows_what_it_made(lines: Path, tmp_path: Path, capsys: pytest.Captu
     flags = ["--text-field", "body", "--tokenizer", "byte", "--workers", "1"]
     assert main(["prepare", str(lines), str(lines), "--out", str(tmp_path / "new" / "out"), *flags]) == 0
     out = capsys.readouterr().out
-    manifest = read_manifest(tmp_path / "new" / "out")
+    manifest = read_corpus_manifest(tmp_path / "new" / "out")
     for fact in (
         manifest.sha256,
         "257 tokens, end_of_text 256",
@@ -61,7 +61,7 @@ def test_it_shows_what_it_made(lines: Path, tmp_path: Path, capsys: pytest.Captu
 def test_inspect_shows_the_facts_and_a_text(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--inspect", str(prepared)]) == 0
     out = capsys.readouterr().out
-    assert read_manifest(prepared).sha256 in out
+    assert read_corpus_manifest(prepared).sha256 in out
     assert "<|endoftext|>" in out
     assert any(make_text(50, seed=index)[:60].split("\n")[0] in out for index in range(40))
 
@@ -141,7 +141,7 @@ def test_bad_records_of_any_part_are_counted(
     assert f"{tmp_path / 't.jsonl'}: line 1: not valid JSON" in error
     assert run([str(tmp_path / "t.jsonl"), *flags, "--on-error", "skip", "--workers", "2"]) == 0
     assert "2 bad records, 0 duplicates" in capsys.readouterr().out
-    assert read_manifest(tmp_path / "out").sources[0].skipped_records == 2
+    assert read_corpus_manifest(tmp_path / "out").sources[0].skipped_records == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc; getrusage tells the parent's memory too")
@@ -156,7 +156,7 @@ def test_one_very_long_line_is_prepared_in_bounded_memory(tmp_path: Path) -> Non
     command = [sys.executable, "-c", code, "prepare", str(tmp_path / "line.txt"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stderr.split()[-1]) * 1024 < 200 * 2**20
-    assert read_manifest(tmp_path / "out").text_bytes == (tmp_path / "line.txt").stat().st_size
+    assert read_corpus_manifest(tmp_path / "out").text_bytes == (tmp_path / "line.txt").stat().st_size
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
@@ -165,7 +165,7 @@ def test_repeated_characters_are_prepared(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     flags = ["--out", str(tmp_path / "out"), "--vocab-size", "300"]
     assert run([str(tmp_path / "t.jsonl"), *flags]) == 0
-    assert read_manifest(tmp_path / "out").text_bytes == sum(map(len, texts))
+    assert read_corpus_manifest(tmp_path / "out").text_bytes == sum(map(len, texts))
 
 
 FULL = """
@@ -198,7 +198,7 @@ def test_on_a_full_disk_the_same_command_finishes_when_there_is_room(lines: Path
     assert "out" not in (tmp_path / "left").read_text().split()
     flags = ["--text-field", "body", "--tokenizer", "byte", "--workers", "1"]
     assert run([str(source), "--out", str(tmp_path / "whole"), *flags]) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
 def test_the_message_of_another_command_is_not_changed() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from gpt.commands.verify import run
 from gpt.errors import UserError
-from tests.conftest import contents
+from tests.conftest import read_files
 
 
 @pytest.fixture
@@ -15,14 +15,14 @@ def run_dir(finished_run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_sound_run_is_told_in_a_table_and_left_as_it_is(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = contents(run_dir)
+    before = read_files(run_dir)
     assert run([str(run_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["checkpoint", "size", "val/loss", "state"]
     assert [line.split()[0] for line in lines[1:3]] == ["step_00000004", "step_00000008"]
     assert all(line.split()[-1] == "ok" and 1 < float(line.split()[2]) < 7 for line in lines[1:3])
     assert lines[3] == "2 checkpoints: 2 ok, 0 damaged, 0 unfinished"
-    assert contents(run_dir) == before
+    assert read_files(run_dir) == before
 
 
 def test_what_is_damaged_is_named_with_both_digests(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def test_a_run_killed_again_and_again_differs_in_no_bit(
     assert (
         said.count("steps lost\n") + said.count("step lost\n") >= 3
     )  # on a busy machine the end may come before the last
-    assert "0 differing bits in 144 losses, 24 evaluations, 24 texts, and the last checkpoint's " in said
+    assert "0 differing bits in 144 losses, 24 evaluations, 24 samples, and the last checkpoint's " in said
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_cannot_go_on_is_told(
     monkeypatch.setattr(kills, "kill_and_resume", sabotage)
     assert run([*flags, "--kills", "1", "--max-steps", "2"]) == 1
     said = capsys.readouterr().out
-    assert "the killed run does not go on: it ended by itself with status 2" in said
+    assert "the killed run does not go on: the run exited with status 2 although nothing killed it" in said
     assert "holds a run without its config.json" in said
 
 

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from gpt.configs.cli import load_config, parse_train
+from gpt.commands.train import parse_train
+from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
 
 def config_of(line: str) -> TrainConfig:
-    return parse_train(line.split())[0]
+    return parse_train(line.split()).as_train_config()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -61,8 +62,9 @@ def test_none_unsets_what_may_be_absent(tmp_path: Path) -> None:
 
 
 def test_dry_run_is_no_part_of_the_configuration() -> None:
-    assert parse_train(["debug", "--dry-run"]) == (PRESETS["debug"](), True)
-    assert not parse_train(["debug"])[1]
+    command = parse_train(["debug", "--dry-run"])
+    assert (command.as_train_config(), command.dry_run) == (PRESETS["debug"](), True)
+    assert not parse_train(["debug"]).dry_run
 
 
 REQUIRED_FLAGS = """
@@ -99,9 +101,9 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--lr.max-lr fast", "--lr.max-lr fast: expected a number"),
         ("--lr.max-lr nan", "--lr.max-lr nan: expected a finite number"),
         ("--lr.max-lr 0", "--lr.max-lr 0: must be greater than 0"),
-        ("--model.n-layer 0", "--model.n-layer 0: must be at least 1; nearest: 1"),
-        ("--model.n-layer -3", "--model.n-layer -3: must be at least 1; nearest: 1"),
-        ("--data.val-fraction 0.9", "--data.val-fraction 0.9: must be at most 0.5; nearest: 0.5"),
+        ("--model.n-layer 0", "--model.n-layer 0: must be at least 1 (nearest: 1)"),
+        ("--model.n-layer -3", "--model.n-layer -3: must be at least 1 (nearest: 1)"),
+        ("--data.val-fraction 0.9", "--data.val-fraction 0.9: must be at most 0.5 (nearest: 0.5)"),
         ("--model.dropout 1", "--model.dropout 1: must be less than 1"),
         ("--lr.schedule cosin", "--lr.schedule cosin: did you mean cosine? one of cosine, linear, wsd"),
         ("--dtype fp32", "--dtype fp32: did you mean float32?"),
@@ -122,20 +124,20 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--config", "--config needs a value"),
         ("--micro-batch-size atuo", "--micro-batch-size atuo: expected a whole number or auto"),
         ("--micro-batch-size 2.5", "--micro-batch-size 2.5: expected a whole number or auto"),
-        ("--micro-batch-size 0", "--micro-batch-size 0: must be at least 1; nearest: 1 or auto"),
+        ("--micro-batch-size 0", "--micro-batch-size 0: must be at least 1 (nearest: 1 or auto)"),
         ("--micro-batch-size auto --tokens-per-step 0", "micro_batch_size=auto cuts up tokens_per_step, and that is 0"),
         (
             "--parallel.activation-checkpointing blocks",
             "--parallel.activation-checkpointing blocks: did you mean block? one of none, block, selective",
         ),
         ("--runtime.keep-freed-memory 1", "--runtime.keep-freed-memory takes no value"),
-        ("--runtime.threads -1", "--runtime.threads -1: must be at least 0; nearest: 0"),
+        ("--runtime.threads -1", "--runtime.threads -1: must be at least 0 (nearest: 0)"),
         ("smaple", "unknown verb or preset 'smaple'; did you mean sample?"),
-        ("--compile=yes", "--compile takes no value: it is --compile or --no-compile"),
-        ("--model.bias=1", "--model.bias takes no value: it is --model.bias or --model.no-bias"),
+        ("--compile=yes", "--compile takes no value: write --compile or --no-compile"),
+        ("--model.bias=1", "--model.bias takes no value: write --model.bias or --model.no-bias"),
         ("shakespear", "unknown verb or preset 'shakespear'; did you mean shakespeare-char?"),
         ("--max-steps 5 debug", "unexpected argument 'debug'; a preset comes first: gpt train debug"),
-        ("--model.bias True", "--model.bias takes no value: it is --model.bias or --model.no-bias"),
+        ("--model.bias True", "--model.bias takes no value: write --model.bias or --model.no-bias"),
         ("--device npu", "--device npu: did you mean cpu? one of auto, cpu, cuda, mps"),
         ("--dtype x", "--dtype x: one of auto, float32, bfloat16, float16"),
         ("--run-dir=", "--run-dir '': names no path"),
@@ -157,9 +159,9 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--config --dry-run", "--config needs a value"),
         (
             "--seed 99999999999999999999",
-            "--seed 99999999999999999999: must be at most 9223372036854775807; nearest: 922",
+            "--seed 99999999999999999999: must be at most 9223372036854775807 (nearest: 922",
         ),
-        ("debug --config c.json", "--config c.json and the preset debug both give every value"),
+        ("debug --config c.json", "--config c.json and the preset debug both set every value"),
     ],
 )
 def test_every_mistake_is_one_line_that_names_flag_and_remedy(line: str, message: str) -> None:
@@ -174,7 +176,7 @@ def test_a_saved_configuration_is_read_back_and_overridden(tmp_path: Path) -> No
     path = tmp_path / "config.json"
     path.write_text(saved.model_dump_json())
     assert load_config(path) == saved
-    assert parse_train(["--config", str(path), "--seed", "6"])[0] == saved.model_copy(update={"seed": 6})
+    assert config_of(f"--config {path} --seed 6") == saved.model_copy(update={"seed": 6})
 
 
 @pytest.mark.parametrize(

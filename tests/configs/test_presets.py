@@ -1,7 +1,7 @@
 import pytest
 
+from gpt.configs.batch_plan import plan_batch
 from gpt.configs.presets import PRESETS
-from gpt.configs.run_plan import plan_batch
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from gpt.configs.run_plan import CorpusFacts, MachineFacts, RunPlan, StreamFacts, plan_batch, resolve, windows_per_epoch
+from gpt.configs.batch_plan import plan_batch
+from gpt.configs.run_plan import CorpusFacts, MachineFacts, RunPlan, StreamFacts, count_windows, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
@@ -28,8 +29,8 @@ def test_tokens_per_step_zero_is_one_micro_batch_per_process() -> None:
 @pytest.mark.parametrize(
     ("tokens", "world_size", "message"),
     [
-        (1000, 24, r"--tokens-per-step 1000 is not divisible by .*=2\*16\*24=768; nearest: 768 or 1536$"),
-        (64, 4, r"=2\*16\*4=128; nearest: 128, or --micro-batch-size 1$"),
+        (1000, 24, r"--tokens-per-step 1000 is not divisible by .*=2\*16\*24=768 \(nearest: 768 or 1536\)$"),
+        (64, 4, r"=2\*16\*4=128 \(nearest: 128, or --micro-batch-size 1\)$"),
     ],
 )
 def test_indivisible_sizes_name_the_nearest(tokens: int, world_size: int, message: str) -> None:
@@ -54,10 +55,14 @@ REPRODUCIBLE = {"parallel": {"reproducible": True}}
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
-        ({"tokens_per_step": 192}, 1, r"--tokens-per-step 192 makes 6 of --micro-batch-size 2; nearest: 128 or 256$"),
-        ({"tokens_per_step": 192}, 3, r"needs a power of two of processes, not 3; nearest: 2 or 4$"),
-        ({"tokens_per_step": 0}, 2, r"--tokens-per-step 0 grows with the number of processes; give a number$"),
-        ({"micro_batch_size": "auto"}, 1, r"--micro-batch-size auto is chosen by the machine, .*; give a number$"),
+        (
+            {"tokens_per_step": 192},
+            1,
+            r"--tokens-per-step 192 makes 6 micro-batches of --micro-batch-size 2, .* \(nearest: 128 or 256\)$",
+        ),
+        ({"tokens_per_step": 192}, 3, r"3 processes are not a power of two \(nearest: 2 or 4\)$"),
+        ({"tokens_per_step": 0}, 2, r"--tokens-per-step 0 grows with the number of processes; set a number$"),
+        ({"micro_batch_size": "auto"}, 1, r"--micro-batch-size auto depends on the machine, .*; set a number$"),
     ],
 )
 def test_reproducible_mode_needs_a_whole_tree(changes: dict[str, Any], world_size: int, message: str) -> None:
@@ -76,17 +81,17 @@ def test_what_decides_bits_is_part_of_a_reproducible_runs_identity() -> None:
     assert "--runtime.fused-attention" not in exact
     on_gpu = plan(MachineFacts("cuda", "", False), **REPRODUCIBLE).notes
     assert set(on_gpu) - set(plan(**REPRODUCIBLE).notes) == {
-        "--parallel.reproducible promises every bit on a CPU; kernels of a GPU may add in any order"
+        "--parallel.reproducible is bit-exact on CPUs only; a GPU's kernels may add in any order"
     }
 
 
 def test_an_automatic_micro_batch_of_a_step_that_does_not_divide_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"100 is not divisible by .*=1\*16\*1=16; nearest: 96 or 112$"):
+    with pytest.raises(UserError, match=r"100 is not divisible by .*=1\*16\*1=16 \(nearest: 96 or 112\)$"):
         plan(micro_batch_size="auto", tokens_per_step=100)
 
 
 def test_the_earliest_bound_ends_the_run() -> None:
-    per_epoch = windows_per_epoch(10_000, 16)
+    per_epoch = count_windows(10_000, 16)
     assert plan(max_steps=0, max_tokens=65).max_steps == 2
     assert plan(max_steps=0, epochs=1).max_steps == -(-per_epoch // 4)
     assert plan(max_steps=7, max_tokens=64 * 5, epochs=100).max_steps == 5
@@ -106,7 +111,7 @@ def test_decay_steps_are_resolved(schedule: str, decay_steps: int) -> None:
 def test_warmup_longer_than_the_run_is_said_and_not_changed() -> None:
     resolved = plan(lr={"warmup_steps": 50})
     assert resolved.lr.warmup_steps == 50
-    assert resolved.notes == ("warmup of 50 steps lasts the whole run of 10",)
+    assert resolved.notes == ("warmup of 50 steps lasts for all 10 steps of the run",)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +125,14 @@ def test_dtype(dtype: str, has_bfloat16: bool, expected: str) -> None:
 def test_vocabulary_is_the_tokenizers_or_padded_but_never_smaller() -> None:
     assert plan().model.vocab_size == 100
     assert plan(model={"block_size": 16, "vocab_size": 128}).model.vocab_size == 128
-    with pytest.raises(UserError, match=r"--model.vocab-size 99 is smaller than the tokenizer's 100; nearest: 100"):
+    with pytest.raises(
+        UserError, match=r"--model.vocab-size 99 is smaller than the tokenizer's 100 \(nearest: 100, or 0"
+    ):
         plan(model={"block_size": 16, "vocab_size": 99})
 
 
 def test_a_text_shorter_than_a_block_names_the_nearest_block() -> None:
-    with pytest.raises(UserError, match=r"16 tokens, too few for --model.block-size 16; nearest: 15"):
+    with pytest.raises(UserError, match=r"16 tokens, too few for --model.block-size 16 \(nearest: 15\)"):
         plan(corpus=CorpusFacts(100, (StreamFacts("text", 16),)))
 
 
@@ -168,5 +175,5 @@ def test_weights_that_are_not_one_for_each_source_name_the_sources(weights: tupl
 
 
 def test_a_source_shorter_than_a_block_is_named() -> None:
-    with pytest.raises(UserError, match=r"the training text of c has 12 tokens, too few for .* 16; nearest: 11"):
+    with pytest.raises(UserError, match=r"the training text of c has 12 tokens, too few for .* 16 \(nearest: 11\)"):
         plan(corpus=CorpusFacts(100, (*SOURCES[:2], StreamFacts("c", 12))), data={"weights": [1, 1, 1]})

@@ -9,17 +9,17 @@ from safetensors.numpy import load_file
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import Corpus, open_corpus, prepare, tokenizer_mismatch_note
+from gpt.data.corpus import Corpus, open_corpus, prepare_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
-from tests.conftest import make_text, small_files
+from tests.conftest import limit_file_size, make_text
 
 BLOCK = 16
 
 
 def opened(config: DataConfig) -> Corpus:
-    return open_corpus(prepare(config), config, BLOCK)
+    return open_corpus(prepare_corpus(config), config, BLOCK)
 
 
 def folder_of(path: Path, sizes: list[int]) -> Path:
@@ -40,7 +40,7 @@ def test_documents_begin_with_end_of_text_and_keep_their_byte_counts(tmp_path: P
     source = folder_of(tmp_path / "s", [30] * 25)
     (source / "000.txt").write_text("é" * 30)
     config = DataConfig(source=str(source), cache_dir=tmp_path / "cache", tokenizer="byte")
-    (folder,) = prepare(config)
+    (folder,) = prepare_corpus(config)
     corpus = open_corpus([folder], config, BLOCK)
     arrays = load_file(folder / "train-000000.safetensors")
     starts = arrays["document_offsets"][:-1].astype(int)
@@ -66,9 +66,9 @@ def test_a_separate_validation_source_leaves_the_training_text_whole(tmp_path: P
 
 
 def test_a_second_preparation_reads_the_cache(config: DataConfig) -> None:
-    (folder,) = prepare(config)
+    (folder,) = prepare_corpus(config)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare(config) == [folder]
+    assert prepare_corpus(config) == [folder]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
@@ -85,24 +85,24 @@ def test_the_cache_is_keyed_by_content_and_settings(config: DataConfig) -> None:
         {"val_source": config.source},
         {"source": config.source * 2},
     ]
-    folders = [prepare(config.model_copy(update=change))[0] for change in changes]
+    folders = [prepare_corpus(config.model_copy(update=change))[0] for change in changes]
     Path(config.source[0]).write_text("other text " * 50)
-    folders += prepare(config)
+    folders += prepare_corpus(config)
     assert len(set(folders)) == len(changes) + 1
     same = {"workers": 3, "weights": (1.0,), "packing": "best-fit", "vocab_size": 500}
-    assert prepare(config.model_copy(update=same)) == folders[-1:]
+    assert prepare_corpus(config.model_copy(update=same)) == folders[-1:]
 
 
 def test_the_cache_is_keyed_by_the_content_of_a_tokenizer_file(config: DataConfig, tmp_path: Path) -> None:
-    (folder,) = prepare(config)
+    (folder,) = prepare_corpus(config)
     path = tmp_path / "mine.json"
     shutil.copy(folder / "tokenizer.json", path)
-    first = prepare(config.model_copy(update={"tokenizer": str(path)}))
+    first = prepare_corpus(config.model_copy(update={"tokenizer": str(path)}))
     path.write_text(path.read_text().replace("<|endoftext|>", "</s>"))
-    second = prepare(config.model_copy(update={"tokenizer": str(path)}))
+    second = prepare_corpus(config.model_copy(update={"tokenizer": str(path)}))
     assert first != second
     shutil.copy(path, tmp_path / "moved.json")
-    assert prepare(config.model_copy(update={"tokenizer": str(tmp_path / "moved.json")})) == second
+    assert prepare_corpus(config.model_copy(update={"tokenizer": str(tmp_path / "moved.json")})) == second
 
 
 def test_xz_is_told_for_the_validation_text(tmp_path: Path) -> None:
@@ -119,12 +119,12 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="not a Hugging Face"):
-        prepare(config)
+        prepare_corpus(config)
     assert [path for path in (tmp_path / "c").iterdir() if path.is_dir()] == []
 
 
 def test_a_cache_without_its_manifest_is_made_again(config: DataConfig) -> None:
-    (folder,) = prepare(config)
+    (folder,) = prepare_corpus(config)
     (folder / "corpus.json").unlink()
     assert len(opened(config).train["t"]) == 451
 
@@ -134,25 +134,25 @@ def test_a_full_disk_names_the_cache_and_nothing_looks_finished(tmp_path: Path) 
     source.write_text("some text " * 5000)
     config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
     with (
-        small_files(20_000),
+        limit_file_size(20_000),
         pytest.raises(
             UserError, match=r"--data.cache-dir .*: cannot be written: .*too large; the same command goes on"
         ),
     ):
-        prepare(config)
+        prepare_corpus(config)
     assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir() and not path.name.startswith(".")]
     assert len(opened(config).train["t"]) == 45_001
 
 
 def test_a_changed_cache_says_what_to_delete(config: DataConfig) -> None:
-    (folder,) = prepare(config)
+    (folder,) = prepare_corpus(config)
     (folder / "train-000000.safetensors").unlink()
     with pytest.raises(UserError, match=rf"is missing; delete the folder {folder}"):
         open_corpus([folder], config, BLOCK)
 
 
 def test_another_tokenizer_of_the_same_size_is_found_by_its_digest(config: DataConfig) -> None:
-    (folder,) = prepare(config)
+    (folder,) = prepare_corpus(config)
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"A":65,', '"A":66,').replace('"B":66,', '"B":65,'))
     with pytest.raises(UserError, match=rf"{path}: not the tokenizer of this corpus: its SHA-256 is .*; restore it"):
@@ -167,7 +167,7 @@ def prepared(tmp_path: Path, name: str, **settings: Any) -> Path:
     (tmp_path / f"{name}.txt").write_text(make_text(800, seed=len(name)))
     cache = tmp_path / f"cache-{name}"
     config = {"source": str(tmp_path / f"{name}.txt"), "cache_dir": cache, "tokenizer": "byte", **settings}
-    return prepare(DataConfig(**config))[0].rename(tmp_path / name)
+    return prepare_corpus(DataConfig(**config))[0].rename(tmp_path / name)
 
 
 def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
@@ -177,7 +177,7 @@ def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., Train
     layout = open_run(config)
     assert layout.corpus.facts.vocab_size == 257
     assert [*layout.corpus.train] == [*layout.corpus.val] == ["one"]
-    build(layout).train()
+    build_trainer(layout).train()
 
 
 def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
@@ -185,7 +185,7 @@ def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[...
     base = {"source": folders, "tokenizer": "bpe"}
     layout = open_run(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
     assert [*layout.corpus.train] == [*layout.corpus.val] == ["one", "second"]
-    build(layout).train()
+    build_trainer(layout).train()
     together = open_corpus([Path(folder) for folder in folders], DataConfig(**base), BLOCK)
     assert [len(stream) for stream in together.train.values()] == [sum(map(len, layout.corpus.train.values()))]
     with pytest.raises(UserError, match=r"--data.weights: 3 for the sources one, second; give one for each"):
@@ -201,9 +201,9 @@ def test_folders_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
 def test_prepared_and_other_sources_are_not_mixed(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "one")
     with pytest.raises(UserError, match=rf"--data.source {folder} is prepared and others are not; .*gpt prepare"):
-        prepare(DataConfig(source=(str(folder), str(tmp_path / "one.txt")), cache_dir=tmp_path / "c"))
+        prepare_corpus(DataConfig(source=(str(folder), str(tmp_path / "one.txt")), cache_dir=tmp_path / "c"))
     with pytest.raises(UserError, match=rf"--data.source {folder} is prepared and others are not"):
-        prepare(DataConfig(source=str(folder), val_source=str(tmp_path / "one.txt"), cache_dir=tmp_path / "c"))
+        prepare_corpus(DataConfig(source=str(folder), val_source=str(tmp_path / "one.txt"), cache_dir=tmp_path / "c"))
 
 
 def test_a_wrong_tokenizer_for_a_prepared_folder_is_told_by_its_digest(tmp_path: Path) -> None:
@@ -224,4 +224,4 @@ def test_a_wrong_tokenizer_for_a_prepared_folder_is_told_by_its_digest(tmp_path:
 
 def test_weights_are_as_many_as_sources(config: DataConfig) -> None:
     with pytest.raises(UserError, match=r"--data.weights: 2 for 1 sources; give one for each"):
-        prepare(config.model_copy(update={"weights": (1.0, 2.0)}))
+        prepare_corpus(config.model_copy(update={"weights": (1.0, 2.0)}))

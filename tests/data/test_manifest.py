@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gpt.configs.data_config import DataConfig
-from gpt.data.corpus import prepare
-from gpt.data.manifest import FORMAT_VERSION, MANIFEST, read_manifest
+from gpt.data.corpus import prepare_corpus
+from gpt.data.manifest import CORPUS_FORMAT_VERSION, CORPUS_MANIFEST, read_corpus_manifest
 from gpt.errors import UserError
 
 
@@ -16,18 +16,18 @@ from gpt.errors import UserError
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("manifest")
     (root / "t.txt").write_text("some text " * 50)
-    return prepare(DataConfig(source=str(root / "t.txt"), cache_dir=root / "c", tokenizer="byte"))[0]
+    return prepare_corpus(DataConfig(source=str(root / "t.txt"), cache_dir=root / "c", tokenizer="byte"))[0]
 
 
 @pytest.fixture
 def path(prepared: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
-    (tmp_path / MANIFEST).write_bytes((prepared / MANIFEST).read_bytes())
-    return tmp_path / MANIFEST
+    (tmp_path / CORPUS_MANIFEST).write_bytes((prepared / CORPUS_MANIFEST).read_bytes())
+    return tmp_path / CORPUS_MANIFEST
 
 
 def test_it_says_what_the_folder_holds(prepared: Path) -> None:
-    manifest = read_manifest(prepared)
+    manifest = read_corpus_manifest(prepared)
     assert (manifest.documents, manifest.tokens, manifest.text_bytes) == (2, 502, 500)
     assert (manifest.vocab_size, manifest.special_ids, manifest.dtype) == (257, {"end_of_text": 256}, "uint16")
     assert manifest.largest_id == 256
@@ -38,20 +38,22 @@ def test_it_says_what_the_folder_holds(prepared: Path) -> None:
 
 
 def test_it_is_read_as_it_was_written(prepared: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(prepared)
+    manifest = read_corpus_manifest(prepared)
     manifest.write(tmp_path)
-    assert (tmp_path / MANIFEST).read_bytes() == (prepared / MANIFEST).read_bytes()
-    assert read_manifest(tmp_path) == manifest
-    assert json.loads((prepared / MANIFEST).read_text())["sha256"] == manifest.sha256
+    assert (tmp_path / CORPUS_MANIFEST).read_bytes() == (prepared / CORPUS_MANIFEST).read_bytes()
+    assert read_corpus_manifest(tmp_path) == manifest
+    assert json.loads((prepared / CORPUS_MANIFEST).read_text())["sha256"] == manifest.sha256
 
 
 @pytest.mark.parametrize(
     "content", ["", "{", "{}", "[]", "5", '{"splits": {"train": [{}]}}', "[" * 100_000, '{"sha256": 5}', "\xff"]
 )
 def test_a_damaged_manifest_says_what_to_delete(tmp_path: Path, content: str) -> None:
-    (tmp_path / MANIFEST).write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"corpus.json: (damaged|format None, .*); delete the folder and prepare it"):
-        read_manifest(tmp_path)
+    (tmp_path / CORPUS_MANIFEST).write_text(content, encoding="latin-1")
+    with pytest.raises(
+        UserError, match=r"corpus.json: (damaged: .*|format None, .*); delete the folder and prepare it"
+    ):
+        read_corpus_manifest(tmp_path)
 
 
 def test_changed_bytes_are_found(path: Path) -> None:
@@ -60,8 +62,8 @@ def test_changed_bytes_are_found(path: Path) -> None:
         changed = bytearray(sound)
         changed[place] ^= 1 << (place % 7)
         path.write_bytes(changed)
-        with pytest.raises(UserError, match=rf"{path}: (damaged|changed|format)"):
-            read_manifest(path.parent)
+        with pytest.raises(UserError, match=rf"{path}: (damaged|format)"):
+            read_corpus_manifest(path.parent)
 
 
 def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -80,12 +82,12 @@ def test_every_changed_field_is_found(path: Path) -> None:
         value = inner[place[-1]]
         inner[place[-1]] = value + 1 if type(value) in (int, float) else f"{value}x"
         path.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=rf"{path}: (damaged|changed|format)"):
-            read_manifest(path.parent)
+        with pytest.raises(UserError, match=rf"{path}: (damaged|format)"):
+            read_corpus_manifest(path.parent)
         del inner[place[-1]]
         path.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=rf"{path}: (damaged|changed|format)"):
-            read_manifest(path.parent)
+        with pytest.raises(UserError, match=rf"{path}: (damaged|format)"):
+            read_corpus_manifest(path.parent)
 
 
 def resigned(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -105,32 +107,34 @@ def resigned(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_a_shard_lies_in_the_folder(path: Path, name: str) -> None:
     resigned(path, lambda content: content["sources"][0]["train"][0].update(file=name))
     with pytest.raises(UserError, match=rf"{path}: damaged; delete the folder and prepare it again"):
-        read_manifest(path.parent)
+        read_corpus_manifest(path.parent)
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 def test_a_digest_that_fits_is_accepted(path: Path) -> None:
     resigned(path, lambda content: content["sources"][0].update(name="other"))
-    assert read_manifest(path.parent).sources[0].name == "other"
+    assert read_corpus_manifest(path.parent).sources[0].name == "other"
 
 
 def test_nothing_follows_the_digest(path: Path) -> None:
     path.write_text(path.read_text().replace("\n}\n", ',\n  "tokens": 7\n}\n'))
     with pytest.raises(UserError, match=rf"{path}: damaged"):
-        read_manifest(path.parent)
+        read_corpus_manifest(path.parent)
 
 
 def test_another_format_is_named(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
-    with pytest.raises(UserError, match=rf"{path}: format 1, this program's is {FORMAT_VERSION}; delete the folder"):
-        read_manifest(path.parent)
+    with pytest.raises(
+        UserError, match=rf"{path}: format 1, but this version reads format {CORPUS_FORMAT_VERSION}; delete the folder"
+    ):
+        read_corpus_manifest(path.parent)
 
 
 def test_a_folder_without_a_manifest_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tmp_path}: no prepared corpus here"):
-        read_manifest(tmp_path)
+        read_corpus_manifest(tmp_path)
     with pytest.raises(UserError, match=r"none: no prepared corpus here"):
-        read_manifest(tmp_path / "none")
-    (tmp_path / MANIFEST).mkdir()
+        read_corpus_manifest(tmp_path / "none")
+    (tmp_path / CORPUS_MANIFEST).mkdir()
     with pytest.raises(UserError, match=r"corpus.json: cannot be read: Is a directory"):
-        read_manifest(tmp_path)
+        read_corpus_manifest(tmp_path)

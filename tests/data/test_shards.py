@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from gpt.data.shards import BLOCK_BYTES, ShardInfo, ShardWriter, TokenStream, token_dtype
 from gpt.errors import UserError
-from tests.conftest import small_files, write_stream
+from tests.conftest import limit_file_size, write_stream
 
 DOCUMENTS = [(list(range(start, start + 10)), 100 + start) for start in range(0, 70, 10)]
 PER_BLOCK = BLOCK_BYTES // 2
@@ -105,7 +105,7 @@ def test_no_documents_make_no_file(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError),
-        small_files(10_000),
+        limit_file_size(10_000),
         ShardWriter(tmp_path / "train-0.safetensors", 300) as writer,
     ):
         for _ in range(100):

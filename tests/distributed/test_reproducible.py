@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from tests.distributed.test_torchrun import torchrun
 
@@ -20,12 +20,12 @@ import sys
 from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.run import open_run
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.utils.launch import end_process
 
 for path in sys.argv[1:]:
     with open_run(TrainConfig.model_validate_json(Path(path).read_text())) as layout:
-        build(layout).train()
+        build_trainer(layout).train()
     layout.dist.close()
 end_process()
 """
@@ -68,7 +68,7 @@ def runs(tiny: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def train_alone(*configs: TrainConfig) -> None:
         for config in configs:
             with open_run(config) as layout:
-                build(layout).train()
+                build_trainer(layout).train()
 
     def train_together(processes: int, *configs: TrainConfig) -> None:
         files = []

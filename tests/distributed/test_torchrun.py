@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.configs.cli import parse_train
+from gpt.commands.train import parse_train
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from tests.conftest import make_text
 
@@ -97,8 +97,8 @@ def test_two_processes_train_on_a_packed_mixture_as_one_does(cache_dir: Path, tm
     ]
     lean = ("--micro-batch-size", "auto", "--parallel.activation-checkpointing", "selective")
     process = torchrun(*flags, *lean, "--run-dir", str(tmp_path / "two"))
-    config, _ = parse_train([*FLAGS[1:], *flags, "--run-dir", str(tmp_path / "one")])
-    build(open_run(config)).train()
+    config = parse_train([*FLAGS[1:], *flags, "--run-dir", str(tmp_path / "one")]).as_train_config()
+    build_trainer(open_run(config)).train()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     for key, steps in (("train/loss", range(1, 7)), ("val/loss", (3, 6)), ("val/loss/code", (3, 6))):
@@ -149,11 +149,11 @@ import hashlib, os, sys
 from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.run import open_run
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.utils.launch import end_process
 
 layout = open_run(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
-trainer = build(layout)
+trainer = build_trainer(layout)
 trainer.train()
 digest = hashlib.sha256()
 for tensor in trainer._state.model.state_dict().values():
@@ -173,7 +173,7 @@ def test_every_process_makes_muons_update_to_the_same_bit(tiny: Callable[..., Tr
     assert process.returncode == 0, output
     first, second = (Path(f"{tmp_path}/config.json.{rank}").read_text() for rank in (0, 1))
     assert first == second
-    build(open_run(config.model_copy(update={"run_dir": tmp_path / "alone"}))).train()
+    build_trainer(open_run(config.model_copy(update={"run_dir": tmp_path / "alone"}))).train()
     for key in ("train/loss", "grad_norm"):
         two, one = (records(tmp_path / name, key)[1] for name in ("run", "alone"))
         assert two == pytest.approx(one, abs=1e-6)

@@ -17,7 +17,7 @@ import torch
 from gpt.checkpoint.app_state import Progress
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import read_checkpoint
+from gpt.checkpoint.store import verify_and_load
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import sweep
@@ -75,7 +75,7 @@ def sound(run_dir: Path) -> list[int]:
     """Steps of the committed checkpoints; every one must verify, and load to what was saved."""
     steps = []
     for path in RunFolder(run_dir).committed():
-        read_checkpoint(path, LOADED)
+        verify_and_load(path, LOADED)
         steps.append(LOADED.progress.step)
         assert bool((LOADED.model.get_parameter("wte.weight") == steps[-1]).all())
     return steps

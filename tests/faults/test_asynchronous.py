@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint.manifest import verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import verify
 from gpt.configs.train_config import TrainConfig
 
 pytestmark = pytest.mark.faults
@@ -27,7 +27,7 @@ from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.run import open_run
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.training.events import StepEnd
 
 
@@ -47,7 +47,7 @@ class SmallFiles:
         pass
 
 
-trainer = build(open_run(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())))
+trainer = build_trainer(open_run(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())))
 watcher = SmallFiles()
 trainer.attach(watcher)
 try:

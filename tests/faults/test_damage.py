@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
-from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, read_manifest, verify
-from gpt.data.tokenizer import Tokenizer, byte_tokenizer
+from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, MODEL, PROGRESS, read_checkpoint_manifest, verify
+from gpt.checkpoint.store import verify_and_load
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import build_byte_tokenizer
 from gpt.errors import UserError
+from gpt.utils.sealed_json import write_sealed_json
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
 from tests.checkpoint.test_tensor_file import MALICIOUS
-from tests.conftest import contents
+from tests.conftest import read_files
 
 pytestmark = pytest.mark.faults
 
@@ -44,7 +47,7 @@ def test_a_thousand_flipped_bits_are_found(tmp_path: Path) -> None:
 
 def sign(step: Path) -> None:
     """Make every digest consistent, as whoever can write the files can."""
-    manifest = json.loads((step / MANIFEST).read_text())
+    manifest = json.loads((step / CHECKPOINT_MANIFEST).read_text())
     for name, entry in manifest["files"].items():
         if (step / name).is_file():
             content = (step / name).read_bytes()
@@ -53,14 +56,13 @@ def sign(step: Path) -> None:
 
 
 def write_signed(step: Path, manifest: dict[str, Any]) -> None:
-    blank = json.dumps(manifest | {"manifest_sha256": "0" * 64}, indent=2)
-    digest = hashlib.sha256(blank.encode()).hexdigest()
-    (step / MANIFEST).write_text(json.dumps(manifest | {"manifest_sha256": digest}, indent=2))
+    manifest.pop("sha256", None)
+    write_sealed_json(step / CHECKPOINT_MANIFEST, manifest)
 
 
 def with_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def apply(step: Path) -> None:
-        manifest = json.loads((step / MANIFEST).read_text())
+        manifest = json.loads((step / CHECKPOINT_MANIFEST).read_text())
         change(manifest)
         write_signed(step, manifest)
 
@@ -83,6 +85,11 @@ def with_progress(**changes: Any) -> Callable[[Path], None]:
         sign(step)
 
     return apply
+
+
+def legacy(digest: str) -> str:
+    """A manifest of version 2 whose digest is `digest`, as JSON writes it."""
+    return f'{{"format_version": 2, "manifest_sha256": "{digest}"}}'
 
 
 def linked(step: Path) -> None:
@@ -111,11 +118,17 @@ DECEITFUL: dict[str, tuple[Callable[[Path], None], str]] = {
     "a version in words": (with_manifest(lambda m: m.update(format_version="2")), "checkpoint format '2'"),
     "version 0": (with_manifest(lambda m: m.update(format_version=0)), "checkpoint format 0"),
     "a version as a list": (with_manifest(lambda m: m.update(format_version=[[[2]]])), "checkpoint format"),
-    "deep JSON": (with_text(MANIFEST, "[" * 10**5, signed=False), "not valid JSON"),
-    "a long manifest": (with_text(MANIFEST, " " * 2**21, signed=False), "longer than"),
-    "a manifest of another kind": (with_text(MANIFEST, "[]", signed=False), "not a JSON object"),
-    "a lone surrogate": (with_text(MANIFEST, '{"manifest_sha256": "\\ud800"}', signed=False), "damaged"),
-    "a digest of nothing": (with_text(MANIFEST, '{"manifest_sha256": ""}', signed=False), "damaged"),
+    "deep JSON": (with_text(CHECKPOINT_MANIFEST, "[" * 10**5, signed=False), "not valid JSON"),
+    "a long manifest": (with_text(CHECKPOINT_MANIFEST, " " * 2**21, signed=False), "longer than"),
+    "a manifest of another kind": (with_text(CHECKPOINT_MANIFEST, "[]", signed=False), "not a JSON object"),
+    "a lone surrogate": (with_text(CHECKPOINT_MANIFEST, legacy("\\ud800"), signed=False), "damaged: SHA-256"),
+    "a digest of nothing": (with_text(CHECKPOINT_MANIFEST, legacy(""), signed=False), "damaged: SHA-256"),
+    "a seal of nothing": (
+        with_text(CHECKPOINT_MANIFEST, '{"format_version": 3, "sha256": ""}', signed=False),
+        "damaged",
+    ),
+    "no seal": (with_text(CHECKPOINT_MANIFEST, '{"format_version": 3}', signed=False), "damaged: SHA-256"),
+    "an older version with a newer seal": (with_manifest(lambda m: m.update(format_version=1)), "had no such digest"),
     "a linked file": (linked, "not a regular file"),
     "a linked folder": (linked_folder, "symbolic link"),
     "a pipe": (a_pipe, "not a regular file"),
@@ -135,7 +148,7 @@ def test_a_deceitful_checkpoint_is_one_line(tmp_path: Path, case: str) -> None:
     deceive(tmp_path / "step")
     started = time.monotonic()
     with pytest.raises(UserError, match=message) as told:
-        read_checkpoint(tmp_path / "step", make_state(1, scaled=True))
+        verify_and_load(tmp_path / "step", make_state(1, scaled=True))
     assert "\n" not in str(told.value)
     assert len(str(told.value)) < 600
     assert time.monotonic() - started < 2
@@ -145,7 +158,7 @@ def test_metrics_of_no_use_are_left_out(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     huge = {"a": 10**400, "b": float("nan"), "c": "1", "val/loss": 1.5, "d": 2}
     with_manifest(lambda manifest: manifest.update(metrics=huge))(tmp_path / "step")
-    assert read_manifest(tmp_path / "step").metrics == {"val/loss": 1.5, "d": 2.0}
+    assert read_checkpoint_manifest(tmp_path / "step").metrics == {"val/loss": 1.5, "d": 2.0}
 
 
 @pytest.mark.parametrize("case", MALICIOUS)
@@ -155,7 +168,7 @@ def test_a_deceitful_header_with_the_right_digests_is_one_line(tmp_path: Path, c
     sign(tmp_path / "step")
     verify(tmp_path / "step")
     with pytest.raises(UserError, match=r"model\.safetensors: not a sound safetensors file"):
-        read_checkpoint(tmp_path / "step", make_state(1))
+        verify_and_load(tmp_path / "step", make_state(1))
 
 
 AUDITED = """
@@ -221,13 +234,13 @@ def test_a_malicious_run_runs_nothing_and_writes_nowhere_else(
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "SEEN []"
     assert not marker.exists()
-    assert set(contents(tmp_path)) - set(contents(run_dir)) <= {f"run/{name}" for name in contents(run_dir)}
+    assert set(read_files(tmp_path)) - set(read_files(run_dir)) <= {f"run/{name}" for name in read_files(run_dir)}
 
 
 def test_a_regular_expression_that_explodes_is_given_up() -> None:
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    definition = json.loads(byte_tokenizer().definition)
+    definition = json.loads(build_byte_tokenizer().definition)
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     tokenizer = Tokenizer(json.dumps(definition))
     for encode in (tokenizer.encode, tokenizer.encode_prompt):

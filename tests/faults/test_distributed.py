@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint.manifest import verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import verify
 from gpt.configs.train_config import TrainConfig
 from tests.invariants.test_bits import logged_losses
 
@@ -206,7 +206,7 @@ from pathlib import Path
 import torch
 from gpt.configs.train_config import TrainConfig
 from gpt.run import open_run
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.training.evaluator import Evaluator
 from gpt.training.events import StepEnd
 
@@ -235,13 +235,13 @@ class BitFlip:
 
 layout = open_run(read(sys.argv[1]))
 layout.dist.on_main(lambda: time.sleep(2.5))
-trainer = build(layout)
+trainer = build_trainer(layout)
 trainer.attach(Evaluator(trainer._state.model, [Slow()], layout.plan))
 assert trainer.train() == "finished"
 layout.dist.close()
 
 layout = open_run(read(sys.argv[2]))
-trainer = build(layout)
+trainer = build_trainer(layout)
 trainer.attach(BitFlip(trainer._state.model, layout.dist.rank))
 trainer.train()
 """
@@ -267,7 +267,7 @@ import ctypes, os, shutil, subprocess, sys
 from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.run import open_run
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.utils.launch import end_process
 
 config = TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())
@@ -278,7 +278,7 @@ if os.environ["RANK"] == "0":
     subprocess.run(["mount", "--bind", stale, folder], check=True)
 layout = open_run(config)
 assert layout.origin == folder / "step_00000004", layout.origin
-build(layout).train()
+build_trainer(layout).train()
 layout.dist.close()
 end_process()
 """

@@ -14,17 +14,18 @@ import pytest
 import torch
 
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.manifest import verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import read_json, verify
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.main import main
 from gpt.models.gpt import GPT
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.resume.journal import Journal
 from gpt.run import open_run
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
 from gpt.training.trainer import Trainer
+from gpt.utils.atomic_io import read_json
 from tests.conftest import LossRecorder
 
 pytestmark = pytest.mark.faults
@@ -44,7 +45,7 @@ SETTINGS: dict[str, Any] = {
 
 def garbled(config: TrainConfig, *batches: int, factor: float = 10.0) -> Trainer:
     """A run on data of which some global batches are so bad that their loss is `factor` times what it would be."""
-    trainer = build(open_run(config))
+    trainer = build_trainer(open_run(config))
     rows = {tuple(trainer._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
 
     def spoil(_: object, args: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
@@ -109,9 +110,9 @@ def test_a_replay_of_the_journal_is_exact(
     assert losses(tmp_path / "run") == losses(run_dir)
     assert recorder.losses[: GARBLED + 1] != recorder.losses[:GARBLED]
     longer = SETTINGS | {"max_steps": 33}  # the journal is the run's own now
-    build(open_run(tiny(tmp_path / "run", spike={"window": 16}, **longer))).train()
+    build_trainer(open_run(tiny(tmp_path / "run", spike={"window": 16}, **longer))).train()
     shutil.copytree(run_dir, tmp_path / "copy")
-    build(open_run(tiny(tmp_path / "copy", spike={"window": 16}, **longer))).train()
+    build_trainer(open_run(tiny(tmp_path / "copy", spike={"window": 16}, **longer))).train()
     assert final(tmp_path / "run", 33) == final(tmp_path / "copy", 33)
 
 
@@ -214,7 +215,7 @@ def test_skips_in_a_row_end_the_run_with_the_last_commit_intact(tiny: Configure,
     last = RunFolder(tmp_path).committed()[-1]
     verify(last)
     assert (last.name, read_json(last / "progress.json")["skipped_updates"]) == ("step_00000020", 1)
-    build(open_run(config)).train()  # on sound data
+    build_trainer(open_run(config)).train()  # on sound data
     assert read_json(RunFolder(tmp_path).committed()[-1] / "progress.json")["skipped_updates"] == 1
 
 
@@ -239,13 +240,13 @@ from pathlib import Path
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.run import open_run
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
 from gpt.utils.launch import end_process
 
 folder, faults = Path(sys.argv[1]), json.loads(sys.argv[2])
 layout = open_run(TrainConfig.model_validate_json((folder / "config.json").read_text()))
-trainer = build(layout)
+trainer = build_trainer(layout)
 model, optimizer = trainer._state.model, trainer._state.optimizer
 seen = {"digests": [], "back": [], "spikes": [], "error": None}
 
@@ -359,7 +360,7 @@ def test_a_journal_that_cannot_be_followed_is_refused_at_once(
         open_run(tiny(tmp_path / "a", spike={"journal": tmp_path / "none.jsonl"}, **SETTINGS))
     with pytest.raises(UserError, match=r"journal\.jsonl, line 1: of another order of batches"):
         open_run(tiny(tmp_path / "b", seed=7, spike={"journal": journal}, **SETTINGS))
-    build(open_run(tiny(tmp_path / "c", **SETTINGS))).train()
+    build_trainer(open_run(tiny(tmp_path / "c", **SETTINGS))).train()
     longer = SETTINGS | {"max_steps": 40}
     with pytest.raises(UserError, match=r"batch 24 was trained on before step 30; name another --run-dir"):
         open_run(tiny(tmp_path / "c", spike={"journal": journal}, **longer))

@@ -18,12 +18,12 @@ from gpt.checkpoint.run_folder import RunFolder
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.main import main
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.utils.atomic_io import append_jsonl
 from gpt.utils.folder_lock import lock_folder, unlock_folder
 from gpt.utils.helper import sha256_of_file
-from tests.conftest import contents, small_files
+from tests.conftest import limit_file_size, read_files
 
 pytestmark = pytest.mark.faults
 
@@ -71,7 +71,7 @@ def flags(text_file: Path, cache_dir: Path) -> list[str]:
 
 def train(config: TrainConfig) -> None:
     with open_run(config) as layout:
-        build(layout).train()
+        build_trainer(layout).train()
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -126,10 +126,10 @@ def test_the_step_of_a_damaged_checkpoint_is_saved_again_with_the_same_bits(
 def test_where_no_checkpoint_is_whole_none_is_started_from_zero(tiny: Configure, run_dir: Path) -> None:
     flip_a_bit(run_dir / "checkpoints/step_00000004/model.safetensors")
     truncate(run_dir / "checkpoints/step_00000008/optimizer.safetensors")
-    before = contents(run_dir)
+    before = read_files(run_dir)
     with pytest.raises(UserError, match=r"holds checkpoints and none is whole: .*step_00000008.*step_00000004"):
         open_run(tiny(run_dir))
-    after = contents(run_dir)
+    after = read_files(run_dir)
     after.pop(".lock")
     before.pop(".lock")
     assert after == before
@@ -139,10 +139,10 @@ def test_a_dry_run_says_what_it_would_skip_and_leaves_it(
     tiny: Configure, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     empty(run_dir / "checkpoints/step_00000008/model.safetensors")
-    before = contents(run_dir)
+    before = read_files(run_dir)
     assert open_run(tiny(run_dir), dry_run=True).origin == run_dir / "checkpoints/step_00000004"
     assert "skipped step_00000008: " in caplog.text
-    assert contents(run_dir) == before
+    assert read_files(run_dir) == before
 
 
 @contextmanager
@@ -297,13 +297,13 @@ def test_a_change_that_is_not_allowed_names_every_field_and_touches_nothing(
 ) -> None:
     here = [*flags, "--run-dir", str(tmp_path), "--max-steps", "2"]
     assert main(here) == 0
-    before = contents(tmp_path)
+    before = read_files(tmp_path)
     capsys.readouterr()
     assert main([*here, "--max-steps", "4", *change]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert message in told
-    assert contents(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_an_allowed_change_is_shown_recorded_and_asked_for_once(
@@ -336,7 +336,7 @@ def test_an_allowed_change_is_shown_recorded_and_asked_for_once(
         ('{"max_steps": "many"}', "max_steps many: expected a whole number"),
         ('{"lr": {"max_lr": NaN}}', "lr.max_lr nan: expected a finite number"),
         ('{"grad_clip": -Infinity}', "grad_clip -inf: expected a finite number"),
-        ('{"grad_clip": -1}', "grad_clip -1: must be at least 0.0; nearest: 0.0"),
+        ('{"grad_clip": -1}', "grad_clip -1: must be at least 0.0 (nearest: 0.0)"),
         ("[]", "not a JSON object; name another config.json"),
     ],
 )
@@ -375,7 +375,7 @@ def test_a_clock_that_is_off_has_no_effect(years: int, tiny: Configure, run_dir:
     config = tiny(run_dir, max_steps=9, checkpoint={"keep": 2})
     with open_run(config) as layout:
         assert layout.origin == run_dir / "checkpoints/step_00000008"
-        build(layout).train()
+        build_trainer(layout).train()
     assert [path.name for path in RunFolder(run_dir).committed()] == ["step_00000008", "step_00000009"]
 
 
@@ -405,6 +405,10 @@ def test_records_are_dropped_in_one_step_or_not_at_all(call: str, when: int, fau
 
 def test_a_full_disk_leaves_the_records_as_they_were(tiny: Configure, run_dir: Path) -> None:
     before = (run_dir / "metrics.jsonl").read_bytes()
-    with open_run(tiny(run_dir, max_steps=9)) as layout, small_files(200), pytest.raises(UserError, match="too large"):
-        build(layout)
+    with (
+        open_run(tiny(run_dir, max_steps=9)) as layout,
+        limit_file_size(200),
+        pytest.raises(UserError, match="too large"),
+    ):
+        build_trainer(layout)
     assert (run_dir / "metrics.jsonl").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Runs that are killed at seeded points and resumed, beside the same run left in peace."""
+"""`gpt verify-resume`: runs that are killed at seeded steps and resumed, compared with their reference run."""
 
 from pathlib import Path
 
@@ -24,15 +24,14 @@ FLAGS = [
         (2, 3, ["--max-steps", "80"]),
     ],
 )
-def test_kills_at_every_kind_of_place_change_no_bit(
+def test_run_killed_in_every_phase_and_resumed_is_bit_exact(
     ranks: int, kills: int, flags: list[str], cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The text is short: an epoch takes some twenty steps."""
-    (tmp_path / "text.txt").write_text(make_text(1000))
-    place = ["--data.source", str(tmp_path / "text.txt"), "--data.cache-dir", str(cache_dir)]
-    asked = ["--run-dir", str(tmp_path / "run"), "--ranks", str(ranks), "--kills", str(kills)]
-    assert run([*FLAGS, *place, *asked, *flags]) == 0, capsys.readouterr().out
-    said = capsys.readouterr().out
-    assert f"kill {kills * 2 // 3}: " in said  # so short a run may come to its end before the last ones
-    assert "at an epoch's edge" in said
-    assert "0 differing bits in " in said
+    (tmp_path / "text.txt").write_text(make_text(1000))  # so short that an epoch takes about 20 steps
+    data = ["--data.source", str(tmp_path / "text.txt"), "--data.cache-dir", str(cache_dir)]
+    command = ["--run-dir", str(tmp_path / "run"), "--ranks", str(ranks), "--kills", str(kills)]
+    assert run([*FLAGS, *data, *command, *flags]) == 0, capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"kill {kills * 2 // 3}: " in output  # such a short run may finish before the last kills
+    assert "at an epoch boundary" in output
+    assert "0 differing bits in " in output

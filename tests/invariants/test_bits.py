@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from tests.conftest import LossRecorder
 
@@ -92,7 +92,7 @@ def test_watching_changes_no_bit(tiny: Configure, record: Record, tmp_path: Path
     busy = tiny(tmp_path / "busy", profile={"start": 2, "steps": 3}, **often, **settings)
     watched, watched_weights = record(busy, LossRecorder(), LossRecorder())
     assert (tmp_path / "busy" / "trace.json").exists()
-    bare = build(open_run(tiny(tmp_path / "bare", log={"interval": 5}, eval={"interval": 0}, **settings)))
+    bare = build_trainer(open_run(tiny(tmp_path / "bare", log={"interval": 5}, eval={"interval": 0}, **settings)))
     for observer in tuple(bare._observers):
         bare.detach(observer)
         observer.close(None)

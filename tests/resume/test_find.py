@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint.manifest import CHECKPOINT_FORMAT_VERSION
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import FORMAT_VERSION
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.resume.find import find_start
@@ -98,7 +98,7 @@ def test_the_configuration_of_the_state_decides_not_that_of_a_start_that_took_no
 def test_a_checkpoint_of_a_newer_version_is_not_skipped(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     manifest = tmp_path / "checkpoints/step_00000008/manifest.json"
-    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION + 1}))
+    manifest.write_text(json.dumps({"format_version": CHECKPOINT_FORMAT_VERSION + 1}))
     with pytest.raises(UserError, match="format"):
         origin(RunFolder(tmp_path), tiny(tmp_path))
 

@@ -22,8 +22,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert [record["to_step"] for record in records] == [3, 3]
     again = Journal(path, "order", records, DistContext("cpu"))
     assert again.rollbacks == journal.rollbacks == 2
-    assert [again.quarantine.batch_of(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
-    assert [journal.quarantine.batch_of(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
+    assert [again.quarantine.find_batch(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
+    assert [journal.quarantine.find_batch(step) for step in range(6)] == [0, 1, 2, 3, 7, 8]
 
 
 def test_no_file_is_an_empty_journal_and_a_torn_line_no_record(tmp_path: Path) -> None:
@@ -71,6 +71,6 @@ def test_a_journal_that_is_given_adds_what_was_not_trained_on_yet(tmp_path: Path
     assert record["quarantined"].keys() == {"4", "5", "6"}
     assert "to_step" not in record
     assert joined(given, given, source, "order", 100) == given
-    assert quarantine_of(joined(given[:1], given, source, "order", 4)).batch_of(4) == 7
+    assert quarantine_of(joined(given[:1], given, source, "order", 4)).find_batch(4) == 7
     with pytest.raises(UserError, match=r"batch 5 was trained on before step 5; name another --run-dir"):
         joined(given[:1], given, source, "order", 5)

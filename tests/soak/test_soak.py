@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, MODEL, PROGRESS, verify
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.checkpoint.store import MANIFEST, MODEL, PROGRESS, read_checkpoint, verify
+from gpt.checkpoint.store import verify_and_load
 from gpt.checkpoint.tensor_file import read_tensors
+from gpt.commands.train import parse_train
 from gpt.commands.verify_resume import run as verify_resume
-from gpt.configs.cli import load_config, parse_train
 from gpt.configs.data_config import DataConfig
+from gpt.configs.load import load_config
 from gpt.data.corpus import open_corpus
 from gpt.data.prepare.formats import Records
 from gpt.data.tokenizer import Tokenizer
@@ -238,13 +240,13 @@ def reader_of(
 
     def signed_manifest() -> None:
         with contextlib.suppress(ValueError, AttributeError, TypeError):  # no JSON object: read as it is
-            content = json.loads((step / MANIFEST).read_text(encoding="utf-8"))
+            content = json.loads((step / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
             write_signed(step, content)
         verify(step)
 
     def signed_progress() -> None:
         sign(step)
-        read_checkpoint(step, make_state(1, scaled=True))
+        verify_and_load(step, make_state(1, scaled=True))
 
     match name:
         case "flags":
@@ -253,9 +255,9 @@ def reader_of(
         case "config.json":
             return (finished_run / name).read_bytes(), through(load_config)
         case "a checkpoint's manifest.json":
-            return in_checkpoint(MANIFEST, lambda: verify(step))
+            return in_checkpoint(CHECKPOINT_MANIFEST, lambda: verify(step))
         case "the same, signed":
-            return in_checkpoint(MANIFEST, signed_manifest)
+            return in_checkpoint(CHECKPOINT_MANIFEST, signed_manifest)
         case "progress.json, signed":
             return in_checkpoint(PROGRESS, signed_progress)
         case "model.safetensors":

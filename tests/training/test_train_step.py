@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.optimizer_config import OptimizerConfig
-from gpt.configs.run_plan import BatchPlan
 from gpt.data.data_loader import DataLoader, MicroBatch, StepBatch
 from gpt.data.packing import pack
 from gpt.data.sequences import PackedDocuments
@@ -181,7 +181,7 @@ def padded(tmp_path: Path) -> PackedDocuments:
     documents = [(generator.integers(1, 13, n), 1) for n in (5, 6, 7, 8, 1, 20, 5, 3, 5, 7, 6, 5, 1, 1)]
     stream = write_stream(tmp_path, documents)
     packing = pack(stream, 8, ends_are_targets=False)
-    return PackedDocuments(stream, packing, 8, seed=1, end_of_text=None, masked=False)
+    return PackedDocuments(stream, packing, 8, seed=1, end_of_text=None, document_mask=False)
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(8, 1), (2, 1), (1, 1), (2, 2), (1, 4)])
@@ -206,7 +206,7 @@ def test_the_loss_is_the_mean_over_real_targets_however_a_step_is_cut(
         seen: list[torch.Tensor] = []
         step._optimizer.register_step_pre_hook(lambda *_, m=model, s=seen: s.extend(p.grad for p in m.parameters()))
         with DataLoader(padded, plan, rank=rank, device=torch.device("cpu")) as loader:
-            stats = step(0, loader.batch_of(0))
+            stats = step(0, loader.get_batch(0))
         assert stats.n_targets == int(counts.sum())
         loss_sum += float(stats.loss_sum)
         gradients = [total + part / ranks for total, part in zip(gradients, seen, strict=True)]

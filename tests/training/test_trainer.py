@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import (
     CheckpointSaved,
@@ -44,7 +44,7 @@ def committed(run_dir: Path) -> list[str]:
 
 def test_events_come_in_the_documented_order(tiny: Configure, tmp_path: Path) -> None:
     recorder = LossRecorder()
-    trainer = build(open_run(tiny(tmp_path, max_steps=2, eval={"interval": 0})))
+    trainer = build_trainer(open_run(tiny(tmp_path, max_steps=2, eval={"interval": 0})))
     trainer.attach(recorder)
     assert trainer.train() == "finished"
     kinds = [type(event) for event in recorder.events]
@@ -94,7 +94,7 @@ def test_a_run_folder_holds_what_is_documented(finished_run: Path) -> None:
 
 
 def test_stop_saves_and_ends(tiny: Configure, tmp_path: Path) -> None:
-    trainer = build(open_run(tiny(tmp_path)))
+    trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(Commanding(3, Stop("enough")))
     assert trainer.train() == "enough"
     assert committed(tmp_path) == ["step_00000003"]
@@ -102,7 +102,7 @@ def test_stop_saves_and_ends(tiny: Configure, tmp_path: Path) -> None:
 
 def test_a_stop_leaves_no_step_unreported(tiny: Configure, tmp_path: Path) -> None:
     recorder = LossRecorder()
-    trainer = build(open_run(tiny(tmp_path, log={"interval": 100})))
+    trainer = build_trainer(open_run(tiny(tmp_path, log={"interval": 100})))
     trainer.attach(Commanding(3, Stop("enough")))
     trainer.attach(recorder)
     trainer.train()
@@ -111,7 +111,7 @@ def test_a_stop_leaves_no_step_unreported(tiny: Configure, tmp_path: Path) -> No
 
 
 def test_save_writes_a_checkpoint_and_goes_on(tiny: Configure, tmp_path: Path) -> None:
-    trainer = build(open_run(tiny(tmp_path)))
+    trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(Commanding(3, Save()))
     assert trainer.train() == "finished"
     assert committed(tmp_path) == ["step_00000003", "step_00000008"]
@@ -125,7 +125,7 @@ def test_an_error_reaches_every_observer_and_the_caller(tiny: Configure, tmp_pat
             return ()
 
     recorder, failing = LossRecorder(), Failing()
-    trainer = build(open_run(tiny(tmp_path)))
+    trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(recorder)
     trainer.attach(failing)
     with pytest.raises(RuntimeError, match="broken"):
@@ -137,7 +137,7 @@ def test_an_error_reaches_every_observer_and_the_caller(tiny: Configure, tmp_pat
 
 def test_float16_counts_skipped_updates_beside_the_step(tiny: Configure, tmp_path: Path) -> None:
     recorder = LossRecorder()
-    trainer = build(open_run(tiny(tmp_path, dtype="float16", max_steps=2)))
+    trainer = build_trainer(open_run(tiny(tmp_path, dtype="float16", max_steps=2)))
     trainer._state.scaler.load_state_dict(trainer._state.scaler.state_dict() | {"scale": 2.0**120})
     trainer.attach(recorder)
     trainer.train()

@@ -5,8 +5,9 @@ from functools import cached_property
 
 import numpy as np
 
+from gpt.data.encoders import Ids
 from gpt.data.shards import Tokens
-from gpt.data.tokenizer import Ids, Tokenizer
+from gpt.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import gzip
 import importlib
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,18 +28,6 @@ MAX_LINE_BYTES = 2**30
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 JSON_LINES = {".jsonl", ".ndjson"}
-
-# A place in UTF-8 text before which it may be cut: a space after a printable ASCII character, where every pattern of
-# the GPT-2 family begins a word; or a line's first character, unless it or what the line before ends with may be a
-# space (the lead bytes left out).
-CUT = re.compile(
-    rb"(?<=[!-~])(?= )"
-    rb"|(?:(?<=[!-~]\n)|(?<=[\xc3-\xdf][\x80-\xbf]\n)|(?<=[\xe0\xe4-\xef][\x80-\xbf][\x80-\xbf]\n)"
-    rb"|(?<=\xe3[\x81-\xbf][\x80-\xbf]\n)|(?<=\xe3\x80[\x81-\xbf]\n)"
-    rb"|(?<=[\xf0-\xf4][\x80-\xbf][\x80-\xbf][\x80-\xbf]\n))(?=[!-~\xc3-\xe0\xe4-\xf4])"
-)
-CUT_LOOKS_BACK = 5
-"""Bytes."""
 
 Format = Literal["text", "json-lines", "parquet", "tokens", "binary", "token-index"]
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt.configs.base import Config
-from gpt.data.manifest import TOKENIZER
+from gpt.data.manifest import TOKENIZER_FILE
 from gpt.data.prepare.documents import Document
 from gpt.data.prepare.formats import Records
 from gpt.data.prepare.parts import PART_BYTES, Part, read_part
@@ -129,7 +129,7 @@ class PartWorker:
     @property
     def _tokenizer(self) -> Tokenizer | None:
         """None while it is not known: duplicates are found before it is learnt."""
-        path = self._folder / TOKENIZER
+        path = self._folder / TOKENIZER_FILE
         if self._loaded is None and path.exists():
             self._loaded = Tokenizer.from_file(path)
         return self._loaded

@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 from gpt.data.prepare.documents import Document, TextDocument, TokenDocument
 from gpt.data.prepare.formats import (
-    CUT,
-    CUT_LOOKS_BACK,
     Records,
     is_compressed,
     read_dataset,
@@ -29,6 +27,7 @@ from gpt.data.prepare.sources import File, Kind
 from gpt.data.prepare.split import held_out
 from gpt.data.prepare.token_files import open_tokens
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.word_boundaries import LOOKBEHIND_BYTES, WORD_BOUNDARY_IN_UTF8
 
 PART_BYTES = 2**22
 """Bytes of a part: small enough to be held in memory, large enough for a shard."""
@@ -237,15 +236,15 @@ def _line_end(file: Any, target: int) -> int:
 
 
 def _word_start(file: Any, target: int) -> int:
-    """The first place at or after `target` where the text may be cut: see CUT."""
-    at = max(0, target - CUT_LOOKS_BACK)
+    """The first place at or after `target` where the text may be cut: see gpt.data.word_boundaries."""
+    at = max(0, target - LOOKBEHIND_BYTES)
     file.seek(at)
     seen = b""
     while block := file.read(2**16):
         seen += block
-        if found := CUT.search(seen, target - at):
+        if found := WORD_BOUNDARY_IN_UTF8.search(seen, target - at):
             return at + found.start()
-        at, seen = at + len(seen[:-CUT_LOOKS_BACK]), seen[-CUT_LOOKS_BACK:]
+        at, seen = at + len(seen[:-LOOKBEHIND_BYTES]), seen[-LOOKBEHIND_BYTES:]
     return int(file.tell())
 
 

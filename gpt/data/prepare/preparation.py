@@ -7,7 +7,6 @@ kept when the program is killed, and not done again. The result depends on the s
 the number of processes, nor on interruptions.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from pydantic import ValidationError
 
 from gpt.configs.data_config import PreparationConfig
-from gpt.data.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, SourceEntry
+from gpt.data.manifest import CORPUS_FORMAT_VERSION, CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, SourceEntry
 from gpt.data.prepare.documents import Document, TextDocument
 from gpt.data.prepare.formats import is_compressed
 from gpt.data.prepare.part_worker import (
@@ -41,10 +39,12 @@ from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts
 from gpt.data.prepare.sources import Source, find_source
 from gpt.data.prepare.workers import WorkerPool
 from gpt.data.shards import ShardInfo, token_dtype
-from gpt.data.tokenizer import Tokenizer, build_tokenizer, char_tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import build_char_tokenizer, build_tokenizer, train_bpe_tokenizer
 from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
+from gpt.utils.folder_lock import hold_lock
 from gpt.utils.helper import format_si, plural, unique_names
 from gpt.utils.progress import progress_bar
 
@@ -75,7 +75,7 @@ class Found:
     def identity(self) -> dict[str, Any]:
         """What decides the content of the prepared folder."""
         digests = [[source.sha256, role or "both"] for source, role in zip(self.sources, self.roles, strict=True)]
-        return {"format": FORMAT_VERSION, "names": self.names, "sources": digests, "settings": self.settings}
+        return {"format": CORPUS_FORMAT_VERSION, "names": self.names, "sources": digests, "settings": self.settings}
 
     @property
     def is_remote(self) -> bool:
@@ -124,9 +124,8 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
         UserError: a source cannot be read, the folder not written, or what is unfinished there is something else.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
-    with FileLock(lock):
-        if (folder / MANIFEST).exists():
+    with hold_lock(folder.with_name(f".{folder.name}.lock")):
+        if (folder / CORPUS_MANIFEST).exists():
             return
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         try:
@@ -142,8 +141,6 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
                 raise
             unfinished.rename(folder)
             fsync(folder.parent)
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                lock.unlink()  # whoever waits for it, or makes it anew, finds the folder complete
         except OSError as error:
             what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
             raise UserError(
@@ -185,7 +182,7 @@ class _Preparation:
 
     def run(self) -> None:
         """Leave in the folder what a prepared corpus consists of, all of it on the disk."""
-        if not (self._folder / MANIFEST).exists():
+        if not (self._folder / CORPUS_MANIFEST).exists():
             log.info("preparing %s: %s, %sB", *self._size())
             with WorkerPool(self._job, self._n_workers()) as pool:  # they start while the tokenizer is built
                 given = self._given_tokenizer()
@@ -228,7 +225,7 @@ class _Preparation:
         return split_batches(self._job, part, kept_documents(self._job, index, part, self._job.records(), None)[0])
 
     def _saved(self, build: Callable[[], Tokenizer]) -> Tokenizer:
-        path = self._folder / TOKENIZER
+        path = self._folder / TOKENIZER_FILE
         if path.exists():
             return Tokenizer.from_file(path)
         tokenizer = build()
@@ -253,7 +250,7 @@ class _Preparation:
             return self._char_tokenizer(tasks)
         total = min(SAMPLE_BYTES, sum(part.size for _, part in tasks))
         with progress_bar("learning the tokenizer", total) as advance:
-            return train_bpe(_with_progress(self._sample(tasks), advance), self._config.vocab_size)
+            return train_bpe_tokenizer(_with_progress(self._sample(tasks), advance), self._config.vocab_size)
 
     def _char_tokenizer(self, tasks: Sequence[tuple[int, Part]]) -> Tokenizer:
         """Every character of the corpus; end-of-text too, if either split has several documents to separate."""
@@ -270,7 +267,7 @@ class _Preparation:
                             advance(document.size, 0)
         if not characters:
             raise UserError(_no_text(", ".join(self._found.names)))
-        return char_tokenizer(characters, has_documents=max(counts) > 1)
+        return build_char_tokenizer(characters, has_documents=max(counts) > 1)
 
     def _sample(self, tasks: Sequence[tuple[int, Part]]) -> Iterator[str]:
         """Training texts: all, or the beginnings of parts so that together they make up SAMPLE_BYTES."""
@@ -348,8 +345,8 @@ class _Preparation:
             if entry.duplicates:
                 log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
         shards = [shard for entry in entries for shard in (*entry.train, *entry.val)]
-        Manifest(
-            format_version=FORMAT_VERSION,
+        CorpusManifest(
+            format_version=CORPUS_FORMAT_VERSION,
             settings=self._found.settings,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,

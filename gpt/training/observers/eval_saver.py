@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from gpt.checkpoint.store import VAL_LOSS
+from gpt.checkpoint.manifest import VAL_LOSS
 from gpt.configs.run_plan import RunPlan
 from gpt.training.events import Command, EvalEnd, Event, Save
 

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from gpt.configs.data_config import DataConfig
-from gpt.data.corpus import open_corpus, prepare
+from gpt.data.corpus import open_corpus, prepare_corpus
 from gpt.data.prepare import formats
 from gpt.data.prepare.documents import TextDocument
 from gpt.data.prepare.formats import Records
@@ -223,7 +223,7 @@ def test_records_are_documents_of_the_corpus(tmp_path: Path) -> None:
     config = DataConfig(
         source=str(tmp_path / "t.jsonl"), text_field="body", tokenizer="byte", cache_dir=tmp_path / "cache"
     )
-    facts = open_corpus(prepare(config), config, 8).facts
+    facts = open_corpus(prepare_corpus(config), config, 8).facts
     assert 3 <= facts.val_documents <= 20
     assert facts.val_tokens == facts.val_bytes + facts.val_documents
 

@@ -17,7 +17,8 @@ from gpt.data.prepare import parts as module
 from gpt.data.prepare.formats import Records
 from gpt.data.prepare.parts import Part, cut_into_parts, read_part
 from gpt.data.prepare.sources import find_source
-from gpt.data.tokenizer import Tokenizer, gpt2_tokenizer
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import build_gpt2_tokenizer
 from gpt.errors import UserError
 from tests.conftest import make_text
 
@@ -28,7 +29,7 @@ RECORDS = Records("text", skip_bad=False)
 
 @pytest.fixture(scope="module")
 def gpt2() -> Tokenizer:
-    return gpt2_tokenizer()
+    return build_gpt2_tokenizer()
 
 
 def parts_of(

@@ -21,26 +21,27 @@ import tokenizers
 from safetensors.numpy import load_file
 
 from gpt.configs.data_config import PreparationConfig
-from gpt.data.manifest import Manifest, read_manifest
+from gpt.data.manifest import CorpusManifest, read_corpus_manifest
 from gpt.data.prepare import part_worker, parts, preparation
 from gpt.data.prepare.preparation import Found, find, prepare_into
 from gpt.data.shards import TokenStream
-from gpt.data.tokenizer import Tokenizer, train_bpe
+from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_builders import train_bpe_tokenizer
 from gpt.errors import UserError
-from tests.conftest import contents, make_text, small_files
+from tests.conftest import limit_file_size, make_text, read_files
 
 
-def prepare(out: Path, sources: Sequence[Path | str], **settings: Any) -> Manifest:
+def prepare(out: Path, sources: Sequence[Path | str], **settings: Any) -> CorpusManifest:
     config = PreparationConfig(**{"tokenizer": "byte", "workers": 1, **settings})
     prepare_into(out, find([str(source) for source in sources], config), config, "--out")
-    return read_manifest(out)
+    return read_corpus_manifest(out)
 
 
 def texts_of(folder: Path, role: str) -> list[str]:
     """Every document of a prepared folder, decoded; pieces of one text joined."""
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     found: list[str] = []
-    for entry in read_manifest(folder).sources:
+    for entry in read_corpus_manifest(folder).sources:
         for shard in entry.train if role == "train" else entry.val:
             arrays = load_file(folder / shard.file)
             borders = arrays["document_offsets"].tolist()
@@ -84,7 +85,7 @@ def test_the_folder_is_the_same_at_any_number_of_workers(tmp_path: Path, sources
     for workers in (1, 2, 3):
         settings = {"tokenizer": "bpe", "vocab_size": 300, "on_error": "skip", "deduplicate": True}
         manifest = prepare(tmp_path / str(workers), sources, workers=workers, **settings)
-        folders.append(contents(tmp_path / str(workers)))
+        folders.append(read_files(tmp_path / str(workers)))
     assert len(manifest.sources[3].train) > 15
     assert folders[0] == folders[1] == folders[2]
     shards = {shard.file for entry in manifest.sources for shard in (*entry.train, *entry.val)}
@@ -140,8 +141,8 @@ def test_the_same_content_elsewhere_gives_the_same_folder(tmp_path: Path, source
     for name in ("here", "there"):
         shutil.copytree(sources[0], tmp_path / name / "texts")
         prepare(tmp_path / name / "out", [tmp_path / name / "texts"])
-    assert contents(tmp_path / "here" / "out") == contents(tmp_path / "there" / "out")
-    for content in contents(tmp_path / "here" / "out").values():
+    assert read_files(tmp_path / "here" / "out") == read_files(tmp_path / "there" / "out")
+    for content in read_files(tmp_path / "here" / "out").values():
         for secret in (str(tmp_path), os.uname().nodename, time.strftime("%Y-%m-%d")):
             assert secret.encode() not in content
 
@@ -175,9 +176,9 @@ def learnt_from(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def spy(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         seen.extend(texts)
-        return train_bpe(seen, vocab_size)
+        return train_bpe_tokenizer(seen, vocab_size)
 
-    monkeypatch.setattr(preparation, "train_bpe", spy)
+    monkeypatch.setattr(preparation, "train_bpe_tokenizer", spy)
     return seen
 
 
@@ -329,14 +330,14 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes_later(
 ) -> None:
     settings = {"workers": workers, "deduplicate": deduplicate, "on_error": "skip"}
     with (
-        small_files(limit),
+        limit_file_size(limit),
         pytest.raises(UserError, match=r"^--out .*out: cannot be written: File too large; the same"),
     ):
         prepare(tmp_path / "out", sources, **settings)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".out.unfinished"]
     prepare(tmp_path / "out", sources, **settings)
     prepare(tmp_path / "whole", sources, **{**settings, "workers": 1})
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
@@ -370,7 +371,7 @@ def test_what_was_begun_is_another_preparation(
     assert not (tmp_path / "out").exists()
     prepare(tmp_path / "out", sources, on_error="skip", workers=2)
     prepare(tmp_path / "whole", sources, on_error="skip")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("has_identity", [True, False])
@@ -398,7 +399,7 @@ def test_a_complete_folder_without_its_name_is_not_given_to_another_preparation(
     else:
         prepare(tmp_path / "out", sources[:1])
     prepare(tmp_path / "whole", [sources[3]] if has_identity else sources[:1])
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -520,8 +521,8 @@ def test_whatever_is_killed_and_when_the_same_command_finishes_what_is_left(tmp_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "PART_BYTES", 30_000)
         prepare_into(whole, find([str(lines)], config), config, "--out")
-    assert contents(out) == contents(whole)
-    assert read_manifest(whole).sources[0].duplicates == 100
+    assert read_files(out) == read_files(whole)
+    assert read_corpus_manifest(whole).sources[0].duplicates == 100
 
 
 def test_a_worker_imports_no_torch() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from gpt.configs.observer_config import ProfileConfig
 from gpt.configs.train_config import TrainConfig
-from gpt.pipeline import build
+from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import StepEnd, TrainStart
 from gpt.training.observers.profiler import Profiler
@@ -25,7 +25,7 @@ def test_the_trace_holds_the_steps_that_were_asked_for(
     tiny: Callable[..., TrainConfig], tmp_path: Path, start: int, steps: int, traced: int
 ) -> None:
     config = tiny(tmp_path, max_steps=5, eval={"interval": 0}, profile={"start": start, "steps": steps})
-    build(open_run(config)).train()
+    build_trainer(open_run(config)).train()
     assert updates_in(tmp_path / "trace.json") == traced
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.observer_config import TextSampleConfig
-from gpt.data.tokenizer import byte_tokenizer
+from gpt.data.tokenizer_builders import build_byte_tokenizer
 from gpt.models.gpt import GPT
 from gpt.training.events import StepEnd, TextSampled
 from gpt.training.observers.text_sampler import TextSampler
@@ -10,7 +10,7 @@ from tests.training.test_logger import PLAN
 
 
 def test_each_prompt_is_continued_when_the_model_is_evaluated() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = build_byte_tokenizer()
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=256, vocab_size=257), seed=0)
     prompts = {prompt: tokenizer.encode_prompt(prompt) for prompt in ("", "def")}
     config = TextSampleConfig(max_new_tokens=5, temperature=0)

@@ -1,0 +1,67 @@
+"""Plan of the kills: at which step, in which phase and after which delay, all decided by a seed."""
+
+import random
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(Enum):
+    """Phase of a run that a kill hits; the value is shown to the user."""
+
+    START_UP = "during start-up"
+    STEP = "during a step"
+    SAVE = "during a save"
+    EVALUATION = "during an evaluation"
+    EPOCH_BOUNDARY = "at an epoch boundary"
+
+
+@dataclass(frozen=True)
+class RunOutline:
+    """Steps of the run at which something happens, as the reference run shows them."""
+
+    first_step: int
+    """Step that the run starts from: 0, or the step of the other run's checkpoint that it forks."""
+    last_step: int
+    checkpoint_interval: int
+    """Steps between two checkpoints; 0: only the last step is saved."""
+    evaluated_steps: frozenset[int]
+    """Steps after which the model is evaluated."""
+    epoch_ends: frozenset[int]
+    """Steps that consume the last sequence of an epoch."""
+
+    @property
+    def last_interval_start(self) -> int:
+        """Step from which on kills no longer wait for their phase, which may not occur again before the end."""
+        return max(self.first_step, self.last_step - (self.checkpoint_interval or self.last_step))
+
+
+@dataclass(frozen=True)
+class PlannedKill:
+    """Condition under which to kill the run."""
+
+    phase: Phase
+    """Phase to wait for; STEP waits for none and hits whatever is under way."""
+    step: float
+    """Earliest step."""
+    delay_fraction: float
+    """Delay after the phase has begun, as a fraction of the time that it took in the reference run."""
+
+
+def plan_kills(seed: int, n_kills: int, outline: RunOutline) -> list[PlannedKill]:
+    """Plan half of the kills at random times, and half in the phases that read or write files.
+
+    Args:
+        seed: seed of phases, steps and delays.
+        n_kills: number of kills.
+        outline: outline of the run; kills are planned before its last checkpoint interval.
+    """
+    phases = [Phase.START_UP, Phase.SAVE]
+    phases += [Phase.EVALUATION] if outline.evaluated_steps else []
+    phases += [Phase.EPOCH_BOUNDARY] if outline.epoch_ends else []
+    generator = random.Random(seed)
+    chosen = [Phase.STEP if i % 2 else phases[i // 2 % len(phases)] for i in range(n_kills)]
+    generator.shuffle(chosen)
+    has_interval = outline.last_interval_start > outline.first_step
+    end = outline.last_interval_start if has_interval else outline.last_step
+    steps = sorted(generator.uniform(outline.first_step, end) for _ in range(n_kills))
+    return [PlannedKill(phase, step, generator.random()) for phase, step in zip(chosen, steps, strict=True)]

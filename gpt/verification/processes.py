@@ -1,0 +1,140 @@
+"""Processes that train a run and can be killed at any moment, on Linux."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+PRELOADED_MODULES = ["torch._dynamo", "gpt.commands.train", "gpt.pipeline"]
+"""Modules that take seconds to import; every fork inherits them. Building an optimizer imports torch._dynamo."""
+PROC = Path("/proc")
+_EXIT_POLL_SECONDS = 0.01
+"""Interval at which to check whether killed ranks have exited."""
+
+
+class TrainingProcess(Protocol):
+    """One launch of a run: a single process, or torchrun with its ranks."""
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """Send SIGKILL to all of its processes and wait until they have exited."""
+        ...
+
+
+Launcher = Callable[[Sequence[str], Path], TrainingProcess]
+"""Function that launches `gpt ARGUMENTS` and appends its output to a log file."""
+
+
+def launcher_for(ranks: int) -> Launcher:
+    """Return a launcher that forks a preloaded process for one rank, and starts torchrun for several."""
+    if ranks > 1:
+        return lambda arguments, log: _TorchrunProcess(ranks, arguments, log)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED_MODULES)
+    return lambda arguments, log: _ForkedProcess(context, arguments, log)
+
+
+class _ForkedProcess:
+    """`python gpt/main.py ARGUMENTS` in a fork of a server process that has only imported modules."""
+
+    def __init__(self, context: multiprocessing.context.ForkServerContext, arguments: Sequence[str], log: Path):
+        self._process = context.Process(target=_run_main, args=(list(arguments), log))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        pid = self._process.pid
+        assert pid is not None
+        if self._process.is_alive():
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not created its process group yet
+                self._process.kill()
+        self._process.join()
+
+
+def _run_main(arguments: list[str], log: Path) -> None:
+    os.setsid()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(MAIN), *arguments]
+    runpy.run_path(str(MAIN), run_name="__main__")
+
+
+class _TorchrunProcess:
+    """`torchrun gpt/main.py ARGUMENTS`."""
+
+    def __init__(self, ranks: int, arguments: Sequence[str], log: Path):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [*torchrun, str(MAIN), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """Stop torchrun, then kill it and its ranks.
+
+        Each rank has a session of its own, so killing torchrun's process group would miss the ranks; and torchrun
+        must be stopped first, or it would react to the ranks' deaths.
+        """
+        if self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGSTOP)
+        pids = _list_descendants(self._process.pid)
+        self._process.kill()
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has exited in the meantime
+                continue
+        self._process.wait()
+        while any(_is_running(pid) for pid in pids):
+            time.sleep(_EXIT_POLL_SECONDS)
+
+
+def _list_descendants(ancestor: int) -> list[int]:
+    """Return the ids of all processes that `ancestor` started, directly or indirectly."""
+    children: dict[int, list[int]] = {}
+    for entry in PROC.iterdir():
+        if entry.name.isdigit() and (stat := _read_stat(int(entry.name))) is not None:
+            children.setdefault(int(stat[1]), []).append(int(entry.name))
+    descendants, pending = list[int](), [ancestor]
+    while pending:
+        own_children = children.get(pending.pop(), [])
+        descendants += own_children
+        pending += own_children
+    return descendants
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether a process still holds its files; a zombie holds none."""
+    stat = _read_stat(pid)
+    return stat is not None and stat[0] != "Z"
+
+
+def _read_stat(pid: int) -> list[str] | None:
+    """Return state, parent id and the later fields of /proc/PID/stat (see proc(5)), or None if there is no process."""
+    try:
+        return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
