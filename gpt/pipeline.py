@@ -27,7 +27,8 @@ from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
 from gpt.resume.journal import Journal
-from gpt.run import Run, restore, write_run_files
+from gpt.resume.restore import restore_state
+from gpt.run import Run, write_run_files
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
@@ -76,8 +77,8 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
 
     state = build_state(config, plan, dist)
     state.savables["spike_guard"] = guard
-    restore(run, state)
-    dist.on_main(lambda: write_run_files(run, state.progress.step))
+    restore_state(run.start, state, dist)
+    write_run_files(run)
     peak = dist.on_main(
         lambda: measured_peak_flops(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir)
     )
@@ -108,7 +109,7 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
         ),
         checkpoints=checkpoints,
         journal=journal,
-        resumed_from=str(run.origin) if run.origin else None,
+        resumed_from=str(run.start.checkpoint) if run.start.checkpoint else None,
     )
     trainer.attach(StopSignal(dist))
     trainer.attach(guard)

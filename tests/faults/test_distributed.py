@@ -277,7 +277,7 @@ if os.environ["RANK"] == "0":
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "--bind", stale, folder], check=True)
 layout = open_run(config)
-assert layout.origin == folder / "step_00000004", layout.origin
+assert layout.start.checkpoint == folder / "step_00000004", layout.start.checkpoint
 build_trainer(layout).train()
 layout.dist.close()
 end_process()

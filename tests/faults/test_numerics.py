@@ -358,11 +358,11 @@ def test_a_journal_that_cannot_be_followed_is_refused_at_once(
     journal = rolled_back[0] / "journal.jsonl"
     with pytest.raises(UserError, match=r"--spike\.journal .*none\.jsonl: no such file"):
         open_run(tiny(tmp_path / "a", spike={"journal": tmp_path / "none.jsonl"}, **SETTINGS))
-    with pytest.raises(UserError, match=r"journal\.jsonl, line 1: of another order of batches"):
+    with pytest.raises(UserError, match=r"journal\.jsonl, line 1: written for other batches"):
         open_run(tiny(tmp_path / "b", seed=7, spike={"journal": journal}, **SETTINGS))
     build_trainer(open_run(tiny(tmp_path / "c", **SETTINGS))).train()
     longer = SETTINGS | {"max_steps": 40}
-    with pytest.raises(UserError, match=r"batch 24 was trained on before step 30; name another --run-dir"):
+    with pytest.raises(UserError, match=r"batch 24 was trained on before step 30; use another --run-dir"):
         open_run(tiny(tmp_path / "c", spike={"journal": journal}, **longer))
 
 
