@@ -15,6 +15,7 @@ from gpt.inference.load import load_for_inference
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import Event, StepEnd, Stop
+from gpt.training.observer import Observer
 from tests.conftest import read_files
 
 Configure = Callable[..., TrainConfig]
@@ -30,14 +31,14 @@ def test_a_finished_run_is_recognised_and_a_longer_one_trains_on(tiny: Configure
     assert open_run(tiny(finished_run, max_steps=5), dry_run=True).finished_at == 8
     longer = open_run(tiny(finished_run, max_steps=9), dry_run=True)
     assert longer.finished_at is None
-    assert longer.origin == finished_run / "checkpoints/step_00000008"
+    assert longer.start.checkpoint == finished_run / "checkpoints/step_00000008"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (None, "the corpus's SHA-256 is"),
-        ({"dtype": "bfloat16"}, "another configuration: dtype is float32 there .* add --resume-with-changes"),
+        ({"dtype": "bfloat16"}, "another configuration: dtype is float32 in the run .* add --resume-with-changes"),
         ({"tokens_per_step": 0, "micro_batch_size": 2}, "another configuration: tokens_per_step"),
     ],
 )
@@ -63,9 +64,9 @@ def test_a_longer_horizon_that_changes_past_rates_needs_a_flag(tiny: Configure, 
     with pytest.raises(UserError) as error:
         open_run(tiny(tmp_path, **longer), dry_run=True)
     assert str(error.value) == (
-        f"{tmp_path}/checkpoints/step_00000004 cannot be continued: its 4 steps had the learning rates of a run of "
-        "4 steps, and a run of 8 gives them others; --lr.decay-steps 2 keeps the former decay, or "
-        "--resume-with-changes goes on with those"
+        f"{tmp_path}/checkpoints/step_00000004 cannot be resumed: its 4 steps had the learning rates of a run of "
+        "4 steps, and a run of 8 steps has others; --lr.decay-steps 2 keeps the former decay, or "
+        "--resume-with-changes accepts them"
     )
     assert open_run(tiny(tmp_path, resume_with_changes=True, **longer), dry_run=True).plan.notes == (
         "changed at step 4: max_steps 4 -> 8 (safe where the steps taken keep their learning rates)",
@@ -80,7 +81,7 @@ def test_a_longer_horizon_that_changes_past_rates_needs_a_flag(tiny: Configure, 
 def test_a_decay_at_the_end_that_has_begun_cannot_be_kept(tiny: Configure, tmp_path: Path) -> None:
     wsd = {"schedule": "wsd", "decay_steps": 2}
     build_trainer(open_run(tiny(tmp_path, max_steps=4, lr=wsd))).train()
-    with pytest.raises(UserError, match="gives them others; --resume-with-changes goes on with those"):
+    with pytest.raises(UserError, match="steps has others; --resume-with-changes accepts them"):
         open_run(tiny(tmp_path, max_steps=8, lr=wsd), dry_run=True)
 
 
@@ -103,14 +104,11 @@ def test_changed_settings_of_the_optimizer_take_effect(tiny: Configure, tmp_path
     assert logged(tmp_path, "lr")[3] > 0.1
 
 
-class Interruption:
+class Interruption(Observer):
     """Stops a run as a signal does."""
 
     def on_event(self, event: Event) -> list[Stop]:
         return [Stop("SIGTERM")] if isinstance(event, StepEnd) and event.step == 3 else []
-
-    def close(self, error: BaseException | None) -> None:
-        pass
 
 
 def test_a_run_that_ends_where_it_was_interrupted_is_evaluated_there_once(tiny: Configure, tmp_path: Path) -> None:
@@ -158,10 +156,10 @@ def test_init_from_takes_the_weights_alone(tiny: Configure, finished_run: Path, 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"n_head": 4}, "n-head is 2 there and 4 here"),
-        ({"position": "rotary"}, "position is learned there and rotary here"),
-        ({"mlp": "relu2"}, "mlp is gelu there and relu2 here"),
-        ({"logit_softcap": 5}, "logit-softcap is 0.0 there and 5.0 here"),
+        ({"n_head": 4}, "n-head is 2 there and 4 in this command"),
+        ({"position": "rotary"}, "position is learned there and rotary in this command"),
+        ({"mlp": "relu2"}, "mlp is gelu there and relu2 in this command"),
+        ({"logit_softcap": 5}, "logit-softcap is 0.0 there and 5.0 in this command"),
     ],
 )
 def test_init_from_another_architecture_is_told_before_the_corpus_is_read(
@@ -237,7 +235,7 @@ def test_the_default_prompt_gives_way_where_the_text_lacks_its_characters(tiny: 
 
 
 def test_a_fork_that_is_past_the_horizon_is_told(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is at step 8 already, and the run would end at 5"):
+    with pytest.raises(UserError, match="is at step 8 already, and this run would end at 5"):
         open_run(tiny(tmp_path / "fork", resume=str(finished_run), max_steps=5))
 
 

@@ -22,7 +22,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from gpt.configs.base import Config
+from gpt.configs.base import Config, section_of
 from gpt.configs.explain import explain_unknown_argument, explain_usage_error, explain_validation_error, suggest_name
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
@@ -100,6 +100,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
                 model,
                 args=list(argv),
                 prog=prog,
+                description=_join_lines(model.__doc__),
                 default=model.model_construct(**(default or {})),
                 return_unknown_args=True,
                 registry=_registry,
@@ -135,7 +136,7 @@ def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
             name=field.alias or name,
             type=_mark_positional(kind) if POSITIONAL in field.metadata else kind,
             default=_members_as_text(getattr(info.default, name, tyro.MISSING)),
-            helptext=field.description,
+            helptext=_join_lines(field.description or getattr(section_of(field), "__doc__", None)),
         )
         for name, field in info.type.model_fields.items()
         for kind in [_list_as_text(field.annotation)]
@@ -160,6 +161,11 @@ def _build_value_spec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] 
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
+
+
+def _join_lines(text: str | None) -> str:
+    """Return a docstring without its line breaks, so that the help screen can wrap it; paragraphs stay apart."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
 
 
 def _mark_positional(annotation: Any) -> Any:

@@ -40,7 +40,7 @@ class TrainConfig(Config):
     micro_batch_size: Annotated[
         Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] | Literal["auto"], SAFE_WITHOUT_DROPOUT
     ] = 16
-    """Sequences per process in one forward pass; auto: the most that fit in memory (on a CPU: that make it faster)."""
+    """Sequences per process in one forward pass; auto: the most that fit in memory and, on a CPU, gain speed."""
     tokens_per_step: int = Field(2048, ge=0, le=MAX_COUNT)
     """Tokens per update over all processes and micro-batches; 0: one micro-batch per process."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], SAFE] = "auto"

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gpt.data.shards import TokenStream
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync
+from gpt.utils.folder_lock import hold_lock
 from gpt.utils.helper import first_line
 
 GROUP = 2**16
@@ -44,7 +44,7 @@ class Packing:
     """(rows + 1,): targets in all sequences before each."""
 
     @property
-    def n_rows(self) -> int:
+    def n_sequences(self) -> int:
         """Sequences."""
         return len(self.row_offsets) - 1
 
@@ -62,7 +62,7 @@ def packing_of(stream: TokenStream, block_size: int, *, ends_are_targets: bool, 
         UserError: the file cannot be read or written, or is not what was written.
     """
     try:
-        with FileLock(path.with_suffix(".lock")):
+        with hold_lock(path.with_suffix(".lock")):
             if not path.exists():
                 _save(pack(stream, block_size, ends_are_targets=ends_are_targets), path)
             return _load(path)

@@ -1,90 +1,172 @@
-"""One run per folder: a lock that the kernel takes back however its holder ends, so that none is ever stale."""
+"""Locks between processes: one run per folder, one process that makes a file while others wait.
 
+The kernel releases a lock when its holder ends, however it ends, so no lock is ever stale. The locked file names its
+holder.
+"""
+
+import contextlib
 import errno
 import json
 import logging
 import os
 import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gpt.errors import UserError
 
-if sys.platform != "win32":
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-"""The file that is locked; it holds who does so, and stays when the lock is gone."""
+"""Name of the locked file in a folder; the file stays when the lock is released."""
+POLL_SECONDS = 0.1
+"""Seconds between two attempts to take a lock that another process holds."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
+_WINDOWS_LOCK_OFFSET = 2**30
+"""Windows lets nobody read locked bytes, so the locked one is far behind the holder's name."""
 
 _held: dict[Path, tuple[int, int]] = {}
-"""Folder -> process and descriptor of its lock. A lock is the process's: what asks again there has it already."""
+"""Folder -> process and descriptor of its lock. A lock belongs to its process, which may ask for it again."""
 
 
 def lock_folder(folder: Path, flag: str) -> None:
-    """Take the lock of an existing folder until `unlock_folder` or the end of the process.
+    """Lock an existing folder until `unlock_folder` or the end of the process.
 
-    The descriptor is closed on exec, so no program that this one starts can keep the lock.
+    The descriptor is closed on exec, so no program that this one starts keeps the lock.
+
+    Args:
+        folder: the folder.
+        flag: the option that names it, for messages.
 
     Raises:
-        UserError: another process has it, or the file cannot be made.
+        UserError: another process holds the lock, or its file cannot be written.
     """
     if _is_held(folder):
         return
     path = folder / LOCK
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        descriptor = _open_lock_file(path)
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot make {path}: {error.strerror}; name another folder") from error
     try:
-        _lock(descriptor, folder, flag)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        if not _try_lock(descriptor, path):
+            holder = _read_holder(descriptor)
+            raise UserError(f"{flag} {folder} is in use by {holder}; wait for its end, or name another {flag}")
+        _write_holder(descriptor)
     except BaseException as error:
         os.close(descriptor)
         if not isinstance(error, OSError):
             raise
         raise UserError(f"{flag} {folder}: cannot write {path}: {error.strerror}; name another folder") from error
-    unlock_folder(folder)  # of a folder that was deleted meanwhile
+    unlock_folder(folder)  # a lock of a folder of this name that was deleted meanwhile
     _held[folder.resolve()] = (os.getpid(), descriptor)
 
 
 def unlock_folder(folder: Path) -> None:
-    """Give the lock back; where this process has none, nothing happens."""
+    """Release a folder's lock, if this process holds it."""
     process, descriptor = _held.pop(folder.resolve(), (0, -1))
     if process:
         os.close(descriptor)
 
 
-def _is_held(folder: Path) -> bool:
-    """Whether this very process has the lock of the file that lies there now: not a parent, not of a deleted folder."""
-    process, descriptor = _held.get(folder.resolve(), (0, -1))
+@contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` within the block, after waiting for a process that holds it already.
+
+    The file is removed at the end of the block.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    descriptor = _wait_for_lock(path)
     try:
-        return process == os.getpid() and os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat())
+        _write_holder(descriptor)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        os.close(descriptor)
+
+
+def _wait_for_lock(path: Path) -> int:
+    """Return the descriptor of `path`, locked."""
+    while True:
+        descriptor = _open_lock_file(path)
+        try:
+            _poll_lock(descriptor, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if _is_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)  # the former holder has removed the file, and others lock a new one
+
+
+def _poll_lock(descriptor: int, path: Path) -> None:
+    is_first = True
+    while not _try_lock(descriptor, path):
+        if is_first:
+            log.info("waiting for %s, which holds %s", _read_holder(descriptor), path)
+        is_first = False
+        time.sleep(POLL_SECONDS)  # not a blocking lock, which Ctrl-C does not interrupt on every file system
+
+
+def _is_held(folder: Path) -> bool:
+    """Return whether this process, not its parent, holds the lock of the folder that is there now."""
+    process, descriptor = _held.get(folder.resolve(), (0, -1))
+    return process == os.getpid() and _is_at(folder / LOCK, descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is the file that is open as `descriptor`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False
 
 
-def _lock(descriptor: int, folder: Path, flag: str) -> None:
-    if sys.platform == "win32":
-        return
+def _open_lock_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    """Return False if another process holds the lock; where the file system has no locks, warn and return True."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"{flag} {folder} is in use by {_holder(descriptor)}; wait for its end, or name another {flag}"
-        ) from error
+        if sys.platform == "win32":
+            os.lseek(descriptor, _WINDOWS_LOCK_OFFSET, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # of Unix, of Windows
+        return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in _NO_LOCKS:
             raise
-        log.warning(f"{folder}: this file system has no locks ({error.strerror}); see that one run alone uses it")
+        log.warning(f"{path}: this file system has no locks ({error.strerror}); see that one process alone uses it")
+    return True
 
 
-def _holder(descriptor: int) -> str:
-    """Who wrote into the locked file; it is empty for the moment between its lock and its text."""
+def _write_holder(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+
+
+def _read_holder(descriptor: int) -> str:
+    """Return who holds the lock, for messages; the file is empty for a moment after it is locked."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = json.loads(os.read(descriptor, 4096))
         return f"process {int(holder['pid'])} on {holder['host']}"
     except (ValueError, KeyError, TypeError):
         return "another process"

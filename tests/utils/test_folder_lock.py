@@ -1,10 +1,15 @@
 """The lock with real processes; its use by runs is in tests/faults/test_run_folder.py."""
 
+import errno
 import json
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from gpt.errors import UserError
-from gpt.utils.folder_lock import LOCK, lock_folder, unlock_folder
+from gpt.utils import folder_lock
+from gpt.utils.folder_lock import LOCK, hold_lock, lock_folder, unlock_folder
 
 HOLD = """
 import subprocess, sys
@@ -114,3 +120,109 @@ def test_a_link_is_not_followed_out_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot make .*symbolic link"):
         lock_folder(tmp_path / "run", "--run-dir")
     assert (tmp_path / "precious").read_text() == "x"
+
+
+WAIT = """
+import sys, time
+from pathlib import Path
+from gpt.utils.folder_lock import hold_lock
+path = Path(sys.argv[1])
+print("started", flush=True)
+with hold_lock(path):
+    order = path.with_suffix(".order")
+    with order.open("a") as file:
+        file.write("in ")
+        file.flush()
+        time.sleep(0.2)
+        file.write("out ")
+"""
+
+
+def start_waiter(path: Path) -> subprocess.Popen[str]:
+    """A process that waits for the lock file `path`, or has it."""
+    process = subprocess.Popen([sys.executable, "-c", WAIT, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def test_waiting_processes_hold_a_lock_one_after_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    waiters = [start_waiter(path) for _ in range(4)]
+    assert [waiter.wait(30) for waiter in waiters] == [0] * 4
+    for waiter in waiters:
+        waiter.communicate()
+    assert (tmp_path / "a.order").read_text() == "in out " * 4
+    assert not path.exists()
+
+
+def test_a_waiting_process_names_the_holder_and_goes_on_when_it_is_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with holder(tmp_path) as (process, _):
+        threading.Timer(0.5, process.kill).start()
+        with caplog.at_level(logging.INFO), hold_lock(tmp_path / LOCK):
+            assert process.wait(5) == -signal.SIGKILL
+            assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert caplog.messages == [
+        f"waiting for process {process.pid} on {socket.gethostname()}, which holds {tmp_path / LOCK}"
+    ]
+
+
+def test_ctrl_c_ends_a_process_that_waits(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with hold_lock(path):
+        waiter = start_waiter(path)
+        time.sleep(0.3)
+        assert waiter.poll() is None
+        waiter.send_signal(signal.SIGINT)
+        assert waiter.wait(5) not in (0, None)
+        waiter.communicate()
+        assert path.exists()
+    assert not (tmp_path / "a.order").exists()
+
+
+def test_threads_of_a_process_wait_for_each_other(tmp_path: Path) -> None:
+    order = []
+
+    def work() -> None:
+        with hold_lock(tmp_path / "a.lock"):
+            order.append("in")
+            time.sleep(0.05)
+            order.append("out")
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == ["in", "out"] * 3
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_about_once_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+    lock_folder(tmp_path, "--run-dir")
+    unlock_folder(tmp_path)
+    with hold_lock(tmp_path / "a.lock"):
+        pass
+    assert [message.partition(": ")[::2] for message in caplog.messages] == [
+        (str(path), f"this file system has no locks ({os.strerror(code)}); see that one process alone uses it")
+        for path in (tmp_path / LOCK, tmp_path / "a.lock")
+    ]
+
+
+def test_other_errors_of_a_lock_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*: Input/output error; name another folder"):
+        lock_folder(tmp_path, "--run-dir")
+    with pytest.raises(OSError, match="Input/output error"), hold_lock(tmp_path / "a.lock"):
+        pass

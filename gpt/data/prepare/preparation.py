@@ -7,7 +7,6 @@ kept when the program is killed, and not done again. The result depends on the s
 the number of processes, nor on interruptions.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from pydantic import ValidationError
 
 from gpt.configs.data_config import PreparationConfig
@@ -46,6 +44,7 @@ from gpt.data.tokenizer_builders import build_char_tokenizer, build_tokenizer, t
 from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
+from gpt.utils.folder_lock import hold_lock
 from gpt.utils.helper import format_si, plural, unique_names
 from gpt.utils.progress import progress_bar
 
@@ -125,8 +124,7 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
         UserError: a source cannot be read, the folder not written, or what is unfinished there is something else.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
-    with FileLock(lock):
+    with hold_lock(folder.with_name(f".{folder.name}.lock")):
         if (folder / CORPUS_MANIFEST).exists():
             return
         unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -143,8 +141,6 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
                 raise
             unfinished.rename(folder)
             fsync(folder.parent)
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                lock.unlink()  # whoever waits for it, or makes it anew, finds the folder complete
         except OSError as error:
             what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
             raise UserError(
