@@ -19,7 +19,7 @@ from itertools import count
 import torch
 
 from benchmarks.common import interleaved, spread
-from gpt.auto_batch import autocast_of
+from gpt.auto_batch import build_autocast
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.data.data_loader import DataLoader
@@ -79,7 +79,7 @@ def _stepper(preset: str, micro_batches: int, dist: DistContext, *, reproducible
     config = config.model_copy(update={"parallel": parallel, "tokens_per_step": tokens_per_step})
     machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
     plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("made-up tokens", 10**12),)))
-    train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), autocast_of(plan))
+    train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), build_autocast(plan))
     tokens = SyntheticTokens(VOCAB_SIZE, block_size, document_mask=False)
     steps = count()
     with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:

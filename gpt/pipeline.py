@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from gpt.auto_batch import Autocast, autocast_of, trial_loss
+from gpt.auto_batch import Autocast, build_autocast, trial_loss
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.observer_config import TextSampleConfig
@@ -61,7 +61,7 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     """
     config, dist, plan, corpus = run.config, run.dist, run.plan, run.corpus
     prompts = _prompts(config, corpus.tokenizer)
-    autocast = autocast_of(plan)
+    autocast = build_autocast(plan)
     own_time = OwnTime(dist.device)
 
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)

@@ -144,7 +144,7 @@ class _Measured:
 def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int) -> _Measured:
     import torch
 
-    from gpt.auto_batch import autocast_of
+    from gpt.auto_batch import build_autocast
     from gpt.data.data_loader import DataLoader
     from gpt.data.synthetic import SyntheticTokens
     from gpt.machine.hardware import peak_memory
@@ -157,7 +157,7 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     stopwatch = Stopwatch(dist.device)
     state = build_state(config, plan, dist)
     state.scaler = TimedScaler(dist.device.type, enabled=state.scaler.is_enabled(), stopwatch=stopwatch)
-    train_step = build_train_step(config, plan, dist, state, stopwatch.around(autocast_of(plan)))
+    train_step = build_train_step(config, plan, dist, state, stopwatch.around(build_autocast(plan)))
     schedule = build_schedule(plan.lr, plan.max_steps)
     tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, document_mask=config.data.document_mask)
     rows = plan.batch.micro_batch_size * plan.batch.block_size
