@@ -25,7 +25,7 @@ from gpt.machine.hardware import peak_memory
 from gpt.machine.peak_flops import measured_peak_flops
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
-from gpt.parallel.parallelize import build_gradient_sync, parallelize
+from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
 from gpt.resume.journal import Journal
 from gpt.resume.restore import restore_state
 from gpt.run import Run, write_run_files
@@ -150,21 +150,19 @@ def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
 ) -> TrainStep:
     """What updates `state`; compiles the model where that is asked for, and joins the processes."""
-    model = parallelize(
-        state.model,
-        state.model.get_submodule("h").children(),
-        dist,
-        config.parallel,
-        compile_mode=config.compile_mode if config.compile else None,
-        trial=partial(
+    compile_mode = config.compile_mode if config.compile else None
+    blocks = state.model.get_submodule("h").children()
+    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode)
+    if compile_mode is not None:
+        trial = partial(
             trial_loss,
             n_sequences=plan.batch.micro_batch_size,
             block_size=plan.batch.block_size,
             masked=config.data.document_mask,
             device=dist.device,
             autocast=autocast,
-        ),
-    )
+        )
+        compile_or_fall_back(state.model, model, trial)
     return TrainStep(
         model,
         state.optimizer,

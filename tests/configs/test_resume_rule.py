@@ -33,7 +33,9 @@ FIELDS = {
     """,
     ResumeRule.FORBIDDEN: """
         model.n_layer model.n_head model.n_kv_head model.n_embd model.block_size model.vocab_size model.bias
-        model.position model.norm model.mlp model.qk_norm model.logit_softcap optimizer.name data.source
+        model.position model.norm model.mlp model.qk_norm model.logit_softcap model.head_dim
+        model.intermediate_size model.norm_eps model.rope_theta model.tie_embeddings model.qkv_bias
+        model.attn_out_bias model.mlp_bias optimizer.name data.source
         data.weights data.val_source data.val_fraction data.text_field data.on_error data.deduplicate
         data.tokenizer data.vocab_size data.packing data.document_mask seed tokens_per_step init_from
     """,
