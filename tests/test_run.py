@@ -15,6 +15,7 @@ from gpt.inference.load import load_for_inference
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import Event, StepEnd, Stop
+from gpt.training.observer import Observer
 from tests.conftest import read_files
 
 Configure = Callable[..., TrainConfig]
@@ -103,14 +104,11 @@ def test_changed_optimizer_settings_take_effect(tiny: Configure, tmp_path: Path)
     assert read_metric(tmp_path, "lr")[3] > 0.1
 
 
-class StopAtStep3:
+class StopAtStep3(Observer):
     """Observer that stops a run as a signal does."""
 
     def on_event(self, event: Event) -> list[Stop]:
         return [Stop("SIGTERM")] if isinstance(event, StepEnd) and event.step == 3 else []
-
-    def close(self, error: BaseException | None) -> None:
-        pass
 
 
 def test_run_ending_at_the_interrupted_step_is_evaluated_once(tiny: Configure, tmp_path: Path) -> None:
