@@ -53,12 +53,12 @@ def describe_batch(folder: "RunFolder", step: int) -> dict[str, Any]:
         UserError: the folder is no run, or its corpus has changed.
     """
     from gpt.data.corpus import build_sequences
-    from gpt.data.provenance import excerpts_of_batch
-    from gpt.resume.journal import quarantine_of, read_journal
+    from gpt.data.provenance import find_excerpts
+    from gpt.resume.journal import build_quarantine, read_journal
 
     config = load_config(folder.config)
     corpus, plan = _open_corpus_and_plan(folder, config)
-    index = quarantine_of(read_journal(folder.journal, plan.order)).batch_of(step - 1)
+    index = build_quarantine(read_journal(folder.journal, plan.order)).find_batch(step - 1)
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     return {
         "step": step,
@@ -77,7 +77,7 @@ def describe_batch(folder: "RunFolder", step: int) -> dict[str, Any]:
                 }
                 for excerpt in excerpts
             ]
-            for excerpts in excerpts_of_batch(corpus, sequences, plan.batch, index)
+            for excerpts in find_excerpts(corpus, sequences, plan.batch, index)
         ],
     }
 
@@ -101,7 +101,7 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     """
     from gpt.checkpoint.manifest import PROGRESS
     from gpt.data.corpus import open_corpus, prepare_corpus
-    from gpt.resume.find import require_same_identity
+    from gpt.resume.compatibility import require_same_identity
     from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
@@ -116,5 +116,5 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:
-        require_same_identity(plan.identity, checkpoints[-1], {CORPUS_KEY})
+        require_same_identity(identity, plan.identity, {CORPUS_KEY}, checkpoints[-1])
     return corpus, plan

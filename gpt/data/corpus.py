@@ -12,7 +12,7 @@ from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, r
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, packing_of
 from gpt.data.prepare.preparation import find, prepare_into
-from gpt.data.sequences import MixedSources, PackedDocuments, TracedSequences, Windows
+from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
@@ -119,7 +119,8 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     facts = CorpusFacts(
         vocab_size=tokenizer.vocab_size,
         streams=tuple(
-            StreamFacts(name, len(stream), packings[name].n_rows if packings else 0) for name, stream in train.items()
+            StreamFacts(name, len(stream), packings[name].n_sequences if packings else 0)
+            for name, stream in train.items()
         ),
         sha256=" ".join(digests),
         tokenizer_sha256=tokenizer.sha256,
@@ -149,19 +150,19 @@ def _packings(
     return packings
 
 
-def build_sequences(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> TracedSequences:
+def build_sequences(corpus: Corpus, config: DataConfig, block_size: int, seed: int) -> TraceableSequences:
     """Return the training sequences of a run, in its order."""
-    each: list[TracedSequences] = [
+    each: list[TraceableSequences] = [
         PackedDocuments(
             stream,
             corpus.packings[name],
             block_size,
             seed=seed,
             end_of_text=corpus.tokenizer.end_of_text,
-            masked=config.document_mask,
+            document_mask=config.document_mask,
         )
         if corpus.packings
-        else Windows(stream, block_size, seed=seed, masked=config.document_mask)
+        else Windows(stream, block_size, seed=seed, document_mask=config.document_mask)
         for name, stream in corpus.train.items()
     ]
     return MixedSources(each, Mixture(config.weights, seed)) if config.weights else each[0]

@@ -44,7 +44,7 @@ class Packing:
     """(rows + 1,): targets in all sequences before each."""
 
     @property
-    def n_rows(self) -> int:
+    def n_sequences(self) -> int:
         """Sequences."""
         return len(self.row_offsets) - 1
 

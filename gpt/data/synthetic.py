@@ -1,32 +1,33 @@
-"""Sequences for measuring: as a run reads them, but of no text."""
+"""Synthetic tokens, for measurements: as a run reads its sequences, but from no corpus."""
 
 import numpy as np
 
-from gpt.data.sequences import Rows
+from gpt.data.sequences import SequenceArrays
 
-DOCUMENTS_PER_ROW = 4
-"""Where attention is confined to documents."""
+DOCUMENTS_PER_SEQUENCE = 4
+"""Documents of a sequence, with a document mask."""
 
 
 class SyntheticTokens:
-    """Uniformly drawn tokens.
+    """Uniformly random tokens.
 
     Args:
         vocab_size: ids are below it.
         block_size: length of a sequence.
-        masked: whether rows hold several documents, told apart.
+        document_mask: numbers several documents in each sequence.
     """
 
-    def __init__(self, vocab_size: int, block_size: int, *, masked: bool):
-        self._vocab_size, self._block_size, self._masked = vocab_size, block_size, masked
+    def __init__(self, vocab_size: int, block_size: int, *, document_mask: bool):
+        self._vocab_size, self._block_size, self._document_mask = vocab_size, block_size, document_mask
 
-    def read(self, first: int, count: int) -> Rows:
-        """Sequences `first` ... `first + count - 1`."""
+    def read(self, first: int, count: int) -> SequenceArrays:
+        """Return `count` random sequences, the same ones for the same `first`."""
         size = self._block_size
         tokens = np.random.default_rng(first).integers(self._vocab_size, size=(count, size + 1))
-        documents = np.arange(size) * DOCUMENTS_PER_ROW // size
-        return Rows(tokens[:, :-1], tokens[:, 1:], np.tile(documents, (count, 1)) if self._masked else None)
+        numbers = np.arange(size) * DOCUMENTS_PER_SEQUENCE // size
+        documents = np.tile(numbers, (count, 1)) if self._document_mask else None
+        return SequenceArrays(tokens[:, :-1], tokens[:, 1:], documents)
 
     def count_targets(self, first: int, count: int) -> int:
-        """One for every position."""
+        """Count one target for every position."""
         return count * self._block_size

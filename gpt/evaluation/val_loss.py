@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import nn
 
-from gpt.data.sequences import document_numbers
+from gpt.data.sequences import number_documents
 from gpt.data.shards import TokenStream
 from gpt.utils.distributed import DistContext
 from gpt.utils.helper import IGNORED
@@ -106,7 +106,7 @@ class ValLoss:
         tensors = [inputs, targets]
         if self._masked:
             documents = torch.zeros(span, dtype=torch.int64)
-            numbers = torch.from_numpy(document_numbers(stream, start, length))
+            numbers = torch.from_numpy(number_documents(stream, start, length))
             documents[:length], documents[length:] = numbers, int(numbers[-1]) + 1
             tensors.append(documents)
         return tuple(tensor.view(self._batch_size, self._block_size) for tensor in tensors)

@@ -34,7 +34,7 @@ def test_step_shows_the_documents_it_trains_on(
     assert lines[1:17:2] == [f"sequence {n}" for n in range(8)]
     run = open_run(tiny(finished_run), dry_run=True)
     with loader_of(run) as loader:
-        inputs = np.concatenate([micro.inputs.numpy() for micro in loader.batch_of(2).micro_batches])
+        inputs = np.concatenate([micro.inputs.numpy() for micro in loader.get_batch(2).micro_batches])
     for line, row in zip(lines[2::2], inputs, strict=True):
         place, text = line.split(": ", 2)[1:]
         assert place.startswith("train-000000.safetensors document 0, tokens ")

@@ -23,9 +23,9 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
 
 def batches(stream: TokenStream, steps: list[int], world_size: int = 1, rank: int = 0) -> list[list[MicroBatch]]:
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=world_size, grad_accum_steps=4 // world_size)
-    windows = Windows(stream, BLOCK, seed=1, masked=False)
+    windows = Windows(stream, BLOCK, seed=1, document_mask=False)
     with DataLoader(windows, plan, rank=rank, device=torch.device("cpu")) as loader:
-        return [list(loader.batch_of(step).micro_batches) for step in steps]
+        return [list(loader.get_batch(step).micro_batches) for step in steps]
 
 
 def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
@@ -36,7 +36,7 @@ def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_global_batch_is_the_same_at_every_world_size(stream: TokenStream, world_size: int) -> None:
+def test_global_batch_is_equal_at_every_world_size(stream: TokenStream, world_size: int) -> None:
     for step in (0, 7, 61, 62):  # an epoch has 249 windows, a step 8: step 31 straddles two
         whole = {batch.index: batch.inputs.tolist() for batch in batches(stream, [step])[0]}
         parts = {
@@ -48,12 +48,12 @@ def test_the_global_batch_is_the_same_at_every_world_size(stream: TokenStream, w
         assert sorted(whole) == [0, 1, 2, 3]
 
 
-def test_an_epoch_shows_every_window_once(stream: TokenStream) -> None:
+def test_epoch_has_every_window_once(stream: TokenStream) -> None:
     shown = [tuple(row) for step in batches(stream, list(range(31))) for batch in step for row in batch.inputs.tolist()]
     assert len(set(shown)) == len(shown) == 31 * 8
 
 
-def test_a_step_is_the_same_in_order_and_at_a_jump(stream: TokenStream) -> None:
+def test_batch_is_equal_in_order_and_after_a_seek(stream: TokenStream) -> None:
     in_order = batches(stream, [0, 1, 2, 3])[3]
     at_once = batches(stream, [3])[0]
     assert [b.inputs.tolist() for b in in_order] == [b.inputs.tolist() for b in at_once]
@@ -65,13 +65,13 @@ def sequences(stream: TokenStream, tmp_path_factory: pytest.TempPathFactory) -> 
     documents = [(np.arange(n) + 1, 1) for n in (3, 20, 7, 1, 9, 4, 8, 13, 2, 5) * 11]
     of_documents = write_stream(tmp_path_factory.mktemp("documents"), documents)
     packing = pack(of_documents, BLOCK, ends_are_targets=False)
-    packed = PackedDocuments(of_documents, packing, BLOCK, seed=1, end_of_text=None, masked=True)
-    windows = Windows(stream, BLOCK, seed=1, masked=True)
+    packed = PackedDocuments(of_documents, packing, BLOCK, seed=1, end_of_text=None, document_mask=True)
+    windows = Windows(stream, BLOCK, seed=1, document_mask=True)
     return {"windows": windows, "packed": packed, "mixed": MixedSources([windows, packed], Mixture((2, 1), 1))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_data_is_in_one_order_at_every_world_size(sequences: dict[str, Sequences], kind: str) -> None:
+def test_every_kind_of_sequences_has_one_order_at_every_world_size(sequences: dict[str, Sequences], kind: str) -> None:
     """Steps of 4 sequences through several epochs: every rank has as many steps, and of equal size."""
     orders = []
     for world_size in (1, 2, 4):
@@ -81,7 +81,7 @@ def test_every_kind_of_data_is_in_one_order_at_every_world_size(sequences: dict[
         for rank in range(world_size):
             with DataLoader(sequences[kind], plan, rank=rank, device=torch.device("cpu")) as loader:
                 for step, shown in enumerate(steps):
-                    batch = loader.batch_of(step)
+                    batch = loader.get_batch(step)
                     n_targets[step].add(batch.n_targets)
                     for piece in batch.micro_batches:
                         assert piece.documents is not None
@@ -98,27 +98,27 @@ def test_every_kind_of_data_is_in_one_order_at_every_world_size(sequences: dict[
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_of_any_number_is_there_at_once(sequences: dict[str, Sequences], kind: str) -> None:
+def test_get_batch_of_a_distant_step(sequences: dict[str, Sequences], kind: str) -> None:
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=1, grad_accum_steps=2)
     with DataLoader(sequences[kind], plan, rank=0, device=torch.device("cpu")) as loader:
-        far = loader.batch_of(10**12 // 4)
+        far = loader.get_batch(10**12 // 4)
     rows = sequences[kind].read(10**12, 4)
     assert torch.cat([piece.inputs for piece in far.micro_batches]).tolist() == rows.inputs.tolist()
     assert far.n_targets == (rows.targets != IGNORED).sum()
 
 
-def test_without_a_mask_there_are_no_documents(stream: TokenStream) -> None:
+def test_batches_have_no_documents_without_a_document_mask(stream: TokenStream) -> None:
     assert [batch.documents for batch in batches(stream, [0])[0]] == [None] * 4
 
 
-def test_what_is_in_quarantine_is_left_out_also_when_it_was_fetched_already(stream: TokenStream) -> None:
+def test_quarantined_batch_is_left_out_even_if_it_was_fetched_ahead(stream: TokenStream) -> None:
     whole = [[batch.inputs.tolist() for batch in step] for step in batches(stream, list(range(8)))]
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=1, grad_accum_steps=4)
-    windows, quarantine = Windows(stream, BLOCK, seed=1, masked=False), Quarantine([1])
+    windows, quarantine = Windows(stream, BLOCK, seed=1, document_mask=False), Quarantine([1])
     with DataLoader(windows, plan, rank=0, device=torch.device("cpu"), quarantine=quarantine) as loader:
 
         def read(step: int) -> list[list[list[int]]]:
-            return [batch.inputs.tolist() for batch in loader.batch_of(step).micro_batches]
+            return [batch.inputs.tolist() for batch in loader.get_batch(step).micro_batches]
 
         assert [read(step) for step in range(3)] == [whole[0], whole[2], whole[3]]
         quarantine.add(4)

@@ -1,3 +1,4 @@
+import doctest
 import random
 import time
 import tracemalloc
@@ -6,7 +7,14 @@ import numpy as np
 import pytest
 
 from gpt.configs.run_plan import count_windows
-from gpt.data.order import Mixture, _floor_sum, permute, shuffled, window_starts
+from gpt.data import order
+from gpt.data.order import Mixture, _floor_sum, permute, shuffle_epochs, window_starts
+
+
+def test_worked_examples() -> None:
+    results = doctest.testmod(order)
+    assert results.attempted >= 8
+    assert results.failed == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000, 4096, 10_007])
@@ -15,7 +23,7 @@ def test_permute_is_a_bijection_for_every_size(n: int) -> None:
         assert sorted(permute(np.arange(n, dtype=np.uint64), n, key).tolist()) == list(range(n))
 
 
-def test_a_part_of_the_permutation_is_that_part_of_the_whole() -> None:
+def test_permute_of_a_part_is_that_part_of_the_permutation() -> None:
     whole = permute(np.arange(1000, dtype=np.uint64), 1000, 5)
     assert permute(np.arange(300, 400, dtype=np.uint64), 1000, 5).tolist() == whole[300:400].tolist()
 
@@ -34,7 +42,7 @@ def test_permutations_look_random() -> None:
 
 
 @pytest.mark.parametrize(("n_tokens", "block_size"), [(1000, 16), (33, 16), (32, 16), (17, 16), (64, 1)])
-def test_every_window_comes_once_per_epoch_and_lies_in_the_text(n_tokens: int, block_size: int) -> None:
+def test_every_window_appears_once_per_epoch_inside_the_stream(n_tokens: int, block_size: int) -> None:
     per_epoch = count_windows(n_tokens, block_size)
     for epoch in range(5):
         starts = np.sort(window_starts(3, epoch * per_epoch, per_epoch, n_tokens, block_size))
@@ -51,17 +59,17 @@ def test_epochs_differ_in_order_and_offset() -> None:
     assert len({min(starts) for starts in epochs}) > 3
 
 
-def test_any_stretch_is_that_stretch_of_the_stream_across_epochs() -> None:
+def test_any_range_of_windows_is_that_range_of_the_run() -> None:
     stream = window_starts(1, 0, 500, 1000, 16)
     for first in (0, 1, 59, 60, 61, 250):
         assert window_starts(1, first, 130, 1000, 16).tolist() == stream[first : first + 130].tolist()
 
 
-def test_the_seed_decides_the_order() -> None:
+def test_seed_decides_the_order() -> None:
     assert window_starts(1, 0, 50, 1000, 16).tolist() != window_starts(2, 0, 50, 1000, 16).tolist()
 
 
-def test_any_position_of_a_ten_trillion_token_corpus_is_found_at_once() -> None:
+def test_seek_in_ten_trillion_tokens_takes_constant_time() -> None:
     begun = time.perf_counter()
     starts = window_starts(1, 9 * 10**9, 1000, 10**13, 1024)
     assert time.perf_counter() - begun < 1  # reading an index of that size would take minutes
@@ -69,7 +77,7 @@ def test_any_position_of_a_ten_trillion_token_corpus_is_found_at_once() -> None:
     assert starts.max() < 10**13
 
 
-def test_a_position_far_into_a_corpus_of_any_size_takes_no_memory() -> None:
+def test_seek_takes_constant_memory() -> None:
     tracemalloc.start()
     starts = window_starts(1, 10**12, 64, 10**15, 512)
     _, peak = tracemalloc.get_traced_memory()
@@ -78,16 +86,16 @@ def test_a_position_far_into_a_corpus_of_any_size_takes_no_memory() -> None:
     assert peak < 2**20  # an index of that corpus has 2 * 10**12 entries
 
 
-def test_shuffled_goes_through_every_epoch_once_and_anew() -> None:
+def test_shuffle_epochs_permutes_each_epoch_anew() -> None:
     """Of 7 sequences per epoch, 40 from the fifth: in pieces of any size the same."""
-    pieces = list(shuffled(3, 5, 40, 7))
+    pieces = list(shuffle_epochs(3, 5, 40, 7))
     assert [epoch for _, epoch, _ in pieces] == [0, 1, 2, 3, 4, 5, 6]
     assert [(place.start, place.stop) for place, _, _ in pieces] == [
         *((0, 2), (2, 9), (9, 16), (16, 23), (23, 30), (30, 37), (37, 40)),
     ]
     assert all(sorted(numbers) == list(range(7)) for _, _, numbers in pieces[1:-1])
     assert len({tuple(numbers) for _, _, numbers in pieces[1:-1]}) == 5
-    assert [next(iter(shuffled(3, 5 + at, 1, 7)))[2][0] for at in range(40)] == np.concatenate(
+    assert [next(iter(shuffle_epochs(3, 5 + at, 1, 7)))[2][0] for at in range(40)] == np.concatenate(
         [numbers for _, _, numbers in pieces]
     ).tolist()
 
@@ -97,10 +105,10 @@ WEIGHTS = [(0.7, 0.2, 0.1), (0.99, 0.01), (1,) * 10, (1, 1, 1), (5, 3), (0.5, 0.
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("base", [0, 123_457, 2**32 - 9_999, 10**12 - 12_345])
-def test_any_ten_thousand_sequences_have_the_weights_shares(weights: tuple[float, ...], base: int) -> None:
+def test_any_ten_thousand_sequences_have_the_shares_of_the_weights(weights: tuple[float, ...], base: int) -> None:
     """Within a hundredth is promised; it is within four sequences."""
     for seed in (0, 1):
-        chosen = Mixture(weights, seed).sources(base, 30_000)
+        chosen = Mixture(weights, seed).choose_sources(base, 30_000)
         for source, weight in enumerate(weights):
             so_far = np.concatenate([[0], np.cumsum(chosen == source)])
             counts = so_far[10_000:] - so_far[:-10_000]  # of every stretch, wherever it begins
@@ -108,45 +116,45 @@ def test_any_ten_thousand_sequences_have_the_weights_shares(weights: tuple[float
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_mixtures_counts_are_those_of_counting(weights: tuple[float, ...]) -> None:
+def test_mixture_count_equals_counting_one_by_one(weights: tuple[float, ...]) -> None:
     draw = random.Random(0)
     for seed in range(5):
         mixture = Mixture(weights, seed)
-        chosen = mixture.sources(0, 20_000)
+        chosen = mixture.choose_sources(0, 20_000)
         for n in [0, 1, 2, *(draw.randrange(20_000) for _ in range(20))]:
             expected = np.bincount(chosen[:n], minlength=len(weights)).tolist()
             assert [mixture.count(source, n) for source in range(len(weights))] == expected
 
 
 @pytest.mark.parametrize("first", [10**9, 2**32, 10**13, 2**60])
-def test_a_mixture_is_counted_at_any_distance(first: int) -> None:
+def test_mixture_count_is_exact_at_any_distance(first: int) -> None:
     mixture = Mixture((0.7, 0.2, 0.1), 5)
     before = [mixture.count(source, first) for source in range(3)]
     after = [mixture.count(source, first + 5000) for source in range(3)]
     assert sum(before) == first
     assert np.array(before) / first == pytest.approx([0.7, 0.2, 0.1], abs=1e-8)
-    assert np.subtract(after, before).tolist() == np.bincount(mixture.sources(first, 5000)).tolist()
+    assert np.subtract(after, before).tolist() == np.bincount(mixture.choose_sources(first, 5000)).tolist()
 
 
-def test_a_place_on_a_border_is_the_next_sources() -> None:
+def test_point_on_a_border_belongs_to_the_next_source() -> None:
     mixture = Mixture((1, 1), 0)
     for start, source in ((0, 0), (2**31 - 1, 0), (2**31, 1), (2**32 - 1, 1)):
         mixture._start = start
-        assert mixture.sources(0, 1).tolist() == [source]
+        assert mixture.choose_sources(0, 1).tolist() == [source]
         assert (mixture.count(source, 1), mixture.count(1 - source, 1)) == (1, 0)
 
 
-def test_a_mixture_is_decided_by_its_weights_and_the_seed() -> None:
+def test_mixture_depends_on_weights_and_seed_alone() -> None:
     def chosen(weights: tuple[float, ...], seed: int) -> list[int]:
-        return Mixture(weights, seed).sources(0, 200).tolist()
+        return Mixture(weights, seed).choose_sources(0, 200).tolist()
 
     assert chosen((3, 1), 1) == chosen((3, 1), 1) == chosen((0.75, 0.25), 1)
     assert chosen((3, 1), 1) != chosen((3, 1), 2)
     assert chosen((3, 1), 1) != chosen((1, 3), 1)
-    assert Mixture((3, 1), 1).sources(37, 50).tolist() == chosen((3, 1), 1)[37:87]
+    assert Mixture((3, 1), 1).choose_sources(37, 50).tolist() == chosen((3, 1), 1)[37:87]
 
 
-def test_floor_sum_is_the_sum_of_the_floors() -> None:
+def test_floor_sum_equals_summing_floors() -> None:
     draw = random.Random(0)
     for _ in range(2000):
         n, m, a, b = draw.randrange(40), draw.randrange(1, 50), draw.randrange(120), draw.randrange(-200, 200)

@@ -47,9 +47,9 @@ def test_an_epoch_has_every_token_once(
     stream = numbered(tmp_path / "shards", LENGTHS, per_shard)
     packed = pack(stream, block_size, ends_are_targets=has_end)
     end = 0 if has_end else None
-    sequences = PackedDocuments(stream, packed, block_size, seed=1, end_of_text=end, masked=True)
+    sequences = PackedDocuments(stream, packed, block_size, seed=1, end_of_text=end, document_mask=True)
     for epoch in (0, 3):
-        rows = sequences.read(epoch * packed.n_rows, packed.n_rows)
+        rows = sequences.read(epoch * packed.n_sequences, packed.n_sequences)
         every = list(range(1, len(stream) + 1))
         assert sorted(rows.inputs[rows.inputs > 0].tolist()) == every
         predicted = sorted(rows.targets[rows.targets != IGNORED].tolist())
@@ -59,10 +59,10 @@ def test_an_epoch_has_every_token_once(
             assert predicted == sorted(set(every) - set(firsts(LENGTHS)))
         where = (rows.targets != IGNORED) & (rows.targets > 0)
         assert np.array_equal(rows.targets[where], rows.inputs[where] + 1)
-    sums = [(row != IGNORED).sum() for row in sequences.read(0, packed.n_rows).targets]
-    numbers = [sequences.count_targets(row, 1) for row in range(packed.n_rows)]
+    sums = [(row != IGNORED).sum() for row in sequences.read(0, packed.n_sequences).targets]
+    numbers = [sequences.count_targets(row, 1) for row in range(packed.n_sequences)]
     assert numbers == sums
-    assert packed.target_sums[-1] == packed.targets.sum() == sum(sums) == sequences.count_targets(0, packed.n_rows)
+    assert packed.target_sums[-1] == packed.targets.sum() == sum(sums) == sequences.count_targets(0, packed.n_sequences)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 50])
@@ -104,8 +104,8 @@ def test_it_is_best_fit(capacity: int) -> None:
 
 def test_documents_without_tokens_and_streams_without_documents(tmp_path: Path) -> None:
     packed = pack(numbered(tmp_path / "some", [3, 0, 5, 0]), 8, ends_are_targets=True)
-    assert (packed.n_rows, sorted(packed.lengths.tolist())) == (1, [3, 5])
-    assert pack(TokenStream([], 10), 8, ends_are_targets=True).n_rows == 0
+    assert (packed.n_sequences, sorted(packed.lengths.tolist())) == (1, [3, 5])
+    assert pack(TokenStream([], 10), 8, ends_are_targets=True).n_sequences == 0
     assert pack(numbered(tmp_path / "one", [5]), 8, ends_are_targets=True).lengths.tolist() == [5]
 
 
@@ -181,13 +181,15 @@ def test_pythons_library_is_packed_with_little_padding(cache_dir: Path, block_si
     data = DataConfig(packing="best-fit", cache_dir=cache_dir, tokenizer="bpe", vocab_size=512)
     corpus = open_corpus(prepare_corpus(data), data, block_size)
     (stream,), (packed,) = corpus.train.values(), corpus.packings.values()
-    positions = packed.n_rows * block_size
+    positions = packed.n_sequences * block_size
     assert packed.lengths.sum() == len(stream)
     assert packed.targets.sum() == len(stream)  # every document begins with end-of-text, and is followed by one
     assert 1 - len(stream) / positions < 0.03
-    assert corpus.facts.streams[0].packed_sequences == packed.n_rows
-    rows = PackedDocuments(stream, packed, block_size, seed=1, end_of_text=corpus.tokenizer.end_of_text, masked=False)
-    every = rows.read(0, packed.n_rows)
+    assert corpus.facts.streams[0].packed_sequences == packed.n_sequences
+    rows = PackedDocuments(
+        stream, packed, block_size, seed=1, end_of_text=corpus.tokenizer.end_of_text, document_mask=False
+    )
+    every = rows.read(0, packed.n_sequences)
     assert (every.targets == corpus.tokenizer.end_of_text).sum() == stream.n_documents
     assert (every.targets != IGNORED).sum() == len(stream)
     assert np.array_equal(np.bincount(every.targets[every.targets >= 0]), np.bincount(stream.read(0, len(stream))))

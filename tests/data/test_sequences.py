@@ -6,7 +6,14 @@ import pytest
 
 from gpt.data.order import Mixture
 from gpt.data.packing import pack
-from gpt.data.sequences import MixedSources, PackedDocuments, Rows, TracedSequences, Windows, document_numbers
+from gpt.data.sequences import (
+    MixedSources,
+    PackedDocuments,
+    SequenceArrays,
+    TraceableSequences,
+    Windows,
+    number_documents,
+)
 from gpt.data.shards import TokenStream
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
@@ -36,20 +43,19 @@ def first_appearances(numbers: np.ndarray) -> list[int]:
     return np.unique(numbers, return_inverse=True)[1].tolist()
 
 
-def kinds(folder: Path, *, masked: bool = True) -> dict[str, TracedSequences]:
+def kinds(folder: Path, *, document_mask: bool = True) -> dict[str, TraceableSequences]:
     """Sequences of every kind."""
     streams = [stream_of(folder / str(seed), seed) for seed in range(3)]
-    windows = Windows(streams[0], BLOCK, seed=1, masked=masked)
+    windows = [Windows(stream, BLOCK, seed=1, document_mask=document_mask) for stream in streams]
+    packings = [pack(stream, BLOCK, ends_are_targets=True) for stream in streams]
     packed = [
-        PackedDocuments(
-            stream, pack(stream, BLOCK, ends_are_targets=True), BLOCK, seed=1, end_of_text=END, masked=masked
-        )
-        for stream in streams
+        PackedDocuments(stream, packing, BLOCK, seed=1, end_of_text=END, document_mask=document_mask)
+        for stream, packing in zip(streams, packings, strict=True)
     ]
     return {
-        "windows": windows,
+        "windows": windows[0],
         "packed": packed[0],
-        "mixed windows": MixedSources([windows, Windows(streams[1], BLOCK, seed=1, masked=masked)], Mixture((3, 1), 1)),
+        "mixed windows": MixedSources(windows[:2], Mixture((3, 1), 1)),
         "mixed packed": MixedSources(packed, Mixture((0.7, 0.2, 0.1), 1)),
         "mixed, one rare": MixedSources(packed, Mixture((1, 1e-4, 1), 1)),
     }
@@ -58,15 +64,15 @@ def kinds(folder: Path, *, masked: bool = True) -> dict[str, TracedSequences]:
 KINDS = ("windows", "packed", "mixed windows", "mixed packed", "mixed, one rare")
 
 
-def parts(rows: Rows) -> list[list[int]]:
+def parts(rows: SequenceArrays) -> list[list[int]]:
     arrays = [rows.inputs, rows.targets] + ([] if rows.documents is None else [rows.documents])
     return np.concatenate(arrays, axis=1).tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("masked", [True, False])
-def test_any_cut_of_a_run_gives_the_same_sequences(tmp_path: Path, kind: str, masked: bool) -> None:
-    sequences = kinds(tmp_path, masked=masked)[kind]
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_sequences_do_not_depend_on_how_many_are_read_at_a_time(tmp_path: Path, kind: str, document_mask: bool) -> None:
+    sequences = kinds(tmp_path, document_mask=document_mask)[kind]
     whole = parts(sequences.read(5, 400))  # some epochs of each source
     draw = random.Random(0)
     for largest in (1, 7, 150):
@@ -79,7 +85,7 @@ def test_any_cut_of_a_run_gives_the_same_sequences(tmp_path: Path, kind: str, ma
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_targets_are_counted_without_being_read(tmp_path: Path, kind: str) -> None:
+def test_count_targets_equals_counting_in_read_sequences(tmp_path: Path, kind: str) -> None:
     sequences = kinds(tmp_path)[kind]
     for first, count in ((0, 1), (0, 500), (13, 300), (10**12, 64)):
         rows = sequences.read(first, count)
@@ -89,34 +95,32 @@ def test_targets_are_counted_without_being_read(tmp_path: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_pieces_of_sequences_are_their_inputs(tmp_path: Path, kind: str) -> None:
+def test_traced_ranges_hold_the_inputs(tmp_path: Path, kind: str) -> None:
     sequences = kinds(tmp_path)[kind]
     for first, count in ((0, 200), (13, 1), (10**12, 64)):
-        for pieces, row in zip(sequences.pieces(first, count), sequences.read(first, count).inputs, strict=True):
+        for pieces, row in zip(sequences.trace(first, count), sequences.read(first, count).inputs, strict=True):
             tokens = np.concatenate([piece.stream.read(piece.start, piece.length) for piece in pieces])
             assert tokens.tolist() == row[: len(tokens)].tolist()
             assert (row[len(tokens) :] == END).all()
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1, 1, 1), (0.01, 0.98, 0.01)])
-def test_each_source_of_a_mixture_comes_in_its_own_order_without_gaps(
-    tmp_path: Path, weights: tuple[float, ...]
-) -> None:
+def test_each_source_of_a_mixture_keeps_its_own_order_without_gaps(tmp_path: Path, weights: tuple[float, ...]) -> None:
     streams = [stream_of(tmp_path / str(seed), seed) for seed in range(3)]
-    each = [Windows(stream, BLOCK, seed=4, masked=True) for stream in streams]
+    each = [Windows(stream, BLOCK, seed=4, document_mask=True) for stream in streams]
     mixture = Mixture(weights, 4)
     mixed = MixedSources(each, mixture)
     for first, count in ((0, 600), (601, 77)):
-        read, chosen = parts(mixed.read(first, count)), mixture.sources(first, count)
+        read, chosen = parts(mixed.read(first, count)), mixture.choose_sources(first, count)
         for source, alone in enumerate(each):
             mine = [row for row, index in zip(read, chosen, strict=True) if index == source]
             assert mine == parts(alone.read(mixture.count(source, first), len(mine)))
 
 
-def test_windows_are_the_streams_tokens_and_the_ones_after_them(tmp_path: Path) -> None:
+def test_windows_hold_tokens_and_the_tokens_after_them(tmp_path: Path) -> None:
     stream = stream_of(tmp_path, 0)
     tokens = stream.read(0, len(stream)).astype(np.int64)
-    rows = Windows(stream, BLOCK, seed=1, masked=False).read(0, 50)
+    rows = Windows(stream, BLOCK, seed=1, document_mask=False).read(0, 50)
     assert rows.documents is None
     windows = {tuple(tokens[at : at + BLOCK + 1]) for at in range(len(tokens) - BLOCK)}
     assert {(*i, t[-1]) for i, t in zip(rows.inputs.tolist(), rows.targets.tolist(), strict=True)} <= windows
@@ -124,25 +128,27 @@ def test_windows_are_the_streams_tokens_and_the_ones_after_them(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("per_shard", [1, 7, 1000])
-def test_windows_tell_their_documents_apart(tmp_path: Path, per_shard: int) -> None:
+def test_windows_number_their_documents(tmp_path: Path, per_shard: int) -> None:
     stream = stream_of(tmp_path, 0, per_shard=per_shard)
     known = document_of_each_token(stream)
     for start in range(len(stream) - BLOCK):
-        numbers = document_numbers(stream, start, BLOCK)
+        numbers = number_documents(stream, start, BLOCK)
         assert first_appearances(numbers) == first_appearances(known[start : start + BLOCK])
         assert (np.diff(numbers) >= 0).all()
-    rows = Windows(stream, BLOCK, seed=1, masked=True).read(0, 60)
+    rows = Windows(stream, BLOCK, seed=1, document_mask=True).read(0, 60)
     assert rows.documents is not None
     for inputs, numbers in zip(rows.inputs, rows.documents, strict=True):
         begins = np.concatenate([[False], inputs[1:] == END])
         assert first_appearances(numbers) == np.cumsum(begins).tolist()
 
 
-def test_packed_documents_have_a_number_each_and_padding_its_own(tmp_path: Path) -> None:
+def test_packed_documents_and_padding_are_numbered(tmp_path: Path) -> None:
     stream = stream_of(tmp_path, 0)
     known = dict(zip(stream.read(0, len(stream)).tolist(), document_of_each_token(stream).tolist(), strict=True))
     packing = pack(stream, 16, ends_are_targets=True)
-    rows = PackedDocuments(stream, packing, 16, seed=1, end_of_text=END, masked=True).read(0, packing.n_rows)
+    rows = PackedDocuments(stream, packing, 16, seed=1, end_of_text=END, document_mask=True).read(
+        0, packing.n_sequences
+    )
     assert rows.documents is not None
     padded = 0
     for inputs, targets, numbers in zip(rows.inputs, rows.targets, rows.documents, strict=True):
@@ -157,13 +163,13 @@ def test_packed_documents_have_a_number_each_and_padding_its_own(tmp_path: Path)
             assert len({known[token] for token in piece if token}) <= 1
             assert (piece[1:] != END).all()
             assert targets[numbers == number][:-1].tolist() == piece[1:].tolist()
-    assert padded == packing.n_rows * 16 - len(stream)
+    assert padded == packing.n_sequences * 16 - len(stream)
 
 
-def test_without_an_end_of_text_a_documents_last_token_predicts_nothing(tmp_path: Path) -> None:
+def test_last_token_of_a_document_has_no_target_without_end_of_text(tmp_path: Path) -> None:
     stream = write_stream(tmp_path, [([5, 6, 7], 1), ([8], 1), ([9, 10], 1)])
     packing = pack(stream, BLOCK, ends_are_targets=False)
-    packed = PackedDocuments(stream, packing, BLOCK, seed=1, end_of_text=None, masked=True)
+    packed = PackedDocuments(stream, packing, BLOCK, seed=1, end_of_text=None, document_mask=True)
     rows, x = packed.read(0, 1), IGNORED
     assert rows.documents is not None
     assert rows.inputs.tolist() == [[5, 6, 7, 9, 10, 8, 0, 0]]

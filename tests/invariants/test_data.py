@@ -57,7 +57,7 @@ def loader_and_model(config: TrainConfig) -> tuple[DataLoader, GPT]:
     with torch.no_grad():  # larger weights than at the start: attention is then far from even
         for name, parameter in model.named_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
-    return trainer._loader, model
+    return trainer._train_step._loader, model
 
 
 def documents_of(batch: MicroBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -87,7 +87,7 @@ def test_with_the_mask_a_batch_has_the_loss_of_its_documents_alone(
     n_documents, differences = 0, []
     with loader:
         for step in range(4):
-            for batch in loader.batch_of(step).micro_batches:
+            for batch in loader.get_batch(step).micro_batches:
                 n_documents += len(list(documents_of(batch)))
                 ours = model(batch.inputs, batch.targets, batch.documents).item()
                 assert ours == pytest.approx(nats_of_documents(model, batch), rel=1e-5)
@@ -104,7 +104,7 @@ def test_other_tokens_in_a_document_change_no_bit_of_the_others(
     loader, model = loader_and_model(tiny(tmp_path, data=mixed(sources, packing), **SIZES))
     changed = 0
     with loader:
-        for batch in loader.batch_of(0).micro_batches + loader.batch_of(1).micro_batches:
+        for batch in loader.get_batch(0).micro_batches + loader.get_batch(1).micro_batches:
             assert batch.documents is not None
             before = model(batch.inputs, documents=batch.documents)
             for number in batch.documents.unique():
@@ -161,8 +161,8 @@ def test_the_reported_loss_is_the_mean_over_the_steps_real_targets(
     trainer = build_trainer(open_run(tiny(tmp_path / "plain", data=data, **SIZES)))
     model = trainer._state.model.eval()
     nats, n_targets, n_padding = 0.0, 0, 0
-    with trainer._loader as loader, torch.no_grad():
-        for batch in loader.batch_of(0).micro_batches:
+    with trainer._train_step._loader as loader, torch.no_grad():
+        for batch in loader.get_batch(0).micro_batches:
             targets = batch.targets.flatten()
             n_targets += int((targets != IGNORED).sum())
             n_padding += int((targets == IGNORED).sum())
@@ -226,6 +226,6 @@ def test_the_sources_of_a_run_are_trained_on_in_their_shares(
         *(("books", pytest.approx(0.6)), ("code", pytest.approx(0.3)), ("web", pytest.approx(0.1))),
     ]
     for source in layout.plan.sources:
-        n_rows = layout.corpus.packings[source.name].n_rows
-        assert source.epochs == pytest.approx(source.share * 800 / n_rows)
-    assert layout.plan.windows_per_epoch == sum(packing.n_rows for packing in layout.corpus.packings.values())
+        n_sequences = layout.corpus.packings[source.name].n_sequences
+        assert source.epochs == pytest.approx(source.share * 800 / n_sequences)
+    assert layout.plan.windows_per_epoch == sum(packing.n_sequences for packing in layout.corpus.packings.values())
