@@ -1,6 +1,10 @@
-"""How much arithmetic a training step is.
+"""Floating-point operations (FLOPs) of a training step.
 
-Shapes: T = block_size, C = n_embd, V = vocabulary.
+    N = sum of n_in * n_out over all linear layers    (`linear_layers`; the head counts, embeddings do not)
+    FLOPs per token = 6 N + 6 L T C                   (`flops_per_token`)
+    MFU = FLOPs per token * tokens_per_second / peak_flops
+
+L = n_layer, T = block_size, C = n_embd.
 """
 
 from typing import NamedTuple
@@ -9,7 +13,7 @@ from gpt.configs.gpt_config import GPTConfig
 
 
 class Linear(NamedTuple):
-    """Linear layers of one shape."""
+    """Linear layers of one shape (n_in, n_out), and their number."""
 
     n_in: int
     n_out: int
@@ -17,10 +21,12 @@ class Linear(NamedTuple):
 
 
 def linear_layers(model: GPTConfig) -> tuple[Linear, ...]:
-    """Every matrix that a token is multiplied by; embeddings are looked up, and the head is a layer though it is tied.
+    """Return all linear layers of a model.
+
+    The head is one even if its weight is tied; an embedding is a lookup, not a matmul.
 
     Args:
-        model: with its vocabulary filled in.
+        model: configuration with its vocab_size resolved.
     """
     width = model.n_embd
     return (
@@ -33,17 +39,18 @@ def linear_layers(model: GPTConfig) -> tuple[Linear, ...]:
 
 
 def flops_per_token(model: GPTConfig) -> int:
-    """Floating-point operations of one token's forward and backward pass, in sequences of `block_size`.
+    """Return the FLOPs of one token's forward and backward pass, 6 N + 6 L T C.
 
-    Six for each weight: a multiplication and an addition forward, twice that backward (Kaplan et al. 2020, "Scaling
-    Laws for Neural Language Models", section 2.1). For attention, 12 T C in each layer (Chowdhery et al. 2022, "PaLM",
-    appendix B), of which a causal one needs half (Dao 2023, "FlashAttention-2", section 4.1). Groups of heads that
-    share keys and values save weights, but no scores. It is what the model needs, not what is done: scores that are
-    computed and masked, anything that is computed twice, norms, activations and the optimizer do not count. A document
-    mask, with which less is needed, is not considered.
+    6 N: a multiplication and an addition per weight forward, twice that backward (Kaplan et al. 2020, "Scaling Laws for
+    Neural Language Models", section 2.1). 6 L T C: attention needs 12 T C per layer (Chowdhery et al. 2022, "PaLM",
+    appendix B), and half of that with a causal mask (Dao 2023, "FlashAttention-2", section 4.1). Grouped-query
+    attention has fewer weights, but as many scores.
+
+    These are the FLOPs that the model needs, not those that are executed: masked scores, recomputed activations, norms,
+    activation functions and the optimizer do not count. The savings of a document mask are ignored.
 
     Args:
-        model: with its vocabulary filled in.
+        model: configuration with its vocab_size resolved.
     """
     weights = sum(linear.n_in * linear.n_out * linear.layers for linear in linear_layers(model))
     return 6 * weights + 6 * model.n_layer * model.n_embd * model.block_size

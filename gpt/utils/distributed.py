@@ -106,7 +106,7 @@ class DistContext:
         return json.loads(bytes(payload.numpy()))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 while the others wait; every rank returns its JSON-like result or raises its UserError."""
+        """Run `work` on rank 0 while the others wait; all return its JSON-like result or raise its UserError."""
         result: Any = None
         failure: str | None = None
         if self.is_main:
@@ -120,7 +120,7 @@ class DistContext:
         return result
 
     def on_local_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on one rank of each machine while the others wait; every rank returns rank 0's JSON-like result.
+        """Run `work` on one rank of each machine while the others wait; all return rank 0's JSON-like result.
 
         A UserError is raised on its own rank only; the launcher ends the others.
         """
