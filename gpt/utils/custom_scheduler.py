@@ -1,68 +1,101 @@
-"""Learning-rate schedules: pure functions from a step to a multiplier of max_lr, so nothing is checkpointed."""
+"""Learning-rate schedules: pure functions of the step, so no schedule has a state to checkpoint.
+
+A schedule maps the number of steps already taken (0 before the first update) to the lr multiplier of the next update,
+lr = max_lr * multiplier. `floor` is min_lr / max_lr.
+"""
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from gpt.configs.lr_config import LRConfig
 
 Schedule = Callable[[int], float]
-"""Steps already taken (0 before the first update) -> factor of max_lr for the next update."""
+"""step -> lr multiplier."""
 
 
 def build_schedule(lr: LRConfig, max_steps: int) -> Schedule:
-    """The schedule of `lr` over a run of `max_steps`; `lr.decay_steps` must be resolved.
+    """Return the schedule of `lr`, warmup included, over a run of `max_steps`.
 
-    Update s has the rate max_lr * (s + 1) / warmup_steps during warmup. A decay of D steps that starts at step S
-    gives update s the progress (s - S) / D, clipped to [0, 1], on the way from max_lr to min_lr.
+    >>> schedule = build_schedule(LRConfig(schedule="wsd", warmup_steps=2, decay_steps=2), max_steps=6)
+    >>> [schedule(step) for step in range(6)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 0.5]
+
+    Args:
+        lr: settings, with `decay_steps` resolved.
+        max_steps: number of updates.
     """
-    shape = _SHAPES[lr.schedule](lr, max_steps)
+    floor, warmup_steps, decay_steps = lr.min_lr / lr.max_lr, lr.warmup_steps, lr.decay_steps
+    schedules: dict[str, Schedule] = {
+        "cosine": partial(cosine_decay, start=warmup_steps, decay_steps=decay_steps, floor=floor),
+        "linear": partial(linear_decay, start=warmup_steps, decay_steps=decay_steps, floor=floor),
+        # Warmup, stable, decay: MiniCPM, Hu et al. 2024, section 4, with a linear decay at the end of the run.
+        "wsd": partial(
+            linear_decay, start=max(warmup_steps, max_steps - decay_steps), decay_steps=decay_steps, floor=floor
+        ),
+        "inverse-sqrt": partial(inverse_sqrt_decay, warmup_steps=warmup_steps, floor=floor),
+        "constant": constant,
+    }
+    after_warmup = schedules[lr.schedule]
 
     def multiplier(step: int) -> float:
-        if step < lr.warmup_steps:
-            return (step + 1) / lr.warmup_steps
-        return shape(step)
+        return linear_warmup(step, warmup_steps) if step < warmup_steps else after_warmup(step)
 
     return multiplier
 
 
-def _decay(start: int, lr: LRConfig, curve: Callable[[float], float]) -> Schedule:
-    floor = lr.min_lr / lr.max_lr
+def linear_warmup(step: int, warmup_steps: int) -> float:
+    """Return the lr multiplier (step + 1) / warmup_steps.
 
-    def at(step: int) -> float:
-        progress = min(1.0, max(0.0, (step - start) / lr.decay_steps))
-        return floor + (1 - floor) * curve(progress)
-
-    return at
-
-
-def _cosine(lr: LRConfig, max_steps: int) -> Schedule:
-    """SGDR, Loshchilov and Hutter 2017, equation 5, one period."""
-    return _decay(lr.warmup_steps, lr, lambda progress: (1 + math.cos(math.pi * progress)) / 2)
+    >>> [linear_warmup(step, warmup_steps=4) for step in range(4)]
+    [0.25, 0.5, 0.75, 1.0]
+    """
+    return (step + 1) / warmup_steps
 
 
-def _linear(lr: LRConfig, max_steps: int) -> Schedule:
-    return _decay(lr.warmup_steps, lr, lambda progress: 1 - progress)
+def cosine_decay(step: int, *, start: int, decay_steps: int, floor: float) -> float:
+    """Return the lr multiplier floor + (1 - floor) * (1 + cos(pi * p)) / 2, where p = (step - start) / decay_steps.
+
+    SGDR, Loshchilov and Hutter 2017, equation 5, one period. p is clipped to [0, 1].
+
+    >>> [round(cosine_decay(step, start=2, decay_steps=4, floor=0.1), 3) for step in range(1, 8)]
+    [1.0, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
+    """
+    return floor + (1 - floor) * ((1 + math.cos(math.pi * _progress(step, start, decay_steps))) / 2)
 
 
-def _wsd(lr: LRConfig, max_steps: int) -> Schedule:
-    """Warmup, stable, decay: MiniCPM, Hu et al. 2024, section 4, with a linear decay at the end of the run."""
-    return _decay(max(lr.warmup_steps, max_steps - lr.decay_steps), lr, lambda progress: 1 - progress)
+def linear_decay(step: int, *, start: int, decay_steps: int, floor: float) -> float:
+    """Return the lr multiplier floor + (1 - floor) * (1 - p), where p = (step - start) / decay_steps.
+
+    p is clipped to [0, 1].
+
+    >>> [linear_decay(step, start=2, decay_steps=4, floor=0.0) for step in range(1, 8)]
+    [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    return floor + (1 - floor) * (1 - _progress(step, start, decay_steps))
 
 
-def _inverse_sqrt(lr: LRConfig, max_steps: int) -> Schedule:
-    """Attention Is All You Need, Vaswani et al. 2017, equation 3, never below min_lr."""
-    reference = max(1, lr.warmup_steps)
-    return lambda step: max(lr.min_lr / lr.max_lr, math.sqrt(reference / max(reference, step + 1)))
+def inverse_sqrt_decay(step: int, *, warmup_steps: int, floor: float) -> float:
+    """Return the lr multiplier sqrt(warmup_steps / (step + 1)), at most 1 and at least `floor`.
+
+    Attention Is All You Need, Vaswani et al. 2017, equation 3.
+
+    >>> [inverse_sqrt_decay(step, warmup_steps=4, floor=0.4) for step in (3, 15, 63)]
+    [1.0, 0.5, 0.4]
+    """
+    reference = max(1, warmup_steps)
+    return max(floor, math.sqrt(reference / max(reference, step + 1)))
 
 
-def _constant(lr: LRConfig, max_steps: int) -> Schedule:
-    return lambda step: 1.0
+def constant(step: int) -> float:
+    """Return the lr multiplier 1.
+
+    >>> [constant(step) for step in (0, 1000)]
+    [1.0, 1.0]
+    """
+    return 1.0
 
 
-_SHAPES: dict[str, Callable[[LRConfig, int], Schedule]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "wsd": _wsd,
-    "inverse-sqrt": _inverse_sqrt,
-    "constant": _constant,
-}
+def _progress(step: int, start: int, decay_steps: int) -> float:
+    """Return which part of a decay is over before an update, from 0 to 1."""
+    return min(1.0, max(0.0, (step - start) / decay_steps))
