@@ -1,1 +1,1 @@
-"""Side-by-side measurements: each is `python -m benchmarks.NAME`, run in the root of the repository."""
+"""Side-by-side measurements; run `python -m benchmarks.NAME` in the root of the repository."""

@@ -1,11 +1,11 @@
-"""What a checkpoint of GPT-2 small with AdamW's state costs: how long a save holds the training, and verification.
+"""Cost of a checkpoint of GPT-2 small with AdamW's state: the time a save blocks training, and verification.
 
     python -m benchmarks.checkpoints
     python -m benchmarks.checkpoints --json
 
-A save holds the training from its call to its return: asynchronous until the state is copied, synchronous until it is
-on the disk. Verification reads the same files as `sha256sum` does, all of them in memory. Saves and readings are
-interleaved; each save waits until the one before it is finished.
+A save blocks training from its call to its return: an asynchronous one until the state is copied, a synchronous one
+until it is on the disk. Verification reads the same files as `sha256sum`, all of them in the page cache. Saves and
+reads are interleaved; each save waits for the previous one to finish.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import interleaved, spread, verdict
+from benchmarks.common import format_spread, format_verdict, run_interleaved
 from gpt.checkpoint.app_state import AppState, Progress
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.manifest import FILES, verify
@@ -30,56 +30,56 @@ from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 from gpt.utils.distributed import DistContext
 
-MOST_STALL, MOST_VERIFICATION = 0.15, 1.0
+MAX_STALL_RATIO, MAX_VERIFY_RATIO = 0.15, 1.0
+"""Asynchronous over synchronous save, and verification over `sha256sum`."""
 
 
 def main() -> None:
-    """Save and verify in turn, print medians."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--repeats", type=int, default=4)
-    arguments.add_argument("--folder", type=Path, help="on the disk to measure; default: where temporary files go")
-    arguments.add_argument("--json", action="store_true")
-    given = arguments.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
-        seconds, size = _measure(Path(name), given.repeats)
-    median = {what: statistics.median(values) for what, values in seconds.items()}
-    stall = median["asynchronous save"] / median["synchronous save"]
-    verification = median["verify"] / median["sha256sum"]
-    if given.json:
+    """Save and verify, interleaved, and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: that of temporary files")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        seconds, size = _measure(Path(name), arguments.repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    stall = medians["asynchronous save"] / medians["synchronous save"]
+    verification = medians["verify"] / medians["sha256sum"]
+    if arguments.json:
         print(json.dumps({"bytes": size, "seconds": seconds, "stall": stall, "verification": verification}))
         return
     print(f"a checkpoint of {size / 1e9:.2f} GB, {torch.get_num_threads()} threads")
-    for what, values in seconds.items():
-        print(f"  {what:20} {spread(values, ' s', 3)}")
-    print(f"  asynchronous / synchronous {stall:.3f}   {verdict(stall, MOST_STALL, at_least=False)}")
-    print(
-        f"  verify / sha256sum         {verification:.3f}   {verdict(verification, MOST_VERIFICATION, at_least=False)}"
-    )
+    for name, values in seconds.items():
+        print(f"  {name:20} {format_spread(values, ' s', 3)}")
+    for name, ratio, limit in (
+        ("asynchronous / synchronous", stall, MAX_STALL_RATIO),
+        ("verify / sha256sum", verification, MAX_VERIFY_RATIO),
+    ):
+        print(f"  {name:26} {ratio:.3f}   {format_verdict(ratio, limit, at_least=False)}")
 
 
 def _measure(folder: Path, repeats: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds by what was done, and the bytes of a checkpoint."""
-    state = _state()
-    saves = {
-        way: _saving(folder / way, state, asynchronous=way.startswith("a")) for way in ("asynchronous", "synchronous")
-    }
-    saves["asynchronous"]()  # makes the buffers
-    seconds = {f"{way} save": taken for way, taken in interleaved(saves, dict.fromkeys(saves, repeats)).items()}
+    """Return seconds of each repeat by name, and the size of a checkpoint in bytes."""
+    state = _build_state()
+    modes = ("asynchronous", "synchronous")
+    saves = {mode: _build_save(folder / mode, state, asynchronous=mode == "asynchronous") for mode in modes}
+    saves["asynchronous"]()  # allocates the host buffers
+    costs = run_interleaved(saves, dict.fromkeys(saves, repeats))
+    seconds = {f"{mode} save": values for mode, values in costs.items()}
     [checkpoint] = RunFolder(folder / "synchronous").committed()
     files = [checkpoint / name for name in FILES]
-    readings = {
-        "verify": lambda: _seconds_of(lambda: verify(checkpoint)),
-        "sha256sum": lambda: _seconds_of(
-            lambda: subprocess.run(["sha256sum", *files], check=True, capture_output=True)
-        ),
+    reads = {
+        "verify": lambda: _time(lambda: verify(checkpoint)),
+        "sha256sum": lambda: _time(lambda: subprocess.run(["sha256sum", *files], check=True, capture_output=True)),
     }
-    verify(checkpoint)  # brings the files into memory
-    seconds |= interleaved(readings, dict.fromkeys(readings, repeats))
+    verify(checkpoint)  # brings the files into the page cache
+    seconds |= run_interleaved(reads, dict.fromkeys(reads, repeats))
     return seconds, sum(file.stat().st_size for file in files)
 
 
-def _state() -> AppState:
-    """A model that was updated once, so that its optimizer has a state."""
+def _build_state() -> AppState:
+    """Build a model and update it once, so that its optimizer has state."""
     config = PRESETS["gpt2-124m"]()
     model = GPT(config.model, seed=0)
     optimizer = build_optimizer(model, config.optimizer, max_lr=1e-3)
@@ -90,21 +90,21 @@ def _state() -> AppState:
     return AppState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), torch.tensor(0), {})
 
 
-def _saving(run_dir: Path, state: AppState, *, asynchronous: bool) -> Callable[[], float]:
-    """Commits the next step; gives the seconds that the training was held."""
+def _build_save(run_dir: Path, state: AppState, *, asynchronous: bool) -> Callable[[], float]:
+    """Return a function that commits the next step and returns the seconds that it blocked."""
     config = CheckpointConfig(keep=1, asynchronous=asynchronous)
     manager = CheckpointManager(RunFolder(run_dir), config, "{}", DistContext("cpu"))
 
     def save() -> float:
         state.progress = Progress(state.progress.step + 1)
-        held = _seconds_of(lambda: manager.save(state))
+        seconds = _time(lambda: manager.save(state))
         manager.finish()
-        return held
+        return seconds
 
     return save
 
 
-def _seconds_of(work: Callable[[], object]) -> float:
+def _time(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

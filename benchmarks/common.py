@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs that every machine has, made-up corpora, and medians of interleaved repeats."""
+"""Shared parts of the benchmarks: inputs that every machine has, synthetic corpora, interleaved repeats."""
 
 import json
 import resource
@@ -16,12 +16,12 @@ from gpt.data.shards import ShardInfo
 from gpt.data.tokenizer_builders import build_byte_tokenizer
 
 Name = TypeVar("Name")
-Taken = TypeVar("Taken")
-"""What a run took: seconds, or more than that."""
+Measurement = TypeVar("Measurement")
+"""Result of one repeat: seconds, or a record."""
 
 
-def standard_library() -> list[str]:
-    """Python's own sources, tests included and installed packages not: some thirty megabytes that need no download."""
+def read_standard_library() -> list[str]:
+    """Return Python's own source files with their tests, without installed packages: about 30 MB, no download."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = []
     for path in sorted(root.rglob("*.py")):
@@ -33,9 +33,9 @@ def standard_library() -> list[str]:
     return [text for text in texts if text]
 
 
-def documents() -> Iterator[str]:
-    """The standard library's files again and again, each time under another first line."""
-    texts, copy = standard_library(), 0
+def iterate_documents() -> Iterator[str]:
+    """Yield the files of the standard library endlessly, in each round with a different first line."""
+    texts, copy = read_standard_library(), 0
     while True:
         for number, text in enumerate(texts):
             yield f"# copy {copy} of file {number}\n{text}"
@@ -46,24 +46,24 @@ def write_input(path: Path, size: int, kind: str) -> int:
     """Write documents to `path` until it has `size` bytes.
 
     Args:
-        path: the file.
-        size: bytes, to within a document.
-        kind: jsonl, an object with a key `text` a line, or text, one after the other.
+        path: output file.
+        size: target size in bytes; the last document may exceed it.
+        kind: jsonl (one object with a key `text` per line) or text (concatenated).
 
     Returns:
-        Bytes of the file.
+        Size of the file in bytes.
     """
-    done = 0
+    written = 0
     with path.open("wb") as file:
-        for text in documents():
-            done += file.write((json.dumps({"text": text}) + "\n" if kind == "jsonl" else text).encode())
-            if done >= size:
-                return done
-    raise AssertionError("there is no end of documents")
+        for text in iterate_documents():
+            written += file.write((json.dumps({"text": text}) + "\n" if kind == "jsonl" else text).encode())
+            if written >= size:
+                return written
+    raise AssertionError("iterate_documents is endless")
 
 
 def write_manifest(folder: Path, shards: Sequence[ShardInfo]) -> None:
-    """Make a prepared corpus of training shards of bytes that lie in `folder`."""
+    """Turn a folder of training shards of bytes into a prepared corpus."""
     tokenizer = build_byte_tokenizer()
     (folder / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
     CorpusManifest(
@@ -77,37 +77,37 @@ def write_manifest(folder: Path, shards: Sequence[ShardInfo]) -> None:
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         text_bytes=sum(shard.text_bytes for shard in shards),
-        sources=(SourceEntry(name="made-up", sha256="0" * 64, train=tuple(shards), val=()),),
+        sources=(SourceEntry(name="synthetic", sha256="0" * 64, train=tuple(shards), val=()),),
         xz_bits_per_byte=None,
     ).write(folder)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took."""
+    """Cost of one program."""
 
     seconds: float
     cpu_seconds: float
-    """Of all its processes; what others do on the machine hardly changes it."""
+    """CPU time of all its processes; other programs on the machine hardly change it."""
 
 
-def cost_of(
+def measure_program(
     command: Sequence[str | Path],
     env: dict[str, str] | None = None,
     *,
     cwd: Path | None = None,
     stdout: IO[str] | None = None,
 ) -> Cost:
-    """What a program takes from its start to its end.
+    """Measure a program from its start to its end.
 
     Args:
-        command: the program and its arguments.
-        env: its environment; None: ours.
-        cwd: the folder that it runs in; None: ours.
-        stdout: file for what it prints; None: told only if it fails.
+        command: program and arguments.
+        env: environment; None: that of this process.
+        cwd: working directory; None: that of this process.
+        stdout: file for the output; None: the output is part of the error if the program fails.
 
     Raises:
-        RuntimeError: it failed; holds what it wrote.
+        RuntimeError: the program failed; the message holds its output.
     """
     start, before = time.perf_counter(), _cpu_seconds()
     done = subprocess.run(
@@ -125,35 +125,37 @@ def cost_of(
 
 
 def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def interleaved(contenders: dict[Name, Callable[[], Taken]], repeats: dict[Name, int]) -> dict[Name, list[Taken]]:
-    """Measure in turn, so that whatever else the machine does meets all of them alike.
+def run_interleaved(
+    contenders: dict[Name, Callable[[], Measurement]], repeats: dict[Name, int]
+) -> dict[Name, list[Measurement]]:
+    """Run contenders alternately, so that other load on the machine affects all of them equally.
 
     Args:
-        contenders: by name what runs once.
-        repeats: by name how often.
+        contenders: name -> function that runs and measures once.
+        repeats: name -> number of repeats.
 
     Returns:
-        What each took, by name.
+        Name -> measurement of each repeat.
     """
-    costs: dict[Name, list[Taken]] = {name: [] for name in contenders}
+    measurements: dict[Name, list[Measurement]] = {name: [] for name in contenders}
     for turn in range(max(repeats.values())):
         for name, run in contenders.items():
             if turn < repeats[name]:
-                costs[name].append(run())
-    return costs
+                measurements[name].append(run())
+    return measurements
 
 
-def spread(values: Sequence[float], unit: str = "", digits: int = 2) -> str:
-    """Median, minimum and maximum in words."""
+def format_spread(values: Sequence[float], unit: str = "", digits: int = 2) -> str:
+    """Format median, minimum, maximum and count."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f}, n={len(values)})"
 
 
-def verdict(value: float, limit: float, *, at_least: bool) -> str:
-    """Whether a value keeps a requirement."""
-    kept = value >= limit if at_least else value <= limit
-    return f"{'at least' if at_least else 'at most'} {limit:g}: {'met' if kept else 'MISSED'}"
+def format_verdict(value: float, limit: float, *, at_least: bool) -> str:
+    """Format a requirement and whether `value` meets it."""
+    met = value >= limit if at_least else value <= limit
+    return f"{'at least' if at_least else 'at most'} {limit:g}: {'met' if met else 'MISSED'}"

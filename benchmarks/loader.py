@@ -1,14 +1,14 @@
-"""How fast the data loader is: alone, and as a share of a training step.
+"""Speed of the data loader: alone, and as a share of a training step.
 
     python -m benchmarks.loader
     python -m benchmarks.loader --tokens 1000000000 --skip-training
 
-Alone: `DataLoader.get_batch` in a loop over a corpus of random tokens, that other work does not hide it. Every pass
-opens the corpus anew; the first pass over its tokens verifies each block of them, the second finds them verified. Of a
-large corpus a run sees few windows twice in the same block: that is the beginning of the first pass.
+Alone: `DataLoader.get_batch` in a loop over a corpus of random tokens, with no other work to hide it. Every repeat
+opens the corpus again. Its first pass over the tokens verifies each block, the second finds all blocks verified. A run
+on a large corpus rarely reads two windows of the same block, as at the beginning of the first pass.
 
-In training: a run of the preset `shakespeare-char` on a made-up text, in which the time that the loop waits in
-`get_batch` is set against the time from step to step.
+In training: a run of the preset `shakespeare-char` on a synthetic text. The time that the loop waits in `get_batch` is
+compared with the time from step to step.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import spread, verdict, write_manifest
+from benchmarks.common import format_spread, format_verdict, write_manifest
 from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.data_config import DataConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig
@@ -34,28 +34,27 @@ from gpt.run import open_run
 
 BLOCK_SIZE = 1024
 VOCAB_SIZE = 257
-LEAST_TOKENS_PER_SECOND = 50e6
-MOST_SHARE = 0.5
-"""Percent of a step."""
+MIN_TOKENS_PER_SECOND = 50e6
+MAX_STEP_PERCENT = 0.5
 
 
 def main() -> None:
-    """Print tokens per second of the loader alone, and its share of a step."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--tokens", type=int, default=100_000_000, help="of the made-up corpus")
-    arguments.add_argument("--batch", type=int, default=16, help="sequences of a step of the loader alone")
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--steps", type=int, default=300, help="of training")
-    arguments.add_argument("--skip-training", action="store_true")
-    given = arguments.parse_args()
+    """Measure the loader alone and in training, and print both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens of the synthetic corpus")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step of the loader alone")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--skip-training", action="store_true")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _alone(folder, given.tokens, given.batch, given.repeats)
-        if not given.skip_training:
-            _in_training(folder, given.steps)
+        _measure_alone(folder, arguments.tokens, arguments.batch, arguments.repeats)
+        if not arguments.skip_training:
+            _measure_in_training(folder, arguments.steps)
 
 
-def _alone(folder: Path, n_tokens: int, batch_size: int, repeats: int) -> None:
+def _measure_alone(folder: Path, n_tokens: int, batch_size: int, repeats: int) -> None:
     _write_corpus(folder, n_tokens)
     steps = (n_tokens // BLOCK_SIZE - 1) // batch_size
     beginning = max(1, steps // 20)
@@ -75,12 +74,12 @@ def _alone(folder: Path, n_tokens: int, batch_size: int, repeats: int) -> None:
             rates[name].append(count * batch_size * BLOCK_SIZE / seconds / 1e6)
     print(f"the loader alone: {n_tokens:,} tokens, {batch_size} sequences of {BLOCK_SIZE} a step")
     for name, values in rates.items():
-        kept = verdict(statistics.median(values), LEAST_TOKENS_PER_SECOND / 1e6, at_least=True)
-        print(f"  {name:28} {spread(values, ' M tokens/s', 1):40} {kept}")
+        verdict = format_verdict(statistics.median(values), MIN_TOKENS_PER_SECOND / 1e6, at_least=True)
+        print(f"  {name:28} {format_spread(values, ' M tokens/s', 1):40} {verdict}")
 
 
 def _write_corpus(folder: Path, n_tokens: int) -> None:
-    """Random tokens in documents of a thousand."""
+    """Write a corpus of random tokens in documents of 1,000."""
     generator = np.random.default_rng(0)
     with ShardWriter(folder / "train-000000.safetensors", VOCAB_SIZE) as writer:
         for start in range(0, n_tokens, 1000):
@@ -103,7 +102,7 @@ def _read(loader: DataLoader, first: int, stop: int) -> None:
         loader.get_batch(step)
 
 
-def _in_training(folder: Path, steps: int) -> None:
+def _measure_in_training(folder: Path, steps: int) -> None:
     text = folder / "text.txt"
     letters = np.frombuffer((string.ascii_letters + " \n").encode(), dtype=np.uint8)
     text.write_bytes(np.random.default_rng(0).choice(letters, 1_000_000).tobytes())
@@ -117,27 +116,27 @@ def _in_training(folder: Path, steps: int) -> None:
             "eval": EvalConfig(interval=0),
         }
     )
-    begins, waits = [], []
+    starts, waits = [], []
     get_batch = DataLoader.get_batch
 
-    def timed(loader: DataLoader, step: int) -> object:
-        begins.append(time.perf_counter())
+    def timed_get_batch(loader: DataLoader, step: int) -> object:
+        starts.append(time.perf_counter())
         batch = get_batch(loader, step)
-        waits.append(time.perf_counter() - begins[-1])
+        waits.append(time.perf_counter() - starts[-1])
         return batch
 
-    DataLoader.get_batch = timed
+    DataLoader.get_batch = timed_get_batch
     try:
         build_trainer(open_run(config)).train()
     finally:
         DataLoader.get_batch = get_batch
-    warm = slice(min(20, steps // 2), None)
-    step_seconds = np.diff(begins)[warm]
-    wait, step = statistics.median(waits[warm]), statistics.median(step_seconds)
+    after_warmup = slice(min(20, steps // 2), None)
+    step_seconds = np.diff(starts)[after_warmup]
+    wait, step = statistics.median(waits[after_warmup]), statistics.median(step_seconds)
     share = 100 * wait / step
     print(f"shakespeare-char, {steps} steps: {1e6 * wait:.0f} us of waiting in a step of {1e3 * step:.2f} ms (medians)")
-    print(f"  share of a step              {share:.3f}%  {verdict(share, MOST_SHARE, at_least=False)}")
-    print(f"  of all the time              {100 * sum(waits[warm][:-1]) / step_seconds.sum():.3f}%")
+    print(f"  share of a step              {share:.3f}%  {format_verdict(share, MAX_STEP_PERCENT, at_least=False)}")
+    print(f"  share of the whole run       {100 * sum(waits[after_warmup][:-1]) / step_seconds.sum():.3f}%")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Training speed and memory beside other trainers of GPTs: one model, one batch, one machine, in turn.
+"""Training speed and memory compared with other GPT trainers: one model, one batch, one machine, alternating.
 
     pip install -e '.[bench]'
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.peers --model 10m --nanogpt nanoGPT --json 10m.json
     python -m benchmarks.peers --model 124m --nanogpt nanoGPT --json 124m.json --steps 4 --warmup 1 --repeats 2
 
-Every contender is a process of its own each time (`benchmarks/training_peers.py`), and they take turns, so that what
-else the machine does meets all of them alike; only the ratios of one file mean something. A repeat's rate is that of
-its median step after the warm-up, its memory the most that its process had resident by the end of the training.
+Every repeat of a contender is a separate process (`benchmarks/training_peers.py`). Contenders alternate, so that other
+load affects all of them equally; only ratios within one file are meaningful. The speed of a repeat is that of its
+median step after the warmup, its memory the peak resident memory of its process.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import interleaved
-from benchmarks.report import peers_section
+from benchmarks.common import run_interleaved
+from benchmarks.report import format_peers
 from benchmarks.training_peers import (
     BF16,
     COMPILED,
@@ -47,59 +47,61 @@ MODELS = {
     "10m": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "batch": 8},
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "batch": 4},
 }
-"""nanoGPT's shakespeare_char, and GPT-2 small; `batch` is sequences of a step, in one forward pass."""
+"""nanoGPT's shakespeare_char, and GPT-2 small; `batch` is the number of sequences per step, in one forward pass."""
 PEER_SETTINGS = (FP32, BF16, COMPILED)
 LOSS_TOLERANCE = 0.3
-"""Nats that the loss of a fresh model may be away from that of a uniform guess."""
+"""Maximum distance, in nats, of a new model's loss from that of a uniform guess."""
 
 
 def main() -> None:
-    """Measure, check that all trained the same, print a table, write the JSON."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", choices=MODELS, default="10m")
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--steps", type=int, default=15, help="of each process, warm-up included")
-    arguments.add_argument("--warmup", type=int, default=4, help="steps that do not count")
-    arguments.add_argument("--settings", nargs="+", choices=PEER_SETTINGS, default=PEER_SETTINGS, help="of the peers")
-    arguments.add_argument("--nanogpt", type=Path, help="a checkout of it")
-    arguments.add_argument("--json", type=Path, help="file for everything that was measured")
-    arguments.add_argument("--threads", type=int, default=0, help="of every process; 0: what torch takes by itself")
-    given = arguments.parse_args()
-    if not 0 < given.warmup < given.steps:
-        arguments.error("--warmup must be at least 1, for the first step is another, and less than --steps")
+    """Measure, check that all trained the same model, print a table, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="10m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=15, help="steps of each process, warmup included")
+    parser.add_argument("--warmup", type=int, default=4, help="steps that are not measured")
+    parser.add_argument(
+        "--settings", nargs="+", choices=PEER_SETTINGS, default=PEER_SETTINGS, help="settings of the peers"
+    )
+    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
+    parser.add_argument("--threads", type=int, default=0, help="threads of every process; 0: torch's default")
+    arguments = parser.parse_args()
+    if not 0 < arguments.warmup < arguments.steps:
+        parser.error("--warmup must be at least 1, because the first step is slower, and less than --steps")
 
-    contenders, left_out = _contenders(given.nanogpt, given.settings)
+    contenders, left_out = _find_contenders(arguments.nanogpt, arguments.settings)
     with tempfile.TemporaryDirectory() as name:
-        spec = _spec(Path(name), given.model, given.steps, given.nanogpt)
-        runs = interleaved(
-            {contender: partial(_measure, *contender, spec, left_out, given.threads) for contender in contenders},
-            dict.fromkeys(contenders, given.repeats),
+        spec = _build_spec(Path(name), arguments.model, arguments.steps, arguments.nanogpt)
+        runs = run_interleaved(
+            {contender: partial(_measure, *contender, spec, left_out, arguments.threads) for contender in contenders},
+            dict.fromkeys(contenders, arguments.repeats),
         )
     results = [
-        {"contender": contender, "setting": setting, "runs": [run for run in taken if run]}
-        for (contender, setting), taken in runs.items()
-        if any(taken)
+        {"contender": contender, "setting": setting, "runs": [run for run in measured if run]}
+        for (contender, setting), measured in runs.items()
+        if any(measured)
     ]
     result = {
         "benchmark": "peers",
-        "model": given.model,
-        "sizes": MODELS[given.model],
-        "warmup": given.warmup,
-        "flags": f"--repeats {given.repeats} --steps {given.steps} --warmup {given.warmup}"
-        + (f" --threads {given.threads}" if given.threads else "")
-        + ("" if tuple(given.settings) == PEER_SETTINGS else f" --settings {shlex.join(given.settings)}"),
+        "model": arguments.model,
+        "sizes": MODELS[arguments.model],
+        "warmup": arguments.warmup,
+        "flags": f"--repeats {arguments.repeats} --steps {arguments.steps} --warmup {arguments.warmup}"
+        + (f" --threads {arguments.threads}" if arguments.threads else "")
+        + ("" if tuple(arguments.settings) == PEER_SETTINGS else f" --settings {shlex.join(arguments.settings)}"),
         "machine": environment({}),
         "left_out": left_out,
         "results": results,
     }
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(peers_section(result))
-    _require_same(results, MODELS[given.model])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(format_peers(result))
+    _require_same(results, MODELS[arguments.model])
 
 
-def _contenders(checkout: Path | None, settings: list[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """(name, setting) of those that can run here, and for each of the others the reason why it cannot."""
+def _find_contenders(checkout: Path | None, settings: list[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Return (name, setting) of the contenders that can run, and name -> reason for those that cannot."""
     contenders, left_out = [(OURS, DEFAULTS), (OURS, LEAN)], {}
     for name in CONTENDERS:
         missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
@@ -116,8 +118,8 @@ def _contenders(checkout: Path | None, settings: list[str]) -> tuple[list[tuple[
     return contenders, left_out
 
 
-def _spec(folder: Path, model: str, steps: int, checkout: Path | None) -> Spec:
-    """With a file of random tokens, enough for every step, and a tokenizer of as many made-up words."""
+def _build_spec(folder: Path, model: str, steps: int, checkout: Path | None) -> Spec:
+    """Write random tokens for every step and a tokenizer of the same size; return the task."""
     sizes = MODELS[model]
     tokens, tokenizer = folder / "tokens.bin", folder / "tokenizer.json"
     count = (steps + 2) * sizes["batch"] * (sizes["block_size"] + 1)
@@ -140,7 +142,7 @@ def _spec(folder: Path, model: str, steps: int, checkout: Path | None) -> Spec:
 
 
 def _measure(name: str, setting: str, spec: Spec, left_out: dict[str, str], threads: int) -> dict[str, Any] | None:
-    """One process; None where it failed, which `left_out` then says."""
+    """Measure one process; return None if it failed, and record the reason in `left_out`."""
     label = f"{name}, {setting}"
     if label in left_out:
         return None
@@ -158,15 +160,15 @@ def _measure(name: str, setting: str, spec: Spec, left_out: dict[str, str], thre
         return None
     run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     step, cpu, peak = run["step_seconds"][-1], run["step_cpu_seconds"][-1], run["peak_bytes"] / 1e9
-    told = f"{step:8.3f} s the last step, {cpu:8.3f} s of CPU, {peak:.2f} GB, load average {load:.1f}"
-    print(f"{label:40} {told}", file=sys.stderr, flush=True)
+    summary = f"last step {step:8.3f} s, CPU {cpu:8.3f} s, {peak:.2f} GB, load average {load:.1f}"
+    print(f"{label:40} {summary}", file=sys.stderr, flush=True)
     return run | {"load_average": load}
 
 
 def _require_same(results: list[dict[str, Any]], sizes: dict[str, int]) -> None:
-    """Everybody trained the same model, from a fresh start.
+    """Check that all contenders trained the same model from scratch.
 
-    litgpt has no table of positions; apart from that and from rows that pad the vocabulary the numbers are the same.
+    litgpt has no position embedding. Apart from that and from padding of the vocabulary, parameter counts are equal.
     """
     expected = results[0]["runs"][0]["parameters"]
     for result in results:
@@ -175,8 +177,8 @@ def _require_same(results: list[dict[str, Any]], sizes: dict[str, int]) -> None:
             if abs(run["parameters"] - expected) > sizes["block_size"] * sizes["n_embd"]:
                 raise SystemExit(f"NOT THE SAME MODEL: {label} has {run['parameters']:,} parameters, ours {expected:,}")
             if not abs(run["first_loss"] - math.log(sizes["vocab_size"])) < LOSS_TOLERANCE:
-                raise SystemExit(f"NOT A FRESH START: {label} has a first loss of {run['first_loss']:.3f}")
-    print("all had the same number of parameters, litgpt less the positions, and began at the loss of a uniform guess")
+                raise SystemExit(f"NOT FROM SCRATCH: {label} has a first loss of {run['first_loss']:.3f}")
+    print("equal parameter counts (litgpt: without positions), and all started at the loss of a uniform guess")
 
 
 if __name__ == "__main__":

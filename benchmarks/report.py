@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, written from what the benchmarks measured.
+"""Write docs/benchmarks.md from the measurements of the benchmarks.
 
 python -m benchmarks.report 10m.json 124m.json speedrun.json > docs/benchmarks.md
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import verdict
+from benchmarks.common import format_verdict
 from benchmarks.training_peers import DEFAULTS, FP32, LEAN, OURS
 
 FASTEST_DOCUMENTED, FASTEST, LEANEST = "fastest peer as documented", "fastest peer at its best", "leanest peer"
@@ -20,30 +20,29 @@ REQUIRED = {
     ("124m", FASTEST): 1.6,
     ("124m", LEANEST): 0.6,
 }
-"""How many times the peer's rate ours is at least, and how many times the leanest peer's memory at most."""
-LEAST_SPEEDUP = 10.0
-"""Of the speedrun."""
+"""(model, peer) -> minimum ratio of our speed to the peer's; for the leanest peer, maximum ratio of memory."""
+MIN_SPEEDRUN_RATIO = 10.0
 
 INTRODUCTION = """\
 # Benchmarks
 
-Written by `python -m benchmarks.report` from what was measured; nothing here is written by hand. Machines that are not
-alone vary from hour to hour: only ratios of one table mean something, and all of a table was measured in turn.
+`python -m benchmarks.report` writes this page from measurements. The speed of a shared machine varies from hour to
+hour, so only ratios within one table are meaningful: all rows of a table were measured alternately.
 """
 
 
 def main() -> None:
-    """Print the document."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("files", type=Path, nargs="+", help="what --json of the benchmarks wrote")
-    sections = {"peers": peers_section, "speedrun": speedrun_section}
+    """Print the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="files written by --json of the benchmarks")
+    sections = {"peers": format_peers, "speedrun": format_speedrun}
     print(INTRODUCTION)
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.parse_args().files]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().files]
     print("\n\n".join(sections[result["benchmark"]](result) for result in results))
 
 
-def peers_section(result: dict[str, Any]) -> str:
-    """What `benchmarks.peers` measured, as Markdown."""
+def format_peers(result: dict[str, Any]) -> str:
+    """Return the measurements of `benchmarks.peers` as Markdown."""
     sizes, rows = result["sizes"], {}
     n_tokens = sizes["batch"] * sizes["block_size"]
     for entry in result["results"]:
@@ -61,14 +60,14 @@ def peers_section(result: dict[str, Any]) -> str:
     lines = [
         f"## Training, {result['model']}",
         "",
-        f"{sizes['n_layer']} layers, {sizes['n_head']} heads, {sizes['n_embd']} wide, vocabulary "
-        f"{sizes['vocab_size']:,}, {sizes['batch']} sequences of {sizes['block_size']:,} a step in one forward pass, "
+        f"{sizes['n_layer']} layers, {sizes['n_head']} heads, n_embd {sizes['n_embd']}, vocabulary "
+        f"{sizes['vocab_size']:,}, {sizes['batch']} sequences of {sizes['block_size']:,} per step in one forward pass, "
         "exact GELU, AdamW, clipping, no dropout, random tokens.",
         "",
-        _machine(result),
+        _format_machine(result),
         "",
-        "| trainer | setting | parameters | tokens/s | of all repeats | ours is | CPU s/step "
-        "| first step takes | peak memory | ours needs |",
+        "| trainer | setting | parameters | tokens/s | range | speed of ours | CPU s/step "
+        "| first step | peak memory | memory of ours |",
         "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (name, setting), row in rows.items():
@@ -79,25 +78,30 @@ def peers_section(result: dict[str, Any]) -> str:
             f"| {ours['memory'] / row['memory']:.2f}x |"
         )
     peers = {key: row for key, row in rows.items() if key[0] != OURS}
-    lines += ["", *_ratios(result["model"], rows, peers)]
+    lines += ["", *_format_ratios(result["model"], rows, peers)]
     lines += [f"- Left out: {name}, {reason}." for name, reason in result["left_out"].items()]
     return "\n".join(
-        [*lines, "", _legend(result), "", *_command(f"benchmarks.peers --model {result['model']}", result)]
+        [
+            *lines,
+            "",
+            _format_legend(result),
+            "",
+            *_format_command(f"benchmarks.peers --model {result['model']}", result),
+        ]
     )
 
 
-def speedrun_section(result: dict[str, Any]) -> str:
-    """What `benchmarks.speedrun` measured, as Markdown."""
+def format_speedrun(result: dict[str, Any]) -> str:
+    """Return the measurements of `benchmarks.speedrun` as Markdown."""
     lines = [
         "## Speedrun",
         "",
-        "Whole processes, from the start of Python to its end, on one text: `gpt train speedrun-char`, which prepares "
-        "the text, trains, evaluates and saves, against the CPU command of nanoGPT's README, for which the text is "
-        "prepared beforehand.",
+        "Complete processes on one text: `gpt train speedrun-char`, which prepares the text, trains, evaluates and "
+        "saves, and the CPU command of nanoGPT's README, for which the text is prepared beforehand.",
         "",
-        _machine(result),
+        _format_machine(result),
         "",
-        "| program | seconds | of all repeats | CPU seconds | val/loss | of |",
+        "| program | seconds | range | CPU seconds | val/loss | on |",
         "| --- | ---: | --- | ---: | ---: | --- |",
     ]
     middle, cpu = {}, {}
@@ -110,14 +114,14 @@ def speedrun_section(result: dict[str, Any]) -> str:
         validation = runs[0]["validation"]
         lines.append(f"| {name} | {middle[name]:.1f} | {span} | {cpu[name]:.1f} | {loss:.3f} | {validation} |")
     (ours, theirs), (our_cpu, their_cpu) = middle.values(), cpu.values()
-    kept = verdict(theirs / ours, LEAST_SPEEDUP, at_least=True)
-    lines += ["", f"- {theirs / ours:.1f} times as fast ({kept}); by CPU seconds {their_cpu / our_cpu:.1f} times."]
+    verdict = format_verdict(theirs / ours, MIN_SPEEDRUN_RATIO, at_least=True)
+    lines += ["", f"- {theirs / ours:.1f}x as fast ({verdict}); by CPU seconds {their_cpu / our_cpu:.1f}x."]
     loads = [run["load_average"] for runs in result["results"].values() for run in runs]
     lines += [f"- Load average before the processes: {min(loads):.1f} to {max(loads):.1f}."]
-    return "\n".join([*lines, "", *_command("benchmarks.speedrun --text tinyshakespeare.txt", result)])
+    return "\n".join([*lines, "", *_format_command("benchmarks.speedrun --text tinyshakespeare.txt", result)])
 
 
-def _ratios(
+def _format_ratios(
     model: str, rows: dict[tuple[str, str], dict[str, Any]], peers: dict[tuple[str, str], dict[str, Any]]
 ) -> Iterable[str]:
     documented = {key: row for key, row in peers.items() if key[1] == FP32}
@@ -134,36 +138,36 @@ def _ratios(
         key = (max if faster else min)(group, key=lambda key: group[key][quantity])
         ratio = ours[quantity] / group[key][quantity]
         limit = REQUIRED.get((model, title))
-        kept = f" ({verdict(ratio, limit, at_least=faster)})" if limit else ""
-        measure = "rate" if faster else "memory"
+        verdict = f" ({format_verdict(ratio, limit, at_least=faster)})" if limit else ""
+        measure = "as fast" if faster else "the memory"
         also = f"by CPU seconds {group[key]['cpu'] / ours['cpu']:.2f}x"
         if not faster:
-            also = f"at {ours['rate'] / group[key]['rate']:.2f}x its rate"
-        told = "Ours" if setting == DEFAULTS else f"Ours with {setting}"
-        yield f"- {told} against the {title}, {key[0]} ({key[1]}): {ratio:.2f}x its {measure}{kept}; {also}."
+            also = f"{ours['rate'] / group[key]['rate']:.2f}x as fast"
+        name = "Ours" if setting == DEFAULTS else f"Ours with {setting}"
+        yield f"- {name} compared with the {title}, {key[0]} ({key[1]}): {ratio:.2f}x {measure}{verdict}; {also}."
 
 
-def _machine(result: dict[str, Any]) -> str:
+def _format_machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = f"torch {machine['libraries']['torch']}, Python {machine['python']}"
     return f"{machine['cpu']}, {machine['cpu_capability']}, {versions}."
 
 
-def _legend(result: dict[str, Any]) -> str:
+def _format_legend(result: dict[str, Any]) -> str:
     runs = [run for entry in result["results"] for run in entry["runs"]]
     versions = {name: version for run in runs for name, version in run["versions"].items() if name != "torch"}
     loads = [run["load_average"] for run in runs]
     steps = len(runs[0]["step_seconds"])
     named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return (
-        f"{named + '. ' if named else ''}{runs[0]['threads']} threads a process, {steps} steps, the first "
-        f"{result['warmup']} not counted. What the first takes beyond a later one is mostly compilation, where there "
-        "is any. CPU seconds are of all threads, also where they wait. Load average before the processes: "
+        f"{named + '. ' if named else ''}{runs[0]['threads']} threads per process, {steps} steps, the first "
+        f"{result['warmup']} not measured. `first step` is its extra time over a later step, mostly compilation. CPU "
+        "seconds cover all threads, including busy waiting. Load average before the processes: "
         f"{statistics.median(loads):.1f} ({min(loads):.1f} to {max(loads):.1f})."
     )
 
 
-def _command(name: str, result: dict[str, Any]) -> list[str]:
+def _format_command(name: str, result: dict[str, Any]) -> list[str]:
     return ["```bash", f"python -m {name} --nanogpt nanoGPT {result['flags']} --json FILE", "```"]
 
 

@@ -1,9 +1,9 @@
-"""What `--parallel.reproducible` costs: steps of two processes with a fixed order of addition, and with DDP.
+"""Cost of `--parallel.reproducible`: steps of two processes that add gradients in a fixed order, compared with DDP.
 
     python -m benchmarks.reproducible
     python -m benchmarks.reproducible --preset speedrun-char --micro-batches 2 --processes 4
 
-Both are measured in the same processes, step by step in turn, on made-up tokens, each process with one thread.
+Both are measured in the same processes, alternating step by step, on synthetic tokens, with one thread per process.
 """
 
 import argparse
@@ -18,33 +18,41 @@ from itertools import count
 
 import torch
 
-from benchmarks.common import interleaved, spread
-from gpt.auto_batch import autocast_of
+from benchmarks.common import format_spread, run_interleaved
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.data.data_loader import DataLoader
 from gpt.data.synthetic import SyntheticTokens
 from gpt.pipeline import build_state, build_train_step
+from gpt.training.step_timer import StepTimer
 from gpt.utils.distributed import DistContext
 
 VOCAB_SIZE = 4096
 DDP, TREE = "DDP", "--parallel.reproducible"
-WARM_UP = 3
+WARMUP_STEPS = 3
 
 
 def main() -> None:
-    """Start the processes, or be one of them."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--preset", choices=PRESETS, default="quickstart")
-    arguments.add_argument("--micro-batches", type=int, default=4, help="of a step, per process; a power of two")
-    arguments.add_argument("--processes", type=int, default=2, help="a power of two")
-    arguments.add_argument("--repeats", type=int, default=20)
-    arguments.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    given = arguments.parse_args()
-    if given.measure:
-        _measure(given.preset, given.micro_batches, given.repeats)
+    """Start the processes, or measure in one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="quickstart")
+    parser.add_argument(
+        "--micro-batches", type=int, default=4, help="micro-batches per step and process; a power of two"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="a power of two")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        _measure(arguments.preset, arguments.micro_batches, arguments.repeats)
         return
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={arguments.processes}",
+    ]
     command = [*launcher, "-m", "benchmarks.reproducible", *sys.argv[1:], "--measure"]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
@@ -52,50 +60,55 @@ def main() -> None:
 def _measure(preset: str, micro_batches: int, repeats: int) -> None:
     torch.set_num_threads(1)
     dist = DistContext("cpu")
-    steppers = {name: _stepper(preset, micro_batches, dist, reproducible=name == TREE) for name in (DDP, TREE)}
-    for stepper in steppers.values():
-        for _ in range(WARM_UP):
-            stepper()
-    seconds = interleaved(
-        {name: partial(_timed, stepper, dist) for name, stepper in steppers.items()}, dict.fromkeys(steppers, repeats)
+    step_functions = {
+        name: _build_step_function(preset, micro_batches, dist, reproducible=name == TREE) for name in (DDP, TREE)
+    }
+    for step_function in step_functions.values():
+        for _ in range(WARMUP_STEPS):
+            step_function()
+    seconds = run_interleaved(
+        {name: partial(_time, step_function, dist) for name, step_function in step_functions.items()},
+        dict.fromkeys(step_functions, repeats),
     )
     if dist.is_main:
         print(f"{preset}, {dist.world_size} processes of one thread, {micro_batches} micro-batches each in a step")
         for name, values in seconds.items():
-            print(f"  {name:26} {spread([1e3 * value for value in values], ' ms', 1)}")
+            print(f"  {name:26} {format_spread([1e3 * value for value in values], ' ms', 1)}")
         ratios = [tree / ddp for ddp, tree in zip(seconds[DDP], seconds[TREE], strict=True)]
         medians = statistics.median(seconds[TREE]) / statistics.median(seconds[DDP])
-        print(f"  {'ratio of the medians':26} {medians:.3f}\n  {'ratios, step by step':26} {spread(ratios)}")
+        print(f"  {'ratio of the medians':26} {medians:.3f}\n  {'ratios, step by step':26} {format_spread(ratios)}")
     dist.close()
 
 
-def _stepper(preset: str, micro_batches: int, dist: DistContext, *, reproducible: bool) -> Callable[[], None]:
-    """What takes the next step of a run of the preset."""
+def _build_step_function(
+    preset: str, micro_batches: int, dist: DistContext, *, reproducible: bool
+) -> Callable[[], None]:
+    """Return a function that takes the next step of a run of the preset."""
     config = PRESETS[preset]()
     size, block_size = config.micro_batch_size, config.model.block_size
-    assert isinstance(size, int), "presets give a number"
+    assert isinstance(size, int), "presets set a number"
     parallel = config.parallel.model_copy(update={"reproducible": reproducible})
     tokens_per_step = size * block_size * micro_batches * dist.world_size
     config = config.model_copy(update={"parallel": parallel, "tokens_per_step": tokens_per_step})
     machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
-    plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("made-up tokens", 10**12),)))
-    train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), autocast_of(plan))
+    plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("synthetic tokens", 10**12),)))
     tokens = SyntheticTokens(VOCAB_SIZE, block_size, document_mask=False)
+    loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
+    state, timer = build_state(config, plan, dist), StepTimer(dist.device)
+    train_step = build_train_step(config, plan, dist, state, loader, timer)
     steps = count()
-    with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
-        batch = loader.get_batch(0)
 
-    def stepper() -> None:
-        train_step(next(steps), batch)
+    def take_step() -> None:
+        train_step(next(steps))
 
-    return stepper
+    return take_step
 
 
-def _timed(stepper: Callable[[], None], dist: DistContext) -> float:
-    """Seconds of a step, from when all are ready to when all are done."""
+def _time(step_function: Callable[[], None], dist: DistContext) -> float:
+    """Return the seconds of a step between two barriers."""
     dist.min(0)
     start = time.perf_counter()
-    stepper()
+    step_function()
     dist.min(0)
     return time.perf_counter() - start
 

@@ -1,11 +1,11 @@
-"""How soon a run has its first batch at token 10^12 of a corpus of 4 * 10^12 tokens, and what memory that takes.
+"""Time and memory to the first batch at token 10^12 of a corpus of 4 * 10^12 tokens.
 
     python -m benchmarks.seek
     python -m benchmarks.seek --shard-tokens 2147483648
 
-The corpus is real but for its tokens, which are all 0: one sparse shard, under as many names as it takes, with the
-offsets of documents and the digests of blocks, a manifest and a tokenizer. It needs a file system with sparse files and
-hard links, and a few megabytes of it. A fresh process opens it; what is measured begins when everything is imported.
+The corpus is real except for its tokens, which are all 0: one sparse shard under many names, with document offsets and
+block digests, a manifest and a tokenizer. It needs a file system with sparse files and hard links, and a few megabytes
+of space. A fresh process opens it; the measurement begins after the imports.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import spread, verdict, write_manifest
+from benchmarks.common import format_spread, format_verdict, write_manifest
 from gpt.configs.batch_plan import BatchPlan
 from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import build_sequences, open_corpus
@@ -33,37 +33,36 @@ from gpt.data.shards import BLOCK_BYTES, ShardInfo
 POSITION = 10**12
 TOKENS = 4 * 10**12
 BLOCK_SIZE, BATCH = 1024, 16
-DOCUMENT = 1024
-"""Tokens of each document."""
-MOST_SECONDS, MOST_MEGABYTES = 1.0, 100
+DOCUMENT_TOKENS = 1024
+MAX_SECONDS, MAX_MEGABYTES = 1.0, 100
 
 
 def main() -> None:
-    """Make the corpus, open it in fresh processes, print medians."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--shard-tokens", type=int, default=2**28, help="what gpt prepare makes of so many tokens")
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--open", type=Path, help=argparse.SUPPRESS)
-    given = arguments.parse_args()
-    if given.open:
-        print(json.dumps(_first_batch(given.open)))
+    """Write the corpus, open it in fresh processes, and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shard-tokens", type=int, default=2**28, help="tokens of each shard")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.open:
+        print(json.dumps(_measure_first_batch(arguments.open)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        n_shards = _write_corpus(folder, given.shard_tokens)
+        n_shards = _write_corpus(folder, arguments.shard_tokens)
         used = sum({file.stat().st_ino: file.stat().st_blocks * 512 for file in folder.iterdir()}.values())
-        print(f"{n_shards:,} shards of {given.shard_tokens:,} tokens; {used / 1e6:.0f} MB on the disk")
+        print(f"{n_shards:,} shards of {arguments.shard_tokens:,} tokens; {used / 1e6:.0f} MB on the disk")
         command = [sys.executable, "-m", "benchmarks.seek", "--open", name]
-        runs = [json.loads(subprocess.check_output(command)) for _ in range(given.repeats)]
-    required = {"both": MOST_SECONDS, "memory": MOST_MEGABYTES}
+        runs = [json.loads(subprocess.check_output(command)) for _ in range(arguments.repeats)]
+    limits = {"both": MAX_SECONDS, "memory": MAX_MEGABYTES}
     for name in runs[0]:
         values = [run[name] for run in runs]
-        kept = verdict(statistics.median(values), required[name], at_least=False) if name in required else ""
-        print(f"  {name:32} {spread(values, ' MB' if 'memory' in name else ' s', 3):40} {kept}")
+        verdict = format_verdict(statistics.median(values), limits[name], at_least=False) if name in limits else ""
+        print(f"  {name:32} {format_spread(values, ' MB' if 'memory' in name else ' s', 3):40} {verdict}")
 
 
-def _first_batch(folder: Path) -> dict[str, float]:
-    """Seconds, and megabytes above what the imports take."""
+def _measure_first_batch(folder: Path) -> dict[str, float]:
+    """Return seconds, and megabytes on top of the imports."""
     before, start, cpu = _resident_bytes(), time.perf_counter(), time.process_time()
     config = DataConfig(source=(str(folder),))
     corpus = open_corpus([folder], config, BLOCK_SIZE)
@@ -93,7 +92,7 @@ def _resident_bytes() -> int:
 
 
 def _write_corpus(folder: Path, shard_tokens: int) -> int:
-    """One sparse shard under many names, and the manifest of them all; returns how many."""
+    """Write one sparse shard under many names and a manifest of all of them; return their number."""
     first = folder / "train-000000.safetensors"
     index_sha256 = _write_sparse_shard(first, shard_tokens)
     shards = []
@@ -104,11 +103,11 @@ def _write_corpus(folder: Path, shard_tokens: int) -> int:
         shards.append(
             ShardInfo(
                 file=path.name,
-                sha256="0" * 64,  # of the whole file, which opening does not read
+                sha256="0" * 64,  # digest of the whole file, which opening does not read
                 index_sha256=index_sha256,
                 size=first.stat().st_size,
                 tokens=shard_tokens,
-                documents=shard_tokens // DOCUMENT,
+                documents=shard_tokens // DOCUMENT_TOKENS,
                 text_bytes=shard_tokens,
                 largest_id=0,
             )
@@ -118,9 +117,9 @@ def _write_corpus(folder: Path, shard_tokens: int) -> int:
 
 
 def _write_sparse_shard(path: Path, n_tokens: int) -> str:
-    """A shard as `gpt.data.shards` describes it whose tokens are a hole in the file; returns its index's digest."""
+    """Write a shard whose tokens are a hole in the file; return the digest of its index (see `gpt.data.shards`)."""
     block_digest = int.from_bytes(hashlib.sha256(bytes(BLOCK_BYTES)).digest()[:8], "little")
-    offsets = np.arange(0, n_tokens + 1, DOCUMENT, dtype=np.uint64)
+    offsets = np.arange(0, n_tokens + 1, DOCUMENT_TOKENS, dtype=np.uint64)
     assert offsets[-1] == n_tokens and 2 * n_tokens % BLOCK_BYTES == 0, f"give a multiple of {BLOCK_BYTES} tokens"
     arrays = {
         "document_offsets": offsets,

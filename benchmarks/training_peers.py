@@ -1,17 +1,17 @@
-"""One contender of `benchmarks/peers.py`, in a process of its own: trains a GPT-2 and prints what it took as JSON.
+"""One contender of `benchmarks/peers.py`, in a separate process: train a GPT-2 and print the measurements as JSON.
 
     python -m benchmarks.training_peers NAME SETTING SPEC
 
-SPEC is the JSON of a `Spec`. Each contender is its project's own loop, as its documentation or its training script has
-it: the same sizes, sequences a step, clipping at 1, AdamW with decay, no dropout, and GELU in its exact form, for
-nanoGPT's model has no other. The settings of the peers:
+SPEC is the JSON of a `Spec`. Each contender is its project's own loop, as in its documentation or training script, with
+the same sizes, sequences per step, clipping at 1, AdamW with decay, no dropout, and GELU in its exact form, the only
+one that nanoGPT has. The settings of the peers:
 
-    fp32             what each documents for a CPU, and what it does there by itself
+    fp32             what each project documents for a CPU
     bf16             bfloat16 autocast and the fused AdamW
     bf16, compiled   the same with torch.compile
 
-Ours is a whole run of its Trainer, at the defaults or with `--parallel.activation-checkpointing block`. Of `gpt`
-nothing is imported where a peer is measured.
+Ours is a complete run of the Trainer, at the defaults or with `--parallel.activation-checkpointing block`. When a peer
+is measured, nothing of `gpt` is imported.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ OURS, NANOGPT, LITGPT, TRANSFORMERS = "this project", "nanoGPT", "Lightning Fabr
 DEFAULTS, LEAN = "defaults", "block checkpointing"
 FP32, BF16, COMPILED = "fp32", "bf16", "bf16, compiled"
 LIBRARIES = {OURS: (), NANOGPT: (), LITGPT: ("lightning", "litgpt"), TRANSFORMERS: ("transformers", "accelerate")}
-"""What a contender needs besides torch."""
+"""Contender -> libraries it needs besides torch."""
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 SEED = 1337
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What everybody trains."""
+    """Task that every contender trains."""
 
     n_layer: int
     n_head: int
@@ -49,18 +49,18 @@ class Spec:
     block_size: int
     vocab_size: int
     batch: int
-    """Sequences of a step, in one forward pass."""
+    """Sequences per step, in one forward pass."""
     steps: int
     tokens: str
-    """File of uint16, as nanoGPT has them."""
+    """File of uint16 token ids, in nanoGPT's format."""
     tokenizer: str
-    """The tokenizer.json that belongs to them."""
+    """tokenizer.json that belongs to the tokens."""
     nanogpt: str
-    """A checkout; empty where there is none."""
+    """Checkout of nanoGPT; empty if there is none."""
 
 
 class Stopwatch:
-    """Seconds, and CPU seconds of all threads, from the end of a step to the end of the next."""
+    """Seconds, and CPU seconds of all threads, from the end of each step to the end of the next."""
 
     def __init__(self) -> None:
         self.first_loss = float("nan")
@@ -68,28 +68,28 @@ class Stopwatch:
         self.start()
 
     def start(self) -> None:
-        """Everything is built; the first step begins."""
+        """Start timing: everything is built, the first step begins."""
         self._ends, self._cpu_ends = [time.perf_counter()], [time.process_time()]
 
     def step_done(self) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         self._ends.append(time.perf_counter())
         self._cpu_ends.append(time.process_time())
 
     def report(self) -> dict[str, Any]:
-        """What was measured."""
+        """Return the measurements."""
         return {
             "parameters": self.parameters,
             "first_loss": self.first_loss,
             "step_seconds": np.diff(self._ends).tolist(),
             "step_cpu_seconds": np.diff(self._cpu_ends).tolist(),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": measure_peak_bytes(),
             "threads": torch.get_num_threads(),
         }
 
 
-def peak_bytes() -> int:
-    """The most memory of this program that was resident at one time."""
+def measure_peak_bytes() -> int:
+    """Return the peak resident memory of this process."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -97,18 +97,18 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def parameters_of(model: torch.nn.Module) -> int:
-    """Trained numbers; shared ones count once."""
+def count_parameters(model: torch.nn.Module) -> int:
+    """Return the number of trained parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def autocast(setting: str) -> contextlib.AbstractContextManager[object]:
-    """Of the setting's type."""
+    """Return the autocast context of a setting."""
     return torch.autocast("cpu", torch.bfloat16, enabled=setting != FP32)
 
 
-def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
-    """A run as `gpt train` composes it, with an observer that ends it before its last checkpoint."""
+def train_ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
+    """Train a run as `gpt train` composes it, and end it before its last checkpoint."""
     from gpt.configs.checkpoint_config import CheckpointConfig
     from gpt.configs.data_config import DataConfig
     from gpt.configs.gpt_config import GPTConfig
@@ -119,11 +119,12 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
     from gpt.pipeline import build_trainer
     from gpt.run import open_run
     from gpt.training.events import Event, MetricsReady, StepEnd, TrainStart
+    from gpt.training.observer import Observer
 
-    class EnoughError(Exception):
-        """Everything is measured."""
+    class MeasuredError(Exception):
+        """Raised after the last measured step, to end the run."""
 
-    class Timer:
+    class Timer(Observer):
         def on_event(self, event: Event) -> tuple[()]:
             match event:
                 case TrainStart():
@@ -133,11 +134,8 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
                 case StepEnd(step=step):
                     watch.step_done()
                     if step == spec.steps:
-                        raise EnoughError
+                        raise MeasuredError
             return ()
-
-        def close(self, error: BaseException | None) -> None:
-            pass
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -167,16 +165,15 @@ def ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
             checkpoint=CheckpointConfig(interval=0),
             sample=TextSampleConfig(prompts=()),
         )
-        layout = open_run(config)
-        watch.parameters = layout.plan.model.n_parameters
-        trainer = build_trainer(layout)
-        trainer.attach(Timer())
-        with contextlib.suppress(EnoughError):
+        with open_run(config) as run, contextlib.suppress(MeasuredError):
+            watch.parameters = run.plan.model.n_parameters
+            trainer = build_trainer(run)
+            trainer.attach(Timer())
             trainer.train()
 
 
-def nanogpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
-    """The loop of train.py, with its model and its optimizer; on a CPU it knows neither autocast nor fused AdamW."""
+def train_nanogpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
+    """Train with the loop, model and optimizer of train.py; on a CPU it has neither autocast nor fused AdamW."""
     sys.path.insert(0, spec.nanogpt)
     nano = importlib.import_module("model")
 
@@ -188,8 +185,8 @@ def nanogpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
 
     sizes = {name: getattr(spec, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     model = nano.GPT(nano.GPTConfig(**sizes, dropout=0.0, bias=True))
-    watch.parameters = parameters_of(model)
-    # It asks for the fused kernel where it is told of a GPU.
+    watch.parameters = count_parameters(model)
+    # It uses the fused kernel only if the device type is cuda.
     optimizer = model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, "cpu" if setting == FP32 else "cuda")
     if setting == COMPILED:
         model = torch.compile(model)
@@ -197,7 +194,7 @@ def nanogpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
     watch.start()
     for step in range(spec.steps):
         with autocast(setting):
-            logits, loss = model(inputs, targets)  # noqa: RUF059 - train.py holds the logits, too
+            logits, loss = model(inputs, targets)  # noqa: RUF059 - train.py holds the logits as well
         inputs, targets = get_batch()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -209,10 +206,10 @@ def nanogpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
             watch.first_loss = value
 
 
-def litgpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
-    """The loop of `litgpt pretrain`, its model shaped as GPT-2 as far as it goes.
+def train_litgpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
+    """Train with the loop of `litgpt pretrain` and its model, as close to GPT-2 as it allows.
 
-    It has rotary positions instead of learned ones and a head of its own, which is tied here to the embedding.
+    It has RoPE instead of learned positions. Its separate head is tied to the embedding here.
     """
     from lightning.fabric import Fabric
     from litgpt.config import Config
@@ -240,7 +237,7 @@ def litgpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.02)
-    watch.parameters = parameters_of(model)
+    watch.parameters = count_parameters(model)
     if setting == COMPILED:
         model = torch.compile(model)
     model = fabric.setup(model)
@@ -268,8 +265,8 @@ def litgpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
             watch.first_loss = value
 
 
-def transformers(spec: Spec, setting: str, watch: Stopwatch) -> None:
-    """`Trainer` with GPT-2's configuration; it shifts the labels itself, and its AdamW is the fused one by default."""
+def train_transformers(spec: Spec, setting: str, watch: Stopwatch) -> None:
+    """Train with `Trainer` and GPT-2's configuration; it shifts the labels itself and uses the fused AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     class Timer(TrainerCallback):
@@ -298,7 +295,7 @@ def transformers(spec: Spec, setting: str, watch: Stopwatch) -> None:
             use_cache=False,
         )
     )
-    watch.parameters = parameters_of(model)
+    watch.parameters = count_parameters(model)
     with tempfile.TemporaryDirectory() as name:
         arguments = TrainingArguments(
             name,
@@ -324,7 +321,7 @@ def transformers(spec: Spec, setting: str, watch: Stopwatch) -> None:
 
 
 class Windows(torch.utils.data.Dataset[torch.Tensor]):
-    """The file of tokens, cut into rows."""
+    """Rows of consecutive tokens of the token file."""
 
     def __init__(self, spec: Spec, length: int):
         self._tokens = np.memmap(spec.tokens, dtype=np.uint16, mode="r")
@@ -339,7 +336,7 @@ class Windows(torch.utils.data.Dataset[torch.Tensor]):
 
 
 class Labelled(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Rows as transformers' models want them."""
+    """Rows in the format of transformers' models."""
 
     def __init__(self, windows: Windows):
         self._windows = windows
@@ -352,15 +349,15 @@ class Labelled(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 CONTENDERS: dict[str, Callable[[Spec, str, Stopwatch], None]] = {
-    OURS: ours,
-    NANOGPT: nanogpt,
-    LITGPT: litgpt,
-    TRANSFORMERS: transformers,
+    OURS: train_ours,
+    NANOGPT: train_nanogpt,
+    LITGPT: train_litgpt,
+    TRANSFORMERS: train_transformers,
 }
 
 
 def main() -> None:
-    """Train, and print one line of JSON as the last."""
+    """Train, and print the measurements as the last line."""
     name, setting, spec = sys.argv[1:]
     watch = Stopwatch()
     torch.manual_seed(SEED)

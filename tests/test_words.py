@@ -19,7 +19,7 @@ NOT_YET: tuple[str, ...] = (
     *("gpt/run.py", "gpt/pipeline.py", "gpt/auto_batch.py", "gpt/resume", "gpt/models", "gpt/ops", "gpt/optim"),
     *("gpt/parallel", "gpt/configs", "gpt/checkpoint", "gpt/utils", "gpt/machine", "gpt/data", "gpt/commands"),
     *("gpt/training", "gpt/evaluation", "gpt/inference", "gpt/verification", "gpt/main.py", "gpt/errors.py"),
-    *("tests", "benchmarks", "hatch_build.py", "README.md", "AGENTS.md", "CONTRIBUTING.md", "docs"),
+    *("tests", "docs/reliability.md"),
 )
 """Path prefixes that are not checked yet."""
 

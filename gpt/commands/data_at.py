@@ -38,12 +38,12 @@ def run(argv: Sequence[str]) -> int:
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.data.corpus import build_sequences
     from gpt.data.provenance import find_excerpts
-    from gpt.resume.journal import quarantine_of, read_journal
+    from gpt.resume.journal import build_quarantine, read_journal
 
     folder = RunFolder(command.run_dir)
     config = load_config(folder.config)
     corpus, plan = _open(folder, config)
-    index = quarantine_of(read_journal(folder.journal, plan.order)).find_batch(command.step - 1)
+    index = build_quarantine(read_journal(folder.journal, plan.order)).find_batch(command.step - 1)
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     print(
         f"step {command.step}: global batch {index}, {plural(plan.batch.sequences_per_step, 'sequence')} "
@@ -66,7 +66,7 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     """
     from gpt.checkpoint.manifest import PROGRESS
     from gpt.data.corpus import open_corpus, prepare_corpus
-    from gpt.resume.find import require_same_identity
+    from gpt.resume.compatibility import require_same_identity
     from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
@@ -78,5 +78,5 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:
-        require_same_identity(plan.identity, checkpoints[-1], {CORPUS_KEY})
+        require_same_identity(identity, plan.identity, {CORPUS_KEY}, checkpoints[-1])
     return corpus, plan

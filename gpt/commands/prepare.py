@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _prepare(command: PrepareCommand) -> None:
-    from gpt.data.prepare.preparation import find, prepare_into
+    from gpt.data.prepare.preparation import plan_preparation, prepare_folder
     from gpt.utils.atomic_io import require_writable
 
     if not command.source or command.out is None:
@@ -45,8 +45,7 @@ def _prepare(command: PrepareCommand) -> None:
     if command.out.exists():
         raise UserError(f"--out {command.out} is there already; gpt prepare --inspect shows it, or name another folder")
     require_writable(command.out.parent, "--out")
-    found = find(command.source, command)
-    prepare_into(command.out, found, command, "--out")
+    prepare_folder(command.out, plan_preparation(command.source, command), "--out")
     _show(command.out)
 
 

@@ -7,8 +7,8 @@ from pydantic import model_validator
 
 from gpt.configs.cli import JsonOutput, PresetOverrides, parse_over_preset
 
-EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
-"""Exit status after a signal, as shells report one; any other early stop is 1."""
+EXIT_STATUSES = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
+"""Exit status by the reason for which training ended, as shells report signals; any other reason is 1."""
 
 
 class TrainCommand(JsonOutput, PresetOverrides):
@@ -32,33 +32,28 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
 def run(argv: Sequence[str]) -> int:
     """Parse the flags, then train; torch is imported only once the flags are valid."""
     command = parse_train(argv)
-    config, dry_run = command.as_train_config(), command.dry_run
+    config = command.as_train_config()
 
     from gpt.commands.output import print_json
     from gpt.pipeline import build_trainer
     from gpt.run import open_run
     from gpt.training.sinks.console import RunConsole, plan_table
-    from gpt.training.trainer import FINISHED
 
-    with open_run(config, dry_run=dry_run) as layout:
-        console = RunConsole() if layout.dist.is_main else None
-        if layout.finished_at is not None:
-            reason = FINISHED
+    reason = "finished"
+    with open_run(config, dry_run=command.dry_run) as opened:
+        console = RunConsole() if opened.dist.is_main else None
+        if command.dry_run and command.as_json:
             if console:
-                console.print(
-                    f"{config.run_dir} has finished at step {layout.finished_at}; a larger --max-steps trains on",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        elif dry_run:
-            reason = FINISHED
-            if console and command.as_json:
-                print_json(layout.plan.to_dict())
-            elif console:
-                console.print(plan_table(layout.plan))
+                print_json(opened.plan.to_dict())
+        elif opened.finished_at is not None:
+            if console:
+                message = f"{config.run_dir} has finished at step {opened.finished_at}; a larger --max-steps trains on"
+                console.print(message, markup=False, highlight=False, soft_wrap=True)
+        elif command.dry_run:
+            if console:
+                console.print(plan_table(opened.plan))
         else:
-            with layout.dist.report_lost_ranks():
-                reason = build_trainer(layout, console).train()
-    layout.dist.close()
-    return EXIT_STATUS.get(reason, 0 if reason == FINISHED else 1)
+            with opened.dist.report_lost_ranks():
+                reason = build_trainer(opened, console).train()
+    opened.dist.close()
+    return EXIT_STATUSES.get(reason, 1)

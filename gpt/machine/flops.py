@@ -1,10 +1,10 @@
 """Floating-point operations (FLOPs) of a training step.
 
     N = sum of n_in * n_out over all linear layers    (`linear_layers`; the head counts, embeddings do not)
-    FLOPs per token = 6 N + 6 L T C                   (`flops_per_token`)
+    FLOPs per token = 6 N + 6 L T H D                 (`flops_per_token`)
     MFU = FLOPs per token * tokens_per_second / peak_flops
 
-L = n_layer, T = block_size, C = n_embd.
+L = n_layer, T = block_size, H = n_head, D = head_dim.
 """
 
 from typing import NamedTuple
@@ -26,23 +26,23 @@ def linear_layers(model: GPTConfig) -> tuple[Linear, ...]:
     The head is one even if its weight is tied; an embedding is a lookup, not a matmul.
 
     Args:
-        model: configuration with its vocab_size resolved.
+        model: resolved configuration, vocab_size included.
     """
     width = model.n_embd
     return (
-        Linear(width, width + 2 * model.kv_heads * model.head_dim, model.n_layer),  # queries, keys, values
-        Linear(width, width, model.n_layer),
-        Linear(width, sum(model.mlp_parts), model.n_layer),
+        Linear(width, sum(model.qkv_sizes), model.n_layer),
+        Linear(model.qkv_sizes[0], width, model.n_layer),
+        Linear(width, sum(model.fc_sizes), model.n_layer),
         Linear(model.intermediate_size, width, model.n_layer),
         Linear(width, model.vocab_size, 1),
     )
 
 
 def flops_per_token(model: GPTConfig) -> int:
-    """Return the FLOPs of one token's forward and backward pass, 6 N + 6 L T C.
+    """Return the FLOPs of one token's forward and backward pass, 6 N + 6 L T H D.
 
     6 N: a multiplication and an addition per weight forward, twice that backward (Kaplan et al. 2020, "Scaling Laws for
-    Neural Language Models", section 2.1). 6 L T C: attention needs 12 T C per layer (Chowdhery et al. 2022, "PaLM",
+    Neural Language Models", section 2.1). 6 L T H D: attention needs 12 T H D per layer (Chowdhery et al. 2022, "PaLM",
     appendix B), and half of that with a causal mask (Dao 2023, "FlashAttention-2", section 4.1). Grouped-query
     attention has fewer weights, but as many scores.
 
@@ -50,7 +50,7 @@ def flops_per_token(model: GPTConfig) -> int:
     activation functions and the optimizer do not count. The savings of a document mask are ignored.
 
     Args:
-        model: configuration with its vocab_size resolved.
+        model: resolved configuration, vocab_size included.
     """
     weights = sum(linear.n_in * linear.n_out * linear.layers for linear in linear_layers(model))
-    return 6 * weights + 6 * model.n_layer * model.n_embd * model.block_size
+    return 6 * weights + 6 * model.n_layer * model.qkv_sizes[0] * model.block_size

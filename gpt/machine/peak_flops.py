@@ -28,7 +28,7 @@ MAX_QUERIES = 1024
 SECONDS_PER_SHAPE = 0.05
 """Time for which a matmul is repeated."""
 MIN_JOINT_SHARE = 0.5
-"""Share of single-thread FLOP/s times threads below which other programs must be using the CPU; see `_measure_undisturbed`."""
+"""Joint FLOP/s of all threads, as a share of what they reach one by one, below which other programs must be running."""
 
 
 def measured_peak_flops(device: torch.device, device_name: str, dtype: str, cache_dir: Path) -> float:
@@ -61,7 +61,7 @@ def own_rate(device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: i
     Args:
         device: the device.
         dtype: dtype of the matrices.
-        model: configuration with its vocab_size resolved.
+        model: resolved configuration, vocab_size included.
         rows: tokens of a micro-batch.
     """
     flops, seconds = 0.0, 0.0
@@ -128,7 +128,7 @@ def _model_matmuls(
     # Shapes of: scores and gradients of weights; outputs and gradients of queries; gradients of keys and of values.
     # 2 matmuls of each shape, and half of the FLOPs: the causal mask hides the other half.
     for a, b in ((q, k.mT), (weights, k), (weights.mT, q)):
-        yield a, b, 2 * model.n_layer * rows * length * model.n_embd
+        yield a, b, 2 * model.n_layer * rows * length * model.n_head * model.head_dim
 
 
 def _time_matmul(a: torch.Tensor, b: torch.Tensor) -> float:

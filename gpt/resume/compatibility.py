@@ -1,73 +1,158 @@
-"""What may change when a run is continued, field by field."""
+"""Decide whether a configuration may resume a saved state: by its fields, its identity and its learning rates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import FLAG, ResumeRule, resume_rules
-from gpt.configs.train_config import TrainConfig
+from gpt.configs.run_plan import DTYPE_KEY, RunPlan, resolve
+from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
+from gpt.utils.custom_scheduler import build_schedule
+
+WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
+"""Fields of a model that its weights do not depend on; the vocabulary is compared through the tokenizer."""
+PER_LAUNCH = frozenset({"run_dir", "resume", "resume_with_changes", "init_from"})
+"""Fields that say where and how one launch starts; a change of them is not reported."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A field that has another value than when the checkpoint was saved."""
+    """A field whose value is not the saved one."""
 
     name: str
-    """Dotted."""
-    then: Any
-    now: Any
+    """Dotted name."""
+    saved: Any
+    current: Any
     rule: ResumeRule
     """SAFE, NEEDS_FLAG, FORBIDDEN or SAFE_IF_LR_UNCHANGED."""
 
     def __str__(self) -> str:
-        return f"{self.name} {self.then} -> {self.now} ({self.rule.value})"
+        return f"{self.name} {self.saved} -> {self.current} ({self.rule.value})"
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value of a configuration that was dumped."""
-    found: dict[str, Any] = {}
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted name -> value for every leaf of a nested dict.
+
+    >>> flatten({"seed": 1, "lr": {"max_lr": 0.1}})
+    {'seed': 1, 'lr.max_lr': 0.1}
+    """
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
 
 
-def differences(then: TrainConfig, now: TrainConfig) -> list[Difference]:
-    """What changed between two configurations; SAFE_WITHOUT_DROPOUT is decided."""
-    former, present = (leaves(config.model_dump(mode="json")) for config in (then, now))
+def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Difference, ...]:
+    """Compare two configurations field by field; a derived size equals the same size given as a number."""
+    before, now = (flatten(config.model_dump(mode="json")) for config in (saved, current))
     rules = resume_rules(TrainConfig)
-    return [
-        Difference(name, value, present[name], _decided(rules[name], then, now))
-        for name, value in former.items()
-        if value != present[name]
-    ]
+    has_dropout = bool(saved.model.dropout or current.model.dropout)
+    return tuple(
+        Difference(name, value, now[name], _apply_dropout(rules[name], has_dropout))
+        for name, value in before.items()
+        if value != now[name]
+    )
 
 
-def require_allowed(changed: Sequence[Difference], place: str, *, with_changes: bool) -> None:
-    """Check that a run may be continued with these differences.
+def require_allowed(differences: Sequence[Difference], place: str, *, with_changes: bool) -> None:
+    """Check that a run may resume with these differences.
 
     Args:
-        changed: from `differences`.
-        place: what holds the run, for the message.
-        with_changes: whether the user said so.
+        differences: the result of `find_differences`.
+        place: flag and path of the run, for the message.
+        with_changes: whether the user passed --resume-with-changes.
 
     Raises:
-        UserError: names every field that stands in the way, and the flag where one allows it.
+        UserError: names every field in the way, and the flag that allows those it can allow.
     """
-    never, flagged = (
-        [f"{field.name} is {field.then} there and {field.now} here" for field in changed if field.rule is rule]
+    forbidden, flagged = (
+        [
+            f"{item.name} is {item.saved} in the run and {item.current} in this command"
+            for item in differences
+            if item.rule is rule
+        ]
         for rule in (ResumeRule.FORBIDDEN, ResumeRule.NEEDS_FLAG)
     )
     if with_changes:
         flagged = []
-    if not never and not flagged:
+    if not forbidden and not flagged:
         return
-    listed = never + ([f"{', '.join(flagged)} ({FLAG} allows that)"] if flagged else [])
-    remedy = "take the same values or another --run-dir" if never else f"take the same values or add {FLAG}"
-    raise UserError(f"{place} holds a run of another configuration: {', '.join(listed)}; {remedy}")
+    reasons = forbidden + ([f"{', '.join(flagged)} ({FLAG} allows this)"] if flagged else [])
+    remedy = "use the same values or another --run-dir" if forbidden else f"use the same values or add {FLAG}"
+    raise UserError(f"{place} holds a run of another configuration: {', '.join(reasons)}; {remedy}")
 
 
-def _decided(rule: ResumeRule, then: TrainConfig, now: TrainConfig) -> ResumeRule:
+def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: Path) -> None:
+    """Compare the model of `--init-from` with the configured one, in every field that its weights depend on.
+
+    Raises:
+        UserError: names the first field that differs.
+    """
+    for name in GPTConfig.model_fields:
+        before, now = getattr(saved, name), getattr(current, name)
+        if before != now and name not in WEIGHT_INDEPENDENT:
+            flag = f"--model.{name.replace('_', '-')}"
+            raise UserError(
+                f"--init-from {checkpoint} has another architecture: {flag} is {before} there and {now} in this "
+                f"command; use {flag} {before}"
+            )
+
+
+def require_same_identity(
+    saved: Mapping[str, str | int], current: Mapping[str, str | int], names: Set[str], checkpoint: Path
+) -> None:
+    """Compare what a checkpoint's run derived from its corpus and machine with what this run derived.
+
+    Args:
+        saved: the identity in the checkpoint; names that an older checkpoint lacks are not compared.
+        current: `RunPlan.identity`.
+        names: which of its names to compare.
+        checkpoint: for the message.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    for name in current:
+        if name in names and saved.get(name, current[name]) != current[name]:
+            remedy = f"or add {FLAG}" if name == DTYPE_KEY else "or use another --run-dir"
+            raise UserError(
+                f"{checkpoint} cannot be resumed: {name} is {saved[name]} in the checkpoint and {current[name]} in "
+                f"this run; restore what was changed, {remedy}"
+            )
+
+
+def keeps_learning_rates(config: TrainConfig, plan: RunPlan, saved: TrainConfig, step: int, checkpoint: Path) -> bool:
+    """Return whether the schedule gives the first `step` steps the learning rates that they were trained with.
+
+    Raises:
+        UserError: it does not, and --resume-with-changes was not passed.
+    """
+    horizon = {name: getattr(saved, name) for name in HORIZON}
+    former = resolve(config.model_copy(update={**horizon, "lr": saved.lr}), plan.machine, plan.corpus)
+    former_schedule = build_schedule(former.lr, former.max_steps)
+
+    def keeps(lr: LRConfig) -> bool:
+        schedule = build_schedule(lr, plan.max_steps)
+        return all(former_schedule(past) == schedule(past) for past in range(step))
+
+    if keeps(plan.lr):
+        return True
+    if config.resume_with_changes:
+        return False
+    same_decay = plan.lr.model_copy(update={"decay_steps": former.lr.decay_steps})
+    remedy = f"--lr.decay-steps {same_decay.decay_steps} keeps the former decay, or " if keeps(same_decay) else ""
+    raise UserError(
+        f"{checkpoint} cannot be resumed: its {step} steps had the learning rates of a run of {former.max_steps} "
+        f"steps, and a run of {plan.max_steps} steps has others; {remedy}{FLAG} accepts them"
+    )
+
+
+def _apply_dropout(rule: ResumeRule, has_dropout: bool) -> ResumeRule:
+    """Decide SAFE_WITHOUT_DROPOUT; return every other rule as it is."""
     if rule is not ResumeRule.SAFE_WITHOUT_DROPOUT:
         return rule
-    return ResumeRule.NEEDS_FLAG if then.model.dropout or now.model.dropout else ResumeRule.SAFE
+    return ResumeRule.NEEDS_FLAG if has_dropout else ResumeRule.SAFE

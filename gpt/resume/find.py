@@ -1,171 +1,239 @@
-"""Where a run begins: afresh, from the newest of its own checkpoints that is whole, or from another run's."""
+"""Find where a run starts: at step 0, from its own newest valid checkpoint, or from another run's checkpoint.
 
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+`claim_start` does all of it once and gives every rank the same `Start`. Nothing later loads the checkpoint's
+configuration or manifest again, or hashes its files again.
+"""
+
+import logging
 from pathlib import Path
 
-from gpt.checkpoint.manifest import PROGRESS, verify
-from gpt.checkpoint.newest import find_newest_valid
+from pydantic import Field
+
+from gpt.checkpoint.manifest import (
+    CHECKPOINT_MANIFEST,
+    CONFIG,
+    PROGRESS,
+    CheckpointManifest,
+    environment_mismatch,
+    verify,
+)
+from gpt.checkpoint.newest import NewestValid, find_newest_valid
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
-from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.base import Config
 from gpt.configs.load import load_config
-from gpt.configs.resume_rule import FLAG
-from gpt.configs.run_plan import DTYPE_KEY
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import Difference, differences, require_allowed
-from gpt.utils.atomic_io import read_json
+from gpt.resume.compatibility import (
+    PER_LAUNCH,
+    Difference,
+    find_differences,
+    require_allowed,
+    require_same_architecture,
+)
+from gpt.utils.atomic_io import read_json, require_possible, require_writable, sweep
+from gpt.utils.distributed import DistContext
+from gpt.utils.folder_lock import lock_folder
+from gpt.utils.helper import sha256_of_file
 
-WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
-"""Fields of a model that trained weights do not depend on; the vocabulary is compared as the tokenizer's."""
-PER_LAUNCH = frozenset({"run_dir", "resume", "resume_with_changes"})
-"""Fields that say where and how a run is continued: told elsewhere, and no news as differences."""
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
+class Start(Config):
+    """The state that a run starts from; the default is step 0 with initial weights."""
 
-    checkpoint: Path | None
-    """None: afresh."""
+    checkpoint: Path | None = None
+    """Verified checkpoint to resume from."""
+    init_from: Path | None = None
+    """Checkpoint whose weights a run at step 0 starts with; it is verified when they are loaded."""
+    is_fork: bool = False
+    """The checkpoint is another run's."""
+    step: int = 0
+    is_evaluated: bool = False
+    """metrics.jsonl holds the evaluation of this step."""
+    saved: TrainConfig | None = None
+    """Configuration in the checkpoint."""
+    identity: dict[str, str | int] = Field(default_factory=dict)
+    """`RunPlan.identity` in the checkpoint, or in that of `init_from`."""
+    manifest_sha256: str | None = None
+    """Digest of the checkpoint's manifest, and so of every file in it."""
+    differences: tuple[Difference, ...] = ()
+    """Fields that changed since the checkpoint was saved."""
+    mismatch: str | None = None
+    """Note for the plan: this process computes other last bits than the one that saved."""
     damaged: tuple[tuple[Path, str], ...] = ()
-    """Newer checkpoints that are damaged, newest first, each with the reason."""
+    """Newer checkpoints that are not valid, newest first, each with the reason."""
+    moved_aside: tuple[Path, ...] = ()
+    """Their paths after they were renamed."""
+
+
+def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dry_run: bool) -> Start:
+    """Lock the run's folder and find where the run starts; rank 0 decides, and every rank must see the same files.
+
+    A dry run looks at the folder and writes nothing.
+
+    Raises:
+        UserError: the folder is in use, or holds a run that `config` may not resume.
+    """
+    start = Start.model_validate(dist.on_main(lambda: _claim(folder, config, dry_run).model_dump(mode="json")))
+    dist.on_every_rank(lambda: _require_same_manifest(start, dist.rank))
+    return start
 
 
 def find_start(folder: RunFolder, config: TrainConfig) -> Start:
-    """Where a run of `config` in `folder` begins; the checkpoint is verified, and the configuration may continue it.
+    """Find where a run of `config` in `folder` starts: verify the checkpoint and check that `config` may resume it.
 
     Raises:
-        UserError: the folder holds a run that `config` may not continue, `--resume` names no checkpoint that is whole,
-            or there are checkpoints and none is.
+        UserError: the folder holds a run that `config` may not resume, `--resume` names no valid checkpoint, or the
+            folder holds checkpoints and none is valid.
     """
     if not folder.config.exists():
         if folder.steps() or folder.metrics.exists():
-            raise UserError(f"--run-dir {folder.path} holds a run without its config.json; name another --run-dir")
-        return Start(_fork(config, config.resume))
+            raise UserError(f"--run-dir {folder.path} holds a run without its config.json; use another --run-dir")
+        return _start_of_new_run(config, config.resume)
     if config.resume == "never":
-        raise UserError(f"--run-dir {folder.path} holds a run; --resume auto continues it, or name another --run-dir")
-    began = load_config(folder.config)
-    if _names_own(folder, config):
-        start = Start(_named(folder, config))
-    elif _names_a_checkpoint(config) and not _is_start_of(config.resume, began.resume):
-        raise UserError(
-            f"--run-dir {folder.path} holds a run that did not start from {config.resume}; name another --run-dir"
-        )
+        raise UserError(f"--run-dir {folder.path} holds a run; --resume auto resumes it, or use another --run-dir")
+    launched = load_config(folder.config)
+    place = f"--run-dir {folder.path}"
+    if _names_checkpoint(config.resume) and not _is_own(config.resume, folder):
+        if not _is_same_start(config.resume, launched.resume):
+            raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
+    elif _names_checkpoint(config.resume):
+        checkpoint = _require_newest(folder, config.resume)
+        return _start_of_own_checkpoint(folder, config, launched, NewestValid(checkpoint, verify(checkpoint)))
+    if folder.steps():
+        return _start_of_own_checkpoint(folder, config, launched, find_newest_valid(folder.steps()))
+    if not _names_checkpoint(launched.resume):  # it saved nothing: compare with what the folder was made for
+        _require_allowed(config, launched, place)
+    return _start_of_new_run(config, launched.resume)
+
+
+def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
+    """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
+    if dry_run:
+        require_possible(folder.path, "--run-dir")
     else:
-        start = _own(folder) if folder.steps() else Start(_fork(config, began.resume))
-    _require_continuable(folder, config, began, start)
-    return start
+        require_writable(folder.path, "--run-dir")
+        lock_folder(folder.path, "--run-dir")
+        require_writable(folder.checkpoints, "--run-dir")
+        sweep(folder.checkpoints)
+    start = find_start(folder, config)
+    if not start.damaged:
+        return start
+    moved_aside = [path if dry_run else folder.move_aside(path) for path, _ in start.damaged]
+    for (path, reason), new_path in zip(start.damaged, moved_aside, strict=True):
+        log.warning("skipped %s%s: %s", path.name, "" if dry_run else f", moved aside to {new_path}", reason)
+    log.warning("resuming from %s, the newest valid checkpoint", start.checkpoint)
+    return start.model_copy(update={"moved_aside": tuple(moved_aside)})
 
 
-def changes(config: TrainConfig, checkpoint: Path) -> list[Difference]:
-    """What `config` has otherwise than the run that saved `checkpoint`, as far as it is news."""
-    saved = load_config(checkpoint / "config.json")
-    return [change for change in differences(saved, config) if change.name not in PER_LAUNCH | {"init_from"}]
+def _start_of_new_run(config: TrainConfig, resume: str) -> Start:
+    """Start at step 0, with the weights of `--init-from` if it is given, or fork the run that `resume` names."""
+    if _names_checkpoint(resume):
+        checkpoint = locate_checkpoint(Path(resume), "--resume")
+        manifest = verify(checkpoint)
+        # Weights that the forked run started with are no difference.
+        start = _read_start(checkpoint, manifest, config, config.init_from, f"--resume {checkpoint}")
+        return start.model_copy(update={"is_fork": True})
+    if config.init_from is None:
+        return Start()
+    checkpoint = locate_checkpoint(config.init_from, "--init-from")
+    require_same_architecture(load_config(checkpoint / CONFIG).model, config.model, checkpoint)
+    return Start(init_from=checkpoint, identity=read_json(checkpoint / PROGRESS).get("identity", {}))
 
 
-def require_same_architecture(config: TrainConfig, checkpoint: Path) -> None:
-    """Compare `--init-from`'s model with the configuration's, in all that decides what its weights mean.
+def _start_of_own_checkpoint(
+    folder: RunFolder, config: TrainConfig, launched: TrainConfig, newest: NewestValid
+) -> Start:
+    """Resume from a checkpoint of the run's own.
 
-    Raises:
-        UserError: names the first that differs.
-    """
-    saved = load_config(checkpoint / "config.json").model
-    for name in GPTConfig.model_fields:
-        there, here = getattr(saved, name), getattr(config.model, name)
-        if there != here and name not in WEIGHT_INDEPENDENT:
-            flag = f"--model.{name.replace('_', '-')}"
-            raise UserError(
-                f"--init-from {checkpoint} is of another architecture: {flag} is {there} there and {here} here"
-            )
-
-
-def require_same_identity(identity: Mapping[str, str | int], checkpoint: Path, names: Set[str]) -> None:
-    """Compare what a checkpoint's run resolved from its corpus and machine with what this one did.
-
-    Raises:
-        UserError: names the first of `names` that differs.
-    """
-    saved = read_json(checkpoint / PROGRESS).get("identity", {})
-    for name in identity:
-        if name in names and saved.get(name, identity[name]) != identity[name]:
-            remedy = f"or say {FLAG}" if name == DTYPE_KEY else "or name another --run-dir"
-            raise UserError(
-                f"{checkpoint} cannot be continued: {name} is {saved.get(name)} there and {identity[name]} here; "
-                f"restore what was changed, {remedy}"
-            )
-
-
-def _own(folder: RunFolder) -> Start:
-    """The newest of the run's own that is whole; there are some.
+    Args:
+        folder: of the run.
+        config: of this launch.
+        launched: the folder's config.json, of an earlier launch.
+        newest: the checkpoint and what was skipped on the way to it.
 
     Raises:
-        UserError: none is whole.
+        UserError: no checkpoint is valid, or `config` may not resume it.
     """
-    found = find_newest_valid(folder.steps())
-    start = Start(found.checkpoint, found.skipped)
-    if start.checkpoint is None:
-        listed = "; ".join(reason for _, reason in start.damaged)
+    if newest.checkpoint is None or newest.manifest is None:
+        reasons = "; ".join(reason for _, reason in newest.skipped)
         raise UserError(
-            f"--run-dir {folder.path} holds checkpoints and none is whole: {listed}; bring one back from a copy, or "
-            "name another --run-dir to start afresh"
+            f"--run-dir {folder.path} holds checkpoints and none is valid: {reasons}; restore one from a copy, or use "
+            "another --run-dir to start from step 0"
         )
-    return start
+    # Once the run has a checkpoint of its own, --init-from need not be repeated.
+    given = config if config.init_from else config.model_copy(update={"init_from": launched.init_from})
+    start = _read_start(newest.checkpoint, newest.manifest, given, launched.init_from, f"--run-dir {folder.path}")
+    return start.model_copy(update={"is_evaluated": folder.evaluated_at(start.step), "damaged": newest.skipped})
 
 
-def _names_own(folder: RunFolder, config: TrainConfig) -> bool:
-    """Whether `--resume` names this very run: its folder, or one of its checkpoints."""
-    own = folder.path.resolve()
-    return _names_a_checkpoint(config) and own in (named := Path(config.resume).resolve(), *named.parents)
+def _read_start(
+    checkpoint: Path, manifest: CheckpointManifest, config: TrainConfig, init_from: Path | None, place: str
+) -> Start:
+    """Return the start from a verified checkpoint that `config` may resume.
 
-
-def _named(folder: RunFolder, config: TrainConfig) -> Path:
-    """The newest checkpoint of its own, where `--resume` names it: a run never goes back over its own steps."""
-    checkpoint = locate_checkpoint(Path(config.resume), "--resume")
-    newest = folder.steps()[-1]
-    if Path(config.resume).resolve() not in (folder.path.resolve(), newest.resolve()):
-        raise UserError(
-            f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto continues; to train "
-            "on from an earlier one, name another --run-dir"
-        )
-    verify(newest)
-    return newest
-
-
-def _fork(config: TrainConfig, resume: str) -> Path | None:
-    """The checkpoint of another run that this one starts from."""
-    if resume in ("auto", "never"):
-        return None
-    checkpoint = locate_checkpoint(Path(resume), "--resume")
-    verify(checkpoint)
-    saved = load_config(checkpoint / "config.json").model_copy(update={"init_from": config.init_from})
-    _require_allowed(config, saved, f"--resume {checkpoint}")
-    return checkpoint
-
-
-def _require_continuable(folder: RunFolder, config: TrainConfig, began: TrainConfig, start: Start) -> None:
-    """Compare with what the state was trained with; before the first checkpoint, with what the folder was made for."""
-    own = start.checkpoint is not None and start.checkpoint in folder.steps()
-    if start.checkpoint is not None and not own:
-        return  # another run's, which `_fork` has compared
-    saved = load_config(start.checkpoint / "config.json") if start.checkpoint else began
-    # Where a run took its first weights need not be told again once it has a checkpoint of its own.
-    told = began.init_from if own and config.init_from is None else config.init_from
-    _require_allowed(
-        config.model_copy(update={"init_from": told}),
-        saved.model_copy(update={"init_from": began.init_from}),
-        f"--run-dir {folder.path}",
+    Args:
+        checkpoint: to resume from.
+        manifest: of the checkpoint.
+        config: of this launch.
+        init_from: weights that the run is known to have started with.
+        place: flag and path of the run, for the message.
+    """
+    saved = load_config(checkpoint / CONFIG)
+    differences = _require_allowed(config, saved.model_copy(update={"init_from": init_from}), place)
+    progress = read_json(checkpoint / PROGRESS)
+    return Start(
+        checkpoint=checkpoint,
+        step=progress.get("step", 0),
+        saved=saved,
+        identity=progress.get("identity", {}),
+        manifest_sha256=manifest.sha256,
+        differences=tuple(item for item in differences if item.name not in PER_LAUNCH),
+        mismatch=environment_mismatch(checkpoint, manifest),
     )
 
 
-def _require_allowed(config: TrainConfig, saved: TrainConfig, place: str) -> None:
-    require_allowed(differences(saved, config), place, with_changes=config.resume_with_changes)
+def _require_allowed(config: TrainConfig, saved: TrainConfig, place: str) -> tuple[Difference, ...]:
+    differences = find_differences(saved, config)
+    require_allowed(differences, place, with_changes=config.resume_with_changes)
+    return differences
 
 
-def _names_a_checkpoint(config: TrainConfig) -> bool:
-    return config.resume not in ("auto", "never")
+def _require_newest(folder: RunFolder, resume: str) -> Path:
+    """Return the run's newest checkpoint if `resume` names it or the folder: a run never goes back over its steps."""
+    checkpoint, newest = locate_checkpoint(Path(resume), "--resume"), folder.steps()[-1]
+    if Path(resume).resolve() not in (folder.path.resolve(), newest.resolve()):
+        raise UserError(
+            f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to train on "
+            "from an earlier one, use another --run-dir"
+        )
+    return newest
 
 
-def _is_start_of(given: str, saved: str) -> bool:
-    """Whether the checkpoint `saved` is what `given` names: itself, or a run's folder that it lies in."""
+def _require_same_manifest(start: Start, rank: int) -> None:
+    if start.checkpoint is None or rank == 0:
+        return
+    try:
+        is_same = sha256_of_file(start.checkpoint / CHECKPOINT_MANIFEST) == start.manifest_sha256
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise UserError(
+            f"rank {rank} does not see {start.checkpoint} as rank 0 does; --run-dir must be one folder that all "
+            "machines share"
+        )
+
+
+def _names_checkpoint(resume: str) -> bool:
+    return resume not in ("auto", "never")
+
+
+def _is_own(resume: str, folder: RunFolder) -> bool:
+    """Return whether `resume` names the run in `folder`: its folder, or something inside."""
+    own, named = folder.path.resolve(), Path(resume).resolve()
+    return own in (named, *named.parents)
+
+
+def _is_same_start(given: str, saved: str) -> bool:
+    """Return whether `given` names the checkpoint `saved`: itself, or a folder that it lies in."""
     return Path(given).resolve() in (Path(saved), *Path(saved).parents)

@@ -119,6 +119,23 @@ class DistContext:
             raise UserError(failure)
         return result
 
+    def on_every_rank(self, work: Callable[[], None]) -> None:
+        """Run `work` on every rank, and fail on all of them if it fails on one.
+
+        Raises:
+            UserError: this rank's own, or one that names the first rank that failed.
+        """
+        failure: UserError | None = None
+        try:
+            work()
+        except UserError as error:
+            failure = error
+        failed = self.gather(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if any(failed):
+            raise UserError(f"rank {failed.index(1)} failed, and says why; all ranks must see the same files")
+
     def on_local_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on one rank of each machine while the others wait; all return rank 0's JSON-like result.
 

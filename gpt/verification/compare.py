@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from gpt.checkpoint.manifest import MODEL, OPTIMIZER, PROGRESS, VAL_LOSS
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.resume.compatibility import leaves
+from gpt.resume.compatibility import flatten
 from gpt.utils.atomic_io import read_json, read_jsonl
 from gpt.verification.watcher import TRAIN_LOSS
 
@@ -72,7 +72,7 @@ def compare(reference: RunFolder, resumed: RunFolder) -> Comparison:
             comparison.n_tensors += 1
             comparison.tensor_bytes += n_bytes
             comparison.differences += [difference] if difference else []
-    progress = [leaves(read_json(path / PROGRESS)) for path in last]
+    progress = [flatten(read_json(path / PROGRESS)) for path in last]
     comparison.differences += _compare_dicts(f"{last[0].name}/{PROGRESS}", *progress)
     return comparison
 

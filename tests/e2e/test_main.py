@@ -160,8 +160,8 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--resume", "never"], "holds a run; --resume auto continues it"),
-        (["--model.n-layer", "3"], "another configuration: model.n_layer is 2 there and 3 here"),
+        (["--resume", "never"], "holds a run; --resume auto resumes it"),
+        (["--model.n-layer", "3"], "another configuration: model.n_layer is 2 in the run and 3 in this command"),
         (["--lr.max-lr", "0.5"], "another configuration: lr.max_lr"),
     ],
 )

@@ -1,6 +1,8 @@
-"""Every command of the README that needs no GPU, conda or network, run in order in one folder, shortened by flags."""
+"""Run every command and Python block of README.md and docs/ that needs no GPU, conda or network, shortened by flags.
 
-import json
+Each document runs in a folder of its own, from top to bottom, as a reader would run it.
+"""
+
 import os
 import re
 import shlex
@@ -14,92 +16,122 @@ from tests.conftest import make_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-NOT_HERE = ("pip ", "conda ", "nvidia-smi", "python3 -m venv", "gpt bench speedrun")
-SHORTER = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
+DOCUMENTS = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+}
+RECORDS = [path.relative_to(REPOSITORY).as_posix() for path in sorted((REPOSITORY / "docs" / "adr").glob("*.md"))]
+EXCLUDED_COMMANDS = (
+    "pip ",
+    "conda ",
+    "nvidia-smi",
+    "python3 -m venv",
+    "source ",
+    "python -m benchmarks.",
+    "gpt bench speedrun",
+)
+SHORTENING_FLAGS = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
+VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "bench", "verify", "data-at", "verify-resume"}
+EXPECTED_RUNS = {
+    "README.md": {"quickstart", "mine"},
+    "docs/data.md": {"mine", "book", "shakespeare-char", "records", "prepared", "mixed", "packed"},
+    "docs/distributed.md": {"two"},
+    "docs/failures.md": {"debug"},
+    "docs/performance.md": {"profiled"},
+    "docs/python.md": {"from-python"},
+    "docs/resume.md": {"debug", "fork", "tuned"},
+    "docs/run-folder.md": {"debug"},
+    "docs/sampling.md": {"debug"},
+    "docs/training.md": {"debug", "wide", "debug-again"},
+}
+"""Document -> names of the folders below runs/ that its commands leave."""
+MAX_README_BYTES = 9 * 1024
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Return (language, code) of each fenced block in `text`, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[str]:
-    """The last part of each line that joins an installation and a command."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    parts = [line.split(" && ")[-1] for line in lines]
-    return [part for part in parts if not part.startswith((*NOT_HERE, "source "))]
+def commands_of(block: str) -> list[str]:
+    """Return the commands of a bash block to run; of `install && command` the last part."""
+    commands = [line.split(" && ")[-1] for line in block.splitlines()]
+    return [command for command in commands if not command.startswith(EXCLUDED_COMMANDS)]
 
 
-def shortened(command: str) -> list[str]:
-    """A training command gets fewer batches and steps, a resumed one a step more than it has done."""
+def shorten(command: str) -> list[str]:
+    """Return the words of a command; a training command gets fewer batches and steps, a resumed one a step more."""
     words = shlex.split(command)
-    if (
-        {"sample", "prepare", "bench", "verify", "data-at", "verify-resume"} & set(words)
-        or "--help" in words
-        or words[:2] == ["python", "-c"]
-    ):
+    if VERBS_TO_RUN_UNCHANGED & set(words) or {"--help", "--version"} & set(words) or words[:2] == ["python", "-c"]:
         return words
-    steps = {"--max-steps 500": "3", "debug": None, "--config": None}
-    bound = next((steps[name] for name in steps if name in command), "2")
-    return [*words, *SHORTER, *(["--max-steps", bound] if bound else [])]
+    max_steps = {"--max-steps 500": "3", "debug": None, "--config": None}
+    steps = next((max_steps[name] for name in max_steps if name in command), "2")
+    return [*words, *SHORTENING_FLAGS, *(["--max-steps", steps] if steps else [])]
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a clone, with the texts that the README speaks of."""
-    desk = tmp_path_factory.mktemp("desk")
-    (desk / "gpt").symlink_to(REPOSITORY / "gpt")
-    (desk / "book.txt").write_text(make_text(3000))
-    lines = [json.dumps({"body": make_text(200, seed=index)}) for index in range(40)]
-    (desk / "records.jsonl").write_text("\n".join(lines))
-    (desk / "my_texts").mkdir()
-    for index in range(30):
-        (desk / "my_texts" / f"{index}.txt").write_text(make_text(800, seed=index))
-    return desk
-
-
-def test_the_readmes_commands(desk: Path) -> None:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "XDG_CACHE_HOME": str(desk / "cache"), "OMP_NUM_THREADS": "1"}
-    ran = commands()
-    assert len(ran) >= 15
-    for command in ran:
-        done = subprocess.run(
-            shortened(command), cwd=desk, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    runs = {path.name for path in (desk / "runs").iterdir()}
-    named = {
-        "quickstart",
-        "debug",
-        "wide",
-        "debug-again",
-        "fork",
-        "tuned",
-        "mine",
-        "book",
-        "shakespeare-char",
-        "two",
-        "records",
-        "prepared",
-        "mixed",
-        "packed",
-        "profiled",
-    }
-    assert runs == named
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return os.environ | {"PATH": path, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}
 
 
-def test_the_readmes_python(desk: Path) -> None:
-    (code,) = blocks("python")
-    environment = os.environ | {"XDG_CACHE_HOME": str(desk / "cache"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=desk, env=environment, check=True, timeout=120)
-    assert (desk / "runs" / "from-python" / "checkpoints" / "step_00000020").is_dir()
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """Return a folder that looks like a clone, with the texts that the README calls my_texts."""
+    (tmp_path / "gpt").symlink_to(REPOSITORY / "gpt")
+    (tmp_path / "my_texts").mkdir()
+    for index in range(30):
+        (tmp_path / "my_texts" / f"{index}.txt").write_text(make_text(800, seed=index))
+    return tmp_path
 
 
-def test_the_two_commands_that_do_everything_are_there() -> None:
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "docs/extending.md"])
+def test_commands_and_python_blocks_run(name: str, clone: Path, environment: dict[str, str]) -> None:
+    for language, block in code_blocks(DOCUMENTS[name]):
+        if language == "bash":
+            to_run = [(command, shorten(command)) for command in commands_of(block)]
+        else:
+            to_run = [(block, [sys.executable, "-c", block])] if language == "python" else []
+        for source, words in to_run:
+            done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, f"{source}\n{done.stdout}\n{done.stderr}"
+    runs = clone / "runs"
+    assert ({path.name for path in runs.iterdir()} if runs.exists() else set()) == EXPECTED_RUNS.get(name, set())
+
+
+def test_documents_hold_the_commands() -> None:
+    blocks = [block for name in DOCUMENTS for block in code_blocks(DOCUMENTS[name])]
+    assert sum(len(commands_of(code)) for language, code in blocks if language == "bash") >= 35
+    assert sum(language == "python" for language, code in blocks) >= 3
+
+
+def test_readme_holds_the_two_commands_that_do_everything() -> None:
     assert "pip install -e . && python gpt/main.py" in README
     assert "pip install -e '.[dev]' && pytest" in README
 
 
-def test_the_files_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"`((?:gpt|docs|tests)/[\w./-]+)`", README)) | {"CONTRIBUTING.md", "LICENSE"}
-    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+def test_readme_is_short() -> None:
+    assert len(README.encode()) <= MAX_README_BYTES
+
+
+def test_files_that_the_readme_tree_names_exist() -> None:
+    [tree] = [code for language, code in code_blocks(README) if code.startswith("gpt/\n")]
+    parents: list[str] = []
+    names = []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        parents[depth:] = [name]
+        names.append("".join(parents))
+    assert len(names) >= 50
+    assert [name for name in names if not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *RECORDS, "CONTRIBUTING.md", "AGENTS.md"])
+def test_files_that_documents_name_exist(name: str) -> None:
+    path = REPOSITORY / name
+    text = path.read_text(encoding="utf-8")
+    files = set(re.findall(r"`((?:gpt|docs|tests|benchmarks|\.ci)/[\w./-]+)`", text))
+    assert [file for file in files if not (REPOSITORY / file).exists()] == []
+    links = {link.split("#")[0] for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", text)} - {""}
+    assert [link for link in links if not (path.parent / link).exists()] == []

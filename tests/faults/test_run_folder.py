@@ -98,13 +98,13 @@ def test_a_damaged_checkpoint_is_skipped_aloud_by_auto_and_refused_by_name(
             assert before in str(error.value)
             assert sha256_of_file(newest / name) in str(error.value)
     with open_run(tiny(run_dir)) as layout:
-        assert (layout.origin, layout.finished_at) == (older, None)
+        assert (layout.start.checkpoint, layout.finished_at) == (older, None)
     aside = newest.with_name("step_00000008.damaged")
-    assert layout.moved_aside == (str(aside),)
+    assert layout.start.moved_aside == (aside,)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [older.name, aside.name]
     skipped, chosen = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert f"skipped step_00000008, now {aside}: {newest}" in skipped
-    assert chosen == f"continuing from {older}, the newest checkpoint that is whole"
+    assert f"skipped step_00000008, moved aside to {aside}: {newest}" in skipped
+    assert chosen == f"resuming from {older}, the newest valid checkpoint"
 
 
 def test_the_step_of_a_damaged_checkpoint_is_saved_again_with_the_same_bits(
@@ -127,7 +127,7 @@ def test_where_no_checkpoint_is_whole_none_is_started_from_zero(tiny: Configure,
     flip_a_bit(run_dir / "checkpoints/step_00000004/model.safetensors")
     truncate(run_dir / "checkpoints/step_00000008/optimizer.safetensors")
     before = read_files(run_dir)
-    with pytest.raises(UserError, match=r"holds checkpoints and none is whole: .*step_00000008.*step_00000004"):
+    with pytest.raises(UserError, match=r"holds checkpoints and none is valid: .*step_00000008.*step_00000004"):
         open_run(tiny(run_dir))
     after = read_files(run_dir)
     after.pop(".lock")
@@ -140,7 +140,7 @@ def test_a_dry_run_says_what_it_would_skip_and_leaves_it(
 ) -> None:
     empty(run_dir / "checkpoints/step_00000008/model.safetensors")
     before = read_files(run_dir)
-    assert open_run(tiny(run_dir), dry_run=True).origin == run_dir / "checkpoints/step_00000004"
+    assert open_run(tiny(run_dir), dry_run=True).start.checkpoint == run_dir / "checkpoints/step_00000004"
     assert "skipped step_00000008: " in caplog.text
     assert read_files(run_dir) == before
 
@@ -249,7 +249,7 @@ def test_where_ranks_see_different_checkpoints_rank_0_decides(
     else:
         assert done.returncode != 0
         assert done.stderr.count("gpt: error: ") == 1
-        assert "rank 1 cannot read what the run begins from; --run-dir must be one folder" in done.stderr
+        assert "rank 1 failed, and says why; all ranks must see the same files" in done.stderr
         assert losses(tmp_path / "0/run") == losses(tmp_path / "1/run")
 
 
@@ -281,14 +281,27 @@ def test_a_read_only_folder_is_told_before_anything_is_done(place: str, flags: l
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--model.n-embd", "64"], "model.n_embd is 32 there and 64 here; take the same values or another --run-dir"),
-        (["--data.tokenizer", "char"], "data.tokenizer is byte there and char here; take the same values or another"),
-        (["--model.n-embd", "64", "--resume-with-changes"], "model.n_embd is 32 there and 64 here; take the same"),
-        (["--lr.max-lr", "0.5"], "lr.max_lr is 0.002 there and 0.5 here (--resume-with-changes allows that); take"),
+        (
+            ["--model.n-embd", "64"],
+            "model.n_embd is 32 in the run and 64 in this command; use the same values or another --run-dir",
+        ),
+        (
+            ["--data.tokenizer", "char"],
+            "data.tokenizer is byte in the run and char in this command; use the same values or another",
+        ),
+        (
+            ["--model.n-embd", "64", "--resume-with-changes"],
+            "model.n_embd is 32 in the run and 64 in this command; use the same",
+        ),
+        (
+            ["--lr.max-lr", "0.5"],
+            "lr.max_lr is 0.002 in the run and 0.5 in this command (--resume-with-changes allows this); use",
+        ),
         (
             ["--grad-clip", "9", "--seed", "3", "--optimizer.beta1", "0.5"],
-            "seed is 1337 there and 3 here, grad_clip is 1.0 there and 9.0 here, optimizer.beta1 is 0.9 there and 0.5 "
-            "here (--resume-with-changes allows that); take the same values or another --run-dir",
+            "seed is 1337 in the run and 3 in this command, grad_clip is 1.0 in the run and 9.0 in this command, "
+            "optimizer.beta1 is 0.9 in the run and 0.5 in this command (--resume-with-changes allows this); "
+            "use the same values or another --run-dir",
         ),
     ],
 )
@@ -374,7 +387,7 @@ def test_a_clock_that_is_off_has_no_effect(years: int, tiny: Configure, run_dir:
         os.utime(path, (wrong, wrong))
     config = tiny(run_dir, max_steps=9, checkpoint={"keep": 2})
     with open_run(config) as layout:
-        assert layout.origin == run_dir / "checkpoints/step_00000008"
+        assert layout.start.checkpoint == run_dir / "checkpoints/step_00000008"
         build_trainer(layout).train()
     assert [path.name for path in RunFolder(run_dir).committed()] == ["step_00000008", "step_00000009"]
 

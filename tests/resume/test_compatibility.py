@@ -3,16 +3,16 @@ import pytest
 from gpt.configs.resume_rule import FORBIDDEN, NEEDS_FLAG, SAFE, SAFE_IF_LR_UNCHANGED, ResumeRule, resume_rules
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import differences, leaves, require_allowed
+from gpt.resume.compatibility import find_differences, flatten, require_allowed
 
 
-def changed(change: dict[str, object], **before: object) -> dict[str, ResumeRule]:
-    then, now = TrainConfig.model_validate(before), TrainConfig.model_validate(before | change)
-    return {difference.name: difference.rule for difference in differences(then, now)}
+def find_rules(change: dict[str, object], **before: object) -> dict[str, ResumeRule]:
+    saved, current = TrainConfig.model_validate(before), TrainConfig.model_validate(before | change)
+    return {difference.name: difference.rule for difference in find_differences(saved, current)}
 
 
 def test_every_saved_field_has_a_rule_and_nothing_else() -> None:
-    assert leaves(TrainConfig().model_dump()).keys() == resume_rules(TrainConfig).keys()
+    assert flatten(TrainConfig().model_dump()).keys() == resume_rules(TrainConfig).keys()
 
 
 @pytest.mark.parametrize(
@@ -31,36 +31,39 @@ def test_every_saved_field_has_a_rule_and_nothing_else() -> None:
         ({"data": {"tokenizer": "byte"}}, {"data.tokenizer": FORBIDDEN}),
     ],
 )
-def test_a_change_has_its_class(change: dict[str, object], expected: dict[str, ResumeRule]) -> None:
-    assert changed(change) == expected
+def test_change_gets_the_rule_of_its_field(change: dict[str, object], expected: dict[str, ResumeRule]) -> None:
+    assert find_rules(change) == expected
 
 
-@pytest.mark.parametrize("then", [0.0, 0.1])
-@pytest.mark.parametrize("now", [0.0, 0.1])
-def test_another_cut_of_the_batch_matters_to_dropout_alone(then: float, now: float) -> None:
-    found = changed({"micro_batch_size": 8, "model": {"dropout": now}}, model={"dropout": then})
-    assert found["micro_batch_size"] is (NEEDS_FLAG if then or now else SAFE)
+@pytest.mark.parametrize("saved", [0.0, 0.1])
+@pytest.mark.parametrize("current", [0.0, 0.1])
+def test_micro_batch_size_needs_the_flag_only_with_dropout(saved: float, current: float) -> None:
+    rules = find_rules({"micro_batch_size": 8, "model": {"dropout": current}}, model={"dropout": saved})
+    assert rules["micro_batch_size"] is (NEEDS_FLAG if saved or current else SAFE)
 
 
-def test_an_error_names_every_field_and_the_flag_that_allows_it() -> None:
-    then = TrainConfig()
-    lr = then.lr.model_copy(update={"max_lr": 0.5})
-    now = then.model_copy(update={"seed": 1, "lr": lr, "grad_clip": 2.0, "max_steps": 9, "device": "cpu"})
+def test_error_names_every_field_and_the_flag_that_allows_it() -> None:
+    saved = TrainConfig()
+    lr = saved.lr.model_copy(update={"max_lr": 0.5})
+    current = saved.model_copy(update={"seed": 1, "lr": lr, "grad_clip": 2.0, "max_steps": 9, "device": "cpu"})
     with pytest.raises(UserError) as error:
-        require_allowed(differences(then, now), "--run-dir x", with_changes=False)
+        require_allowed(find_differences(saved, current), "--run-dir x", with_changes=False)
     assert str(error.value) == (
-        "--run-dir x holds a run of another configuration: seed is 1337 there and 1 here, "
-        "grad_clip is 1.0 there and 2.0 here, lr.max_lr is 0.002 there and 0.5 here "
-        "(--resume-with-changes allows that); take the same values or another --run-dir"
+        "--run-dir x holds a run of another configuration: seed is 1337 in the run and 1 in this command, "
+        "grad_clip is 1.0 in the run and 2.0 in this command, "
+        "lr.max_lr is 0.002 in the run and 0.5 in this command "
+        "(--resume-with-changes allows this); use the same values or another --run-dir"
     )
-    with pytest.raises(UserError, match=r"configuration: seed is 1337 there and 1 here; take the same values or anoth"):
-        require_allowed(differences(then, now), "--run-dir x", with_changes=True)
+    with pytest.raises(
+        UserError, match=r"configuration: seed is 1337 in the run and 1 in this command; use the same values or anoth"
+    ):
+        require_allowed(find_differences(saved, current), "--run-dir x", with_changes=True)
 
 
-def test_what_the_flag_allows_is_asked_for_and_then_goes_through() -> None:
-    then = TrainConfig()
-    found = differences(then, then.model_copy(update={"grad_clip": 2.0}))
-    with pytest.raises(UserError, match=r"take the same values or add --resume-with-changes$"):
-        require_allowed(found, "--run-dir x", with_changes=False)
-    require_allowed(found, "--run-dir x", with_changes=True)
-    assert [str(difference) for difference in found] == ["grad_clip 1.0 -> 2.0 (needs --resume-with-changes)"]
+def test_flag_is_named_and_then_allows_the_change() -> None:
+    saved = TrainConfig()
+    differences = find_differences(saved, saved.model_copy(update={"grad_clip": 2.0}))
+    with pytest.raises(UserError, match=r"use the same values or add --resume-with-changes$"):
+        require_allowed(differences, "--run-dir x", with_changes=False)
+    require_allowed(differences, "--run-dir x", with_changes=True)
+    assert [str(difference) for difference in differences] == ["grad_clip 1.0 -> 2.0 (needs --resume-with-changes)"]

@@ -15,135 +15,131 @@ from gpt.resume.find import find_start
 Configure = Callable[..., TrainConfig]
 
 
-def origin(folder: RunFolder, config: TrainConfig) -> Path | None:
+def found_checkpoint(folder: RunFolder, config: TrainConfig) -> Path | None:
     return find_start(folder, config).checkpoint
 
 
-def test_a_new_folder_starts_afresh(tiny: Configure, tmp_path: Path) -> None:
-    assert origin(RunFolder(tmp_path / "new"), tiny(tmp_path / "new")) is None
+def test_new_folder_starts_at_step_0(tiny: Configure, tmp_path: Path) -> None:
+    assert found_checkpoint(RunFolder(tmp_path / "new"), tiny(tmp_path / "new")) is None
 
 
-def test_auto_continues_from_the_newest(tiny: Configure, finished_run: Path) -> None:
+def test_auto_resumes_from_the_newest_checkpoint(tiny: Configure, finished_run: Path) -> None:
     folder = RunFolder(finished_run)
     assert [path.name for path in folder.committed()] == ["step_00000004", "step_00000008"]
-    assert origin(folder, tiny(finished_run, checkpoint={"interval": 4})) == folder.checkpoint_at(8)
+    assert found_checkpoint(folder, tiny(finished_run, checkpoint={"interval": 4})) == folder.checkpoint_at(8)
 
 
-def test_never_refuses_a_folder_that_holds_a_run(tiny: Configure, finished_run: Path) -> None:
-    with pytest.raises(UserError, match=f"--run-dir {finished_run} holds a run; --resume auto continues it"):
-        origin(RunFolder(finished_run), tiny(finished_run, resume="never"))
+def test_resume_never_refuses_a_folder_that_holds_a_run(tiny: Configure, finished_run: Path) -> None:
+    with pytest.raises(UserError, match=f"--run-dir {finished_run} holds a run; --resume auto resumes it"):
+        found_checkpoint(RunFolder(finished_run), tiny(finished_run, resume="never"))
 
 
-def test_another_configuration_is_refused_and_told(tiny: Configure, finished_run: Path) -> None:
+def test_other_configuration_is_refused_with_its_differences(tiny: Configure, finished_run: Path) -> None:
     other = tiny(finished_run, model={"n_layer": 3}, seed=1)
-    with pytest.raises(UserError, match=r"another configuration: seed is 1337 there and 1 here, model\.n_layer is 2 "):
-        origin(RunFolder(finished_run), other)
+    with pytest.raises(
+        UserError, match=r"configuration: seed is 1337 in the run and 1 in this .*, model\.n_layer is 2 "
+    ):
+        found_checkpoint(RunFolder(finished_run), other)
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/step_00000004"])
-def test_a_named_checkpoint_starts_another_folder(
+def test_named_checkpoint_is_forked_into_another_folder(
     tiny: Configure, finished_run: Path, tmp_path: Path, place: str
 ) -> None:
-    start = finished_run / place
+    named = finished_run / place
     expected = RunFolder(finished_run).checkpoint_at(4 if place else 8)
-    assert origin(RunFolder(tmp_path / "new"), tiny(tmp_path / "new", resume=str(start))) == expected
+    assert found_checkpoint(RunFolder(tmp_path / "new"), tiny(tmp_path / "new", resume=str(named))) == expected
 
 
-def test_a_named_checkpoint_of_another_configuration_is_refused(
-    tiny: Configure, finished_run: Path, tmp_path: Path
-) -> None:
+def test_fork_with_another_configuration_is_refused(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     config = tiny(tmp_path / "new", resume=str(finished_run), model={"n_embd": 32})
-    with pytest.raises(UserError, match=r"model\.n_embd is 16 there and 32 here"):
-        origin(RunFolder(tmp_path / "new"), config)
+    with pytest.raises(UserError, match=r"model\.n_embd is 16 in the run and 32 in this command"):
+        found_checkpoint(RunFolder(tmp_path / "new"), config)
 
 
-def test_a_folder_of_another_start_is_refused(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+def test_folder_of_a_run_with_another_start_is_refused(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.config.write_text(tiny(tmp_path).model_dump_json())
     with pytest.raises(UserError, match="holds a run that did not start from"):
-        origin(folder, tiny(tmp_path, resume=str(finished_run)))
+        found_checkpoint(folder, tiny(tmp_path, resume=str(finished_run)))
 
 
-def test_a_run_names_itself_by_its_folder_or_its_newest_checkpoint(tiny: Configure, finished_run: Path) -> None:
+def test_run_may_be_named_by_its_folder_or_its_newest_checkpoint(tiny: Configure, finished_run: Path) -> None:
     folder = RunFolder(finished_run)
     for named in (finished_run, folder.checkpoint_at(8), os.path.relpath(finished_run)):
-        assert origin(folder, tiny(finished_run, resume=str(named))) == folder.checkpoint_at(8)
+        assert found_checkpoint(folder, tiny(finished_run, resume=str(named))) == folder.checkpoint_at(8)
 
 
-def test_a_run_does_not_go_back_over_its_own_steps(tiny: Configure, finished_run: Path) -> None:
+def test_run_never_goes_back_over_its_own_steps(tiny: Configure, finished_run: Path) -> None:
     folder = RunFolder(finished_run)
-    with pytest.raises(UserError, match=r"is not the newest checkpoint of its run.*; .* name another --run-dir"):
-        origin(folder, tiny(finished_run, resume=str(folder.checkpoint_at(4))))
+    with pytest.raises(UserError, match=r"is not the newest checkpoint of its run.*; .* use another --run-dir"):
+        found_checkpoint(folder, tiny(finished_run, resume=str(folder.checkpoint_at(4))))
 
 
-def test_a_run_that_is_named_and_has_no_checkpoint_does_not_start_afresh(tiny: Configure, tmp_path: Path) -> None:
+def test_named_run_without_a_checkpoint_does_not_start_at_step_0(tiny: Configure, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.config.write_text(tiny(tmp_path).model_dump_json())
-    assert origin(folder, tiny(tmp_path)) is None
+    assert found_checkpoint(folder, tiny(tmp_path)) is None
     with pytest.raises(UserError, match="holds no checkpoint"):
-        origin(folder, tiny(tmp_path, resume=str(tmp_path)))
+        found_checkpoint(folder, tiny(tmp_path, resume=str(tmp_path)))
 
 
-def test_the_configuration_of_the_state_decides_not_that_of_a_start_that_took_no_step(
+def test_configuration_of_the_checkpoint_decides_not_that_of_a_launch_without_steps(
     tiny: Configure, finished_run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished_run / "checkpoints", tmp_path / "checkpoints")
     folder = RunFolder(tmp_path)
     folder.config.write_text(tiny(tmp_path, grad_clip=2).model_dump_json())
-    with pytest.raises(UserError, match=r"grad_clip is 1\.0 there and 2\.0 here"):
-        origin(folder, tiny(tmp_path, grad_clip=2))
-    assert origin(folder, tiny(tmp_path)) == folder.checkpoint_at(8)
+    with pytest.raises(UserError, match=r"grad_clip is 1\.0 in the run and 2\.0 in this command"):
+        found_checkpoint(folder, tiny(tmp_path, grad_clip=2))
+    assert found_checkpoint(folder, tiny(tmp_path)) == folder.checkpoint_at(8)
 
 
-def test_a_checkpoint_of_a_newer_version_is_not_skipped(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_a_newer_format_is_not_skipped(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     manifest = tmp_path / "checkpoints/step_00000008/manifest.json"
     manifest.write_text(json.dumps({"format_version": CHECKPOINT_FORMAT_VERSION + 1}))
     with pytest.raises(UserError, match="format"):
-        origin(RunFolder(tmp_path), tiny(tmp_path))
+        found_checkpoint(RunFolder(tmp_path), tiny(tmp_path))
 
 
-def test_a_fork_that_died_before_its_first_checkpoint_starts_where_it_began(
+def test_fork_killed_before_its_first_checkpoint_starts_at_the_same_checkpoint(
     tiny: Configure, finished_run: Path, tmp_path: Path
 ) -> None:
     start = RunFolder(finished_run).checkpoint_at(4)
     folder = RunFolder(tmp_path)
     folder.config.write_text(tiny(tmp_path, resume=str(start)).model_dump_json())
     config = tiny(tmp_path)
-    assert origin(folder, config) == start
+    assert found_checkpoint(folder, config) == start
     assert folder.to_record(config, start).resume == str(start)
 
 
-def test_where_a_run_began_is_recorded_to_the_checkpoint_and_kept(
-    tiny: Configure, finished_run: Path, tmp_path: Path
-) -> None:
+def test_forked_checkpoint_is_recorded_and_kept(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     folder, start = RunFolder(tmp_path), RunFolder(finished_run).checkpoint_at(8)
     for resume, recorded in (("never", "auto"), ("auto", "auto")):
         assert folder.to_record(tiny(tmp_path, resume=resume), None).resume == recorded
     fork = tiny(tmp_path, resume=str(finished_run))
     folder.config.write_text(folder.to_record(fork, start).model_dump_json())
     for again in (str(finished_run), f"{finished_run}/", str(start), os.path.relpath(finished_run)):
-        assert origin(folder, tiny(tmp_path, resume=again)) == start
+        assert found_checkpoint(folder, tiny(tmp_path, resume=again)) == start
     assert folder.to_record(tiny(tmp_path), start).resume == str(start.resolve())
     with pytest.raises(UserError, match="did not start from"):
-        origin(folder, tiny(tmp_path, resume=str(RunFolder(finished_run).checkpoint_at(4))))
+        found_checkpoint(folder, tiny(tmp_path, resume=str(RunFolder(finished_run).checkpoint_at(4))))
 
 
-def test_weights_that_a_run_began_with_are_not_asked_for_again(
-    tiny: Configure, finished_run: Path, tmp_path: Path
-) -> None:
+def test_init_from_need_not_be_repeated(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "checkpoints", tmp_path / "checkpoints")
     folder = RunFolder(tmp_path)
     folder.config.write_text(tiny(tmp_path, init_from="/gone").model_dump_json())
-    assert origin(folder, tiny(tmp_path)) == folder.checkpoint_at(8)
-    assert origin(folder, tiny(tmp_path, init_from="/gone")) == folder.checkpoint_at(8)
+    assert found_checkpoint(folder, tiny(tmp_path)) == folder.checkpoint_at(8)
+    assert found_checkpoint(folder, tiny(tmp_path, init_from="/gone")) == folder.checkpoint_at(8)
     assert folder.to_record(tiny(tmp_path), None).init_from == Path("/gone")
-    with pytest.raises(UserError, match="init_from is /gone there and /other here"):
-        origin(folder, tiny(tmp_path, init_from="/other"))
+    with pytest.raises(UserError, match="init_from is /gone in the run and /other in this command"):
+        found_checkpoint(folder, tiny(tmp_path, init_from="/other"))
 
 
-def test_a_run_without_its_configuration_is_not_mixed_with_another(tiny: Configure, tmp_path: Path) -> None:
+def test_folder_without_config_json_is_not_mixed_with_another_run(tiny: Configure, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.touch()
     with pytest.raises(UserError, match=r"holds a run without its config\.json"):
-        origin(folder, tiny(tmp_path))
+        found_checkpoint(folder, tiny(tmp_path))
