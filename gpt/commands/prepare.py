@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _prepare(command: PrepareCommand) -> dict[str, Any]:
     from gpt.data.manifest import read_corpus_manifest
-    from gpt.data.prepare.preparation import find, prepare_into
+    from gpt.data.prepare.preparation import plan_preparation, prepare_folder
     from gpt.utils.atomic_io import require_writable
 
     if not command.source or command.out is None:
@@ -59,7 +59,7 @@ def _prepare(command: PrepareCommand) -> dict[str, Any]:
     if command.out.exists():
         raise UserError(f"--out {command.out} exists already; gpt prepare --inspect shows it, or name another folder")
     require_writable(command.out.parent, "--out")
-    prepare_into(command.out, find(command.source, command), command, "--out")
+    prepare_folder(command.out, plan_preparation(command.source, command), "--out")
     return _describe(command.out, read_corpus_manifest(command.out))
 
 
