@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from gpt.auto_batch import Autocast, autocast_of, trial_loss
+from gpt.auto_batch import autocast_of, trial_loss
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.observer_config import TextSampleConfig
@@ -25,24 +25,25 @@ from gpt.machine.hardware import peak_memory
 from gpt.machine.peak_flops import measured_peak_flops
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
-from gpt.parallel.parallelize import build_gradient_sync, parallelize
+from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
 from gpt.resume.journal import Journal
 from gpt.resume.restore import restore_state
 from gpt.run import Run, write_run_files
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
-from gpt.training.observer import Sink
 from gpt.training.observers.eval_saver import EvalSaver
 from gpt.training.observers.profiler import Profiler
 from gpt.training.observers.replica_guard import ReplicaGuard
 from gpt.training.observers.save_timer import SaveTimer
 from gpt.training.observers.spike_guard import SpikeGuard
 from gpt.training.observers.stop_signal import StopSignal
-from gpt.training.observers.straggler_guard import OwnTime, StragglerGuard
+from gpt.training.observers.straggler_guard import StragglerGuard
 from gpt.training.observers.text_sampler import TextSampler
+from gpt.training.probes.layer_norms import LayerNorms
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
+from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
@@ -61,8 +62,7 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     """
     config, dist, plan, corpus = run.config, run.dist, run.plan, run.corpus
     prompts = _prompts(config, corpus.tokenizer)
-    autocast = autocast_of(plan)
-    own_time = OwnTime(dist.device)
+    timer = StepTimer(dist.device)
 
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     journal = Journal(run.folder.journal, plan.order, run.journal, dist)
@@ -86,34 +86,27 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     checkpoints = CheckpointManager(
         run.folder, config.checkpoint, config.saved_json(), dist, resumed_at=state.progress.step
     )
+    loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
     trainer = Trainer(
         plan,
         state,
-        loader=DataLoader(
-            sequences,
-            plan.batch,
-            rank=dist.rank,
-            device=dist.device,
-            quarantine=journal.quarantine,
-            waiting=own_time.waiting,
-        ),
-        train_step=build_train_step(config, plan, dist, state, own_time.around(autocast)),
-        schedule=build_schedule(plan.lr, plan.max_steps),
+        train_step=build_train_step(config, plan, dist, state, loader, timer),
         meter=Meter(
             plan.batch.tokens_per_step,
             state.skipped_updates,
             dist,
             flops_per_token=flops_per_token(plan.model),
-            peak=peak * dist.world_size,
+            peak_flops=peak * dist.world_size,
             peak_memory=partial(peak_memory, dist.device.type),
         ),
         checkpoints=checkpoints,
         journal=journal,
+        logger=Logger(config.log.sink_timeout, is_main=dist.is_main),
         resumed_from=str(run.start.checkpoint) if run.start.checkpoint else None,
     )
     trainer.attach(StopSignal(dist))
     trainer.attach(guard)
-    trainer.attach(StragglerGuard(own_time, dist))
+    trainer.attach(StragglerGuard(timer, dist))
     if dist.world_size > 1 and config.parallel.check_replicas:
         trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
     if config.profile.steps:
@@ -121,11 +114,15 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     if config.checkpoint.every_minutes:
         trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
     if corpus.val:
-        trainer.attach(Evaluator(state.model, [_val_loss(run, autocast)], plan))
+        trainer.attach(Evaluator(state.model, [_val_loss(run)], plan))
         trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
     if prompts:
         trainer.attach(TextSampler(state.model, corpus.tokenizer, prompts, config.sample, plan))
-    trainer.attach(Logger(_sinks(run, console)))
+    if config.log.grad_norms:
+        trainer.attach(LayerNorms())
+    trainer.attach(JsonlSink(run.folder.metrics, run.folder.samples))
+    if console:
+        trainer.attach(ConsoleSink(console, plan, run.folder.path))
     return trainer
 
 
@@ -147,33 +144,33 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppSta
 
 
 def build_train_step(
-    config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
+    config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, loader: DataLoader, timer: StepTimer
 ) -> TrainStep:
-    """What updates `state`; compiles the model where that is asked for, and joins the processes."""
-    model = parallelize(
-        state.model,
-        state.model.get_submodule("h").children(),
-        dist,
-        config.parallel,
-        compile_mode=config.compile_mode if config.compile else None,
-        trial=partial(
+    """Build the step that updates `state`: parallelize the model, and compile it if configured."""
+    autocast = autocast_of(plan)
+    compile_mode = config.compile_mode if config.compile else None
+    blocks = state.model.get_submodule("h").children()
+    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode)
+    if compile_mode is not None:
+        trial = partial(
             trial_loss,
             n_sequences=plan.batch.micro_batch_size,
             block_size=plan.batch.block_size,
             masked=config.data.document_mask,
             device=dist.device,
             autocast=autocast,
-        ),
-    )
+        )
+        compile_or_fall_back(state.model, model, trial)
     return TrainStep(
         model,
-        state.optimizer,
-        state.scaler,
-        state.skipped_updates,
-        gradients=build_gradient_sync(model, dist, config.parallel),
+        state,
+        plan,
+        loader=loader,
+        schedule=build_schedule(plan.lr, plan.max_steps),
         autocast=autocast,
+        gradients=build_gradient_sync(model, dist, config.parallel),
         grad_clip=config.grad_clip,
-        seed=plan.seed,
+        timer=timer,
     )
 
 
@@ -190,15 +187,7 @@ def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
     return tokens
 
 
-def _sinks(run: Run, console: Console | None) -> list[Sink]:
-    """What records the run: on rank 0 alone."""
-    if not run.dist.is_main:
-        return []
-    files = JsonlSink(run.folder.metrics, run.folder.samples)
-    return [files, ConsoleSink(console, run.plan, run.folder.path)] if console else [files]
-
-
-def _val_loss(run: Run, autocast: Autocast) -> ValLoss:
+def _val_loss(run: Run) -> ValLoss:
     plan = run.plan
     return ValLoss(
         run.corpus.val,
@@ -206,6 +195,6 @@ def _val_loss(run: Run, autocast: Autocast) -> ValLoss:
         batch_size=plan.batch.micro_batch_size,
         batches=plan.eval_batches,
         masked=run.config.data.document_mask,
-        autocast=autocast,
+        autocast=autocast_of(plan),
         dist=run.dist,
     )

@@ -15,6 +15,7 @@ from gpt.inference.load import load_for_inference
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import Event, StepEnd, Stop
+from gpt.training.observer import Observer
 from tests.conftest import read_files
 
 Configure = Callable[..., TrainConfig]
@@ -103,14 +104,11 @@ def test_changed_settings_of_the_optimizer_take_effect(tiny: Configure, tmp_path
     assert logged(tmp_path, "lr")[3] > 0.1
 
 
-class Interruption:
+class Interruption(Observer):
     """Stops a run as a signal does."""
 
     def on_event(self, event: Event) -> list[Stop]:
         return [Stop("SIGTERM")] if isinstance(event, StepEnd) and event.step == 3 else []
-
-    def close(self, error: BaseException | None) -> None:
-        pass
 
 
 def test_a_run_that_ends_where_it_was_interrupted_is_evaluated_there_once(tiny: Configure, tmp_path: Path) -> None:

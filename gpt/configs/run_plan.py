@@ -91,7 +91,7 @@ class RunPlan:
     dtype: str
     """float32, bfloat16 or float16."""
     model: GPTConfig
-    """Architecture, with `vocab_size` resolved to the tokenizer's size or more."""
+    """Resolved architecture: every derived size is filled in; `vocab_size` is the tokenizer's or more."""
     max_steps: int
     windows_per_epoch: int
     """Training sequences in one pass over the corpus."""
@@ -216,7 +216,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=_resolve_dtype(config, machine),
-        model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}),
+        model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}).resolved(),
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
         sources=_plan_sources(config, sequences, max_steps * batch.sequences_per_step),

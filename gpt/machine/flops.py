@@ -1,6 +1,6 @@
 """How much arithmetic a training step is.
 
-Shapes: T = block_size, C = n_embd, V = vocabulary.
+Shapes: T = block_size, H = n_head, D = head_dim, V = vocabulary.
 """
 
 from typing import NamedTuple
@@ -17,33 +17,33 @@ class Linear(NamedTuple):
 
 
 def linear_layers(model: GPTConfig) -> tuple[Linear, ...]:
-    """Every matrix that a token is multiplied by; embeddings are looked up, and the head is a layer though it is tied.
+    """Return every matrix that a token is multiplied by: a tied head is one, an embedding that is looked up is not.
 
     Args:
-        model: with its vocabulary filled in.
+        model: resolved, with its vocabulary filled in.
     """
     width = model.n_embd
     return (
-        Linear(width, width + 2 * model.kv_heads * model.head_dim, model.n_layer),  # queries, keys, values
-        Linear(width, width, model.n_layer),
-        Linear(width, sum(model.mlp_parts), model.n_layer),
+        Linear(width, sum(model.qkv_sizes), model.n_layer),
+        Linear(model.qkv_sizes[0], width, model.n_layer),
+        Linear(width, sum(model.fc_sizes), model.n_layer),
         Linear(model.intermediate_size, width, model.n_layer),
         Linear(width, model.vocab_size, 1),
     )
 
 
 def flops_per_token(model: GPTConfig) -> int:
-    """Floating-point operations of one token's forward and backward pass, in sequences of `block_size`.
+    """Return the floating-point operations of one token's forward and backward pass, in sequences of `block_size`.
 
-    Six for each weight: a multiplication and an addition forward, twice that backward (Kaplan et al. 2020, "Scaling
-    Laws for Neural Language Models", section 2.1). For attention, 12 T C in each layer (Chowdhery et al. 2022, "PaLM",
-    appendix B), of which a causal one needs half (Dao 2023, "FlashAttention-2", section 4.1). Groups of heads that
-    share keys and values save weights, but no scores. It is what the model needs, not what is done: scores that are
-    computed and masked, anything that is computed twice, norms, activations and the optimizer do not count. A document
-    mask, with which less is needed, is not considered.
+    FLOPs = 6 N + 6 L T H D, with N weights of linear layers and L = n_layer. Each weight takes a multiplication and an
+    addition forward, and twice that backward (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section
+    2.1). Attention takes 12 T H D in each layer (Chowdhery et al. 2022, "PaLM", appendix B), of which causal attention
+    needs half (Dao 2023, "FlashAttention-2", section 4.1); sharing keys and values among heads saves weights, but no
+    scores. This is what the model needs, not what is executed: masked scores, recomputation, norms, activations and the
+    optimizer do not count. A document mask, which needs less, is not considered.
 
     Args:
-        model: with its vocabulary filled in.
+        model: resolved, with its vocabulary filled in.
     """
     weights = sum(linear.n_in * linear.n_out * linear.layers for linear in linear_layers(model))
-    return 6 * weights + 6 * model.n_layer * model.n_embd * model.block_size
+    return 6 * weights + 6 * model.n_layer * model.qkv_sizes[0] * model.block_size

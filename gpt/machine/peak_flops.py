@@ -66,7 +66,7 @@ def own_rate(device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: i
     Args:
         device: where.
         dtype: of the factors.
-        model: with its vocabulary filled in.
+        model: resolved, with its vocabulary filled in.
         rows: tokens of a micro-batch.
     """
     flops, seconds = 0.0, 0.0
@@ -131,7 +131,7 @@ def _own_products(
     weights = _made_up(model.n_head, queries, length, device=device, dtype=dtype)
     # Scores and weights' gradients; outputs and queries' gradients; keys' and values' gradients. Half is in the future.
     for a, b in ((q, k.mT), (weights, k), (weights.mT, q)):
-        yield a, b, 2 * model.n_layer * rows * length * model.n_embd
+        yield a, b, 2 * model.n_layer * rows * length * model.n_head * model.head_dim
 
 
 def _shortest_product(a: torch.Tensor, b: torch.Tensor) -> float:

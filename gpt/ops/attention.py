@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gpt.ops import attention_cpu as kernel
-from gpt.ops.layers import as_autocast_would
+from gpt.ops.precision import to_compute_dtype
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether FlexAttention's kernels can be compiled; torch for Windows comes without Triton."""
@@ -83,7 +83,7 @@ def attend(
         (B, H, T, D).
     """
     out: torch.Tensor
-    q, k, v = as_autocast_would(q, k, v)
+    q, k, v = to_compute_dtype(q, k, v)
     if mask is None:
         by_kernel = _kernel_serves(q.device, q.dtype, dropout=dropout, head_dim=q.shape[3])
     else:

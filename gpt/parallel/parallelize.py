@@ -1,4 +1,4 @@
-"""Activation checkpointing, compile, DDP: the fixed order in which a model is made ready to train."""
+"""Activation checkpointing, compile, DDP: the fixed order in which a model is parallelized and compiled."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -27,42 +27,55 @@ def parallelize(
     config: ParallelConfig,
     *,
     compile_mode: str | None,
-    trial: Callable[[nn.Module], torch.Tensor],
 ) -> nn.Module:
-    """The module that the training step calls: compiled in place where asked, wrapped in DDP for several processes.
+    """Return the module that the training step calls: `model` itself, or DDP around it on several ranks.
 
-    `blocks` are the parts of the model that keep less for the backward pass where `config` asks for it; the compiler
-    must find them so. DDP averages gradients over processes, but for the reproducible mode, in which the module
-    stays bare. `compile_mode` is one of COMPILE_MODES, or None; compiling in place changes no name in a state dict.
-    `trial` maps the module to a loss: it is run once, forward and backward, so that what the compiler cannot do shows
-    before the first step; the model then runs as it is. It runs inside the wrapper, for the compiler cuts the graph to
-    DDP's buckets.
+    DDP averages gradients over ranks, except in the reproducible mode, which adds them itself. Everything else happens
+    in place, so that no name in a state dict changes.
+
+    Args:
+        model: the bare model.
+        blocks: its submodules to which activation checkpointing applies, before the model is compiled.
+        dist: the ranks.
+        config: activation checkpointing, and whether the run is reproducible.
+        compile_mode: one of COMPILE_MODES; None does not compile. Compilation happens at the first call; see
+            `compile_or_fall_back`.
     """
     checkpoint_activations(blocks, config.activation_checkpointing)
     if compile_mode is not None:
         model.compile(mode=COMPILE_MODES[compile_mode])
-    ready = model
-    if dist.world_size > 1 and not config.reproducible:
-        ready = DistributedDataParallel(
-            model,
-            device_ids=[dist.device] if dist.device.type == "cuda" else None,
-            process_group=dist.step_group,
-            gradient_as_bucket_view=True,
-        )
-    if compile_mode is not None:
-        try:
-            with AveragedGradients(ready, dist.world_size).micro_batch(is_last=False):
-                trial(ready).backward()
-        except Exception as error:  # any of the compiler's many: no C++ compiler, no Triton, an unsupported Python
-            model._compiled_call_impl = None
-            torch._dynamo.reset()
-            log.warning("torch.compile does not work here (%s); going on without it", first_line(error))
-        model.zero_grad(set_to_none=True)
-    return ready
+    if dist.world_size == 1 or config.reproducible:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[dist.device] if dist.device.type == "cuda" else None,
+        process_group=dist.step_group,
+        gradient_as_bucket_view=True,
+    )
 
 
-def build_gradient_sync(ready: nn.Module, dist: DistContext, config: ParallelConfig) -> GradientSync:
-    """How the gradients of what `parallelize` returned are added up."""
+def compile_or_fall_back(model: nn.Module, parallelized: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> None:
+    """Compile `model` now, by one trial forward and backward pass; where that fails, warn and let it run uncompiled.
+
+    The trial calls the wrapped module, because the compiler cuts the graph at DDP's buckets.
+
+    Args:
+        model: the bare model, marked for compilation by `parallelize`.
+        parallelized: what `parallelize` returned for it.
+        trial: maps the parallelized module to a loss.
+    """
+    try:
+        with AveragedGradients(parallelized, world_size=1).micro_batch(is_last=False):
+            trial(parallelized).backward()
+    except Exception as error:  # the compiler raises many: no C++ compiler, no Triton, an unsupported Python
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+        log.warning("torch.compile does not work here (%s); going on without it", first_line(error))
+    model.zero_grad(set_to_none=True)
+
+
+def build_gradient_sync(parallelized: nn.Module, dist: DistContext, config: ParallelConfig) -> GradientSync:
+    """Return the gradient sync for what `parallelize` returned."""
     if config.reproducible:
-        return TreeGradients(ready.parameters(), dist)
-    return AveragedGradients(ready, dist.world_size)
+        return TreeGradients(parallelized.parameters(), dist)
+    return AveragedGradients(parallelized, dist.world_size)

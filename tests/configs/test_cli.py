@@ -107,12 +107,12 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--model.dropout 1", "--model.dropout 1: must be less than 1"),
         ("--lr.schedule cosin", "--lr.schedule cosin: did you mean cosine? one of cosine, linear, wsd"),
         ("--dtype fp32", "--dtype fp32: did you mean float32?"),
-        ("--model.n-head 3", "model: n_embd=256 is not divisible by n_head=3; nearest: 255 or 258"),
-        ("--model.n-kv-head 3", "model: n_kv_head=3 does not divide n_head=4; nearest: 2"),
+        ("--model.n-head 3", "model: n_embd=256 is not divisible by n_head=3 (nearest: 255 or 258); or set head_dim"),
+        ("--model.n-kv-head 3", "model: n_kv_head=3 does not divide n_head=4 (nearest: 2)"),
         (
             "--model.position rotary --model.n-embd 36",
-            "model: position=rotary turns pairs of channels, and n_embd=36 over n_head=4 gives each head 9; "
-            "nearest n_embd: 32 or 40",
+            "model: position=rotary needs an even head_dim: n_embd=36 over n_head=4 makes it 9 "
+            "(nearest n_embd: 32 or 40)",
         ),
         ("--model.mlp swigl", "--model.mlp swigl: did you mean swiglu? one of gelu, gelu_erf, relu2, swiglu"),
         ("--optimizer.name moun", "--optimizer.name moun: did you mean muon? one of adamw, muon"),

@@ -29,9 +29,10 @@ from gpt.errors import UserError
 from gpt.run import open_run
 from gpt.pipeline import build_trainer
 from gpt.training.events import StepEnd
+from gpt.training.observer import Observer
 
 
-class SmallFiles:
+class SmallFiles(Observer):
     "From the end of step 3 on this process, if it is rank 0, may write no file of more than 2,000 bytes."
 
     steps = 0
@@ -42,9 +43,6 @@ class SmallFiles:
             if event.step == 3 and os.environ["RANK"] == "0":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
         return ()
-
-    def close(self, error):
-        pass
 
 
 trainer = build_trainer(open_run(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())))

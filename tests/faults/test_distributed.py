@@ -209,6 +209,7 @@ from gpt.run import open_run
 from gpt.pipeline import build_trainer
 from gpt.training.evaluator import Evaluator
 from gpt.training.events import StepEnd
+from gpt.training.observer import Observer
 
 def read(path):
     return TrainConfig.model_validate_json(Path(path).read_text())
@@ -220,7 +221,7 @@ class Slow:
         time.sleep(2.5)
         return {"slow": 1.0}
 
-class BitFlip:
+class BitFlip(Observer):
     def __init__(self, model, rank):
         self._model, self._rank = model, rank
 
@@ -229,9 +230,6 @@ class BitFlip:
             weight = self._model.get_submodule("wte").weight
             weight.detach().view(torch.int32)[3, 5] ^= 1
         return ()
-
-    def close(self, error):
-        pass
 
 layout = open_run(read(sys.argv[1]))
 layout.dist.on_main(lambda: time.sleep(2.5))

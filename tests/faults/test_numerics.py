@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 def garbled(config: TrainConfig, *batches: int, factor: float = 10.0) -> Trainer:
     """A run on data of which some global batches are so bad that their loss is `factor` times what it would be."""
     trainer = build_trainer(open_run(config))
-    rows = {tuple(trainer._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
+    rows = {tuple(trainer._train_step._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
 
     def spoil(_: object, args: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
         return loss * factor if tuple(args[0][0].tolist()) in rows else loss
@@ -242,6 +242,7 @@ from gpt.errors import UserError
 from gpt.run import open_run
 from gpt.pipeline import build_trainer
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
+from gpt.training.observer import Observer
 from gpt.utils.launch import end_process
 
 folder, faults = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -256,7 +257,7 @@ def spoil(_, args, loss):
         handles.append(model.wpe.weight.register_hook(lambda gradient: gradient * math.nan))
     return loss * {"nan loss": math.nan, "spike": 10}.get(found, 1) + (math.inf if found == "inf loss" else 0)
 
-class Watcher:
+class Watcher(Observer):
     def on_event(self, event):
         if isinstance(event, StepEnd):
             while handles:
@@ -275,7 +276,7 @@ class Watcher:
         seen["error"] = str(error)
 
 handles = []
-batches = {tuple(trainer._loader._fetch(int(batch)).tensors[0][0].tolist()): batch for batch in faults}
+batches = {tuple(trainer._train_step._loader._fetch(int(batch)).tensors[0][0].tolist()): batch for batch in faults}
 if layout.dist.rank == 1:
     model.register_forward_hook(spoil)
 trainer.attach(Watcher())

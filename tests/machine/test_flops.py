@@ -14,24 +14,27 @@ MODELS = {
     "gpt2": GPTConfig(**SIZES),
     "grouped": GPTConfig(**SIZES, n_kv_head=2, position="rotary", qk_norm=True),
     "swiglu": GPTConfig(**SIZES, mlp="swiglu", norm="rmsnorm", bias=False, logit_softcap=15),
+    "wide heads": GPTConfig(**SIZES, head_dim=12, intermediate_size=40, n_kv_head=2),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_torch_counts_but_for_the_future_that_is_masked(name: str) -> None:
-    config = MODELS[name]
+    config = MODELS[name].resolved()
     model = GPT(config, seed=0)
     tokens = torch.randint(config.vocab_size, (2, config.block_size))
     # In bfloat16, for there attention is made of matrix products, all of which torch counts.
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         model(tokens, tokens).backward()
-    masked = 6 * config.n_layer * config.n_embd * config.block_size  # half of attention: computed, and not needed
+    masked = (
+        6 * config.n_layer * config.n_head * config.head_dim * config.block_size
+    )  # half of attention: computed, and not needed
     assert counter.get_total_flops() == tokens.numel() * (flops_per_token(config) + masked)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_linear_layers_are_the_models(name: str) -> None:
-    config = MODELS[name]
+    config = MODELS[name].resolved()
     modules = [module for module in GPT(config, seed=0).modules() if isinstance(module, nn.Linear)]
     expected = Counter((module.in_features, module.out_features) for module in modules)
     expected[config.n_embd, config.vocab_size] += 1

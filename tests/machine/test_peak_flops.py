@@ -73,7 +73,8 @@ def test_threads_that_hold_each_other_up_are_measured_apart(
 
 @pytest.mark.parametrize("block_size", [16, 2048])
 def test_the_own_products_are_all_that_a_step_needs(block_size: int) -> None:
-    model = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=block_size, vocab_size=24, mlp="swiglu")
+    config = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=block_size, vocab_size=24, mlp="swiglu")
+    model = config.resolved()
     products = [*module._own_products(CPU, torch.float32, model, rows=32)]
     assert sum(needed for _, _, needed in products) == 32 * flops_per_token(model)
     assert all((a @ b).shape[-2:] == (a.shape[-2], b.shape[-1]) for a, b, _ in products)
@@ -84,6 +85,6 @@ def test_measuring_draws_nothing_from_the_runs_generator(monkeypatch: pytest.Mon
     torch.manual_seed(0)
     before = torch.get_rng_state()
     assert measure_peak_flops(CPU, torch.float32) > 0
-    model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu")
+    model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu").resolved()
     assert own_rate(CPU, torch.bfloat16, model, rows=4) > 0
     assert torch.equal(torch.get_rng_state(), before)

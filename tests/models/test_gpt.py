@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt.configs.gpt_config import GPTConfig
-from gpt.models.gpt import GPT, INIT_STD
+from gpt.models.gpt import GPT
+from gpt.models.init import INIT_STD
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50)
 MODERN = CONFIG.model_copy(
@@ -66,17 +67,22 @@ def test_without_bias_there_is_none() -> None:
         {"norm": "rmsnorm", "mlp": "swiglu"},
         {"qk_norm": True, "n_kv_head": 1},
         {"norm": "rmsnorm", "qk_norm": True},
+        {"head_dim": 10, "intermediate_size": 24, "n_kv_head": 1},
+        {"tie_embeddings": False, "mlp": "swiglu", "intermediate_size": 24},
+        {"qkv_bias": True, "attn_out_bias": False},
+        {"qkv_bias": False, "mlp_bias": True},
     ],
 )
-def test_the_configuration_knows_the_number_of_parameters(bias: bool, change: dict[str, object]) -> None:
+def test_n_parameters_counts_the_models(bias: bool, change: dict[str, object]) -> None:
     config = CONFIG.model_copy(update={"bias": bias, **change})
     assert config.n_parameters == sum(parameter.numel() for parameter in GPT(config, seed=0).parameters())
 
 
-def test_the_loss_is_that_of_the_capped_logits() -> None:
-    model = GPT(MODERN, seed=0)
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_the_loss_is_that_of_the_capped_logits(tie_embeddings: bool) -> None:
+    model = GPT(MODERN.model_copy(update={"tie_embeddings": tie_embeddings}), seed=0)
     with torch.no_grad():
-        model.wte.weight.mul_(100)
+        (model.wte if model.lm_head is None else model.lm_head).weight.mul_(100)
     tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     logits = model(tokens)
     assert 14 < logits.abs().max() <= 15

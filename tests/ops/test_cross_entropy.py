@@ -7,7 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.ops import cross_entropy as module
-from gpt.ops.cross_entropy import head_loss
+from gpt.ops.cross_entropy import fused_linear_cross_entropy, soft_cap, summed_cross_entropy
 from gpt.utils.helper import IGNORED
 
 B, T, C, V = 3, 5, 4, 7
@@ -22,15 +22,15 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-@pytest.mark.parametrize(("rows", "rows_of_piece"), [(1, 1), (4, 3), (15, 1), (15, 15), (100, 4)])
+@pytest.mark.parametrize(("rows", "rows_per_tile"), [(1, 1), (4, 3), (15, 1), (15, 15), (100, 4)])
 def test_it_is_torchs_cross_entropy_however_it_is_cut(
-    rows: int, rows_of_piece: int, softcap: float, monkeypatch: pytest.MonkeyPatch
+    rows: int, rows_per_tile: int, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", rows)
     monkeypatch.setattr(module, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(module, "PIECE", rows_of_piece * V)
+    monkeypatch.setattr(module, "_ELEMENTS_PER_TILE", rows_per_tile * V)
     hidden, head, targets = inputs()
-    ours = head_loss(hidden, head, targets, softcap=softcap)
+    ours = fused_linear_cross_entropy(hidden, head, targets, softcap=softcap)
     logits = hidden @ head.t()
     if softcap:
         logits = softcap * (logits / softcap).tanh()
@@ -44,7 +44,7 @@ def test_it_is_torchs_cross_entropy_however_it_is_cut(
 
 def test_it_is_computed_in_float32_whatever_the_logits_are() -> None:
     hidden, head, targets = inputs()
-    loss = head_loss(hidden.bfloat16(), head.bfloat16(), targets)
+    loss = fused_linear_cross_entropy(hidden.bfloat16(), head.bfloat16(), targets)
     assert loss.dtype == torch.float32
     logits = (hidden.bfloat16() @ head.bfloat16().t()).float()
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
@@ -52,20 +52,23 @@ def test_it_is_computed_in_float32_whatever_the_logits_are() -> None:
 
 def test_a_factor_and_a_frozen_input_are_respected() -> None:
     hidden, head, targets = inputs()
-    (whole,) = torch.autograd.grad(head_loss(hidden, head, targets), (head,))
-    (half,) = torch.autograd.grad(0.5 * head_loss(hidden.detach(), head, targets), (head,))
+    (whole,) = torch.autograd.grad(fused_linear_cross_entropy(hidden, head, targets), (head,))
+    (half,) = torch.autograd.grad(0.5 * fused_linear_cross_entropy(hidden.detach(), head, targets), (head,))
     assert torch.equal(half, 0.5 * whole)
     with torch.no_grad():
-        assert torch.equal(head_loss(hidden, head, targets), head_loss(hidden, head, targets).detach())
+        assert torch.equal(
+            fused_linear_cross_entropy(hidden, head, targets),
+            fused_linear_cross_entropy(hidden, head, targets).detach(),
+        )
 
 
-@pytest.mark.parametrize("n_vocabulary", [65, 50_257])
-def test_under_autocast_it_is_near_the_float32_path(n_vocabulary: int) -> None:
+@pytest.mark.parametrize("n_vocab", [65, 50_257])
+def test_under_autocast_it_is_near_the_float32_path(n_vocab: int) -> None:
     torch.manual_seed(0)
-    hidden, head = torch.randn(3, 37, 48, requires_grad=True), torch.randn(n_vocabulary, 48, requires_grad=True)
-    targets = torch.randint(n_vocabulary, (3, 37))
+    hidden, head = torch.randn(3, 37, 48, requires_grad=True), torch.randn(n_vocab, 48, requires_grad=True)
+    targets = torch.randint(n_vocab, (3, 37))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = head_loss(hidden, head, targets)
+        rounded = fused_linear_cross_entropy(hidden, head, targets)
     exact = F.cross_entropy((hidden @ head.t()).flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(rounded, exact, rtol=3e-3, atol=0)
     for mine, theirs in zip(
@@ -111,7 +114,7 @@ def test_the_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 8)
     hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
     with Largest() as seen:
-        head_loss(hidden, head, torch.randint(1000, (4, 64))).backward()
+        fused_linear_cross_entropy(hidden, head, torch.randint(1000, (4, 64))).backward()
     assert seen.numel == 8 * 1000
 
 
@@ -120,5 +123,21 @@ def test_a_chunk_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 8)
     hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
     with LiveProducts(8 * 1000) as products:
-        head_loss(hidden, head, torch.randint(1000, (4, 64)))
+        fused_linear_cross_entropy(hidden, head, torch.randint(1000, (4, 64)))
     assert products.most == 1
+
+
+def test_the_cap_bounds_large_logits_and_leaves_small_ones() -> None:
+    logits = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4])
+    torch.testing.assert_close(soft_cap(logits, 20.0), torch.tensor([-20.0, -0.01, 0.0, 0.01, 20.0]))
+    assert soft_cap(logits, 0.0) is logits
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_the_loss_of_given_logits_is_the_fused_one(softcap: float) -> None:
+    hidden, head, targets = inputs()
+    fused = fused_linear_cross_entropy(hidden, head, targets, softcap=softcap)
+    plain = summed_cross_entropy(hidden @ head.t(), targets, softcap=softcap)
+    torch.testing.assert_close(plain, fused)
+    rounded = summed_cross_entropy((hidden @ head.t()).bfloat16(), targets, softcap=softcap)
+    assert rounded.dtype == torch.float32

@@ -30,7 +30,7 @@ def test_every_number_gets_the_nearest_value_and_derivative() -> None:
 
 @pytest.mark.parametrize("shape", [(1,), (0, 3), (3, 5, 7), (2, 1031)])
 def test_any_shape_in_pieces(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 100)
+    monkeypatch.setattr(module, "_ELEMENTS_PER_TILE", 100)
     x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).bfloat16().requires_grad_()
     y = gelu(x)
     (grad,) = torch.autograd.grad(y, x, 0.5 * torch.ones_like(y))

@@ -6,7 +6,7 @@ from torch import nn
 
 from gpt.configs.parallel_config import ParallelConfig
 from gpt.parallel.gradient_sync import AveragedGradients
-from gpt.parallel.parallelize import parallelize
+from gpt.parallel.parallelize import compile_or_fall_back, parallelize
 from gpt.utils.distributed import DistContext
 
 
@@ -18,10 +18,9 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCapt
         model.weight.grad = torch.ones(2, 2)
         raise RuntimeError("no C++ compiler\nand much more")
 
+    assert parallelize(model, (), DistContext("cpu"), ParallelConfig(), compile_mode="default") is model
     with caplog.at_level(logging.WARNING):
-        assert (
-            parallelize(model, (), DistContext("cpu"), ParallelConfig(), compile_mode="default", trial=trial) is model
-        )
+        compile_or_fall_back(model, model, trial)
     assert "torch.compile does not work here (no C++ compiler)" in caplog.text
     assert model._compiled_call_impl is None
     assert model.weight.grad is None
@@ -29,11 +28,9 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCapt
 
 
 def test_one_process_needs_no_wrapper() -> None:
-    def trial(module: nn.Module) -> torch.Tensor:
-        raise AssertionError("nothing is compiled")
-
     model = nn.Linear(2, 2)
-    assert parallelize(model, (), DistContext("cpu"), ParallelConfig(), compile_mode=None, trial=trial) is model
+    assert parallelize(model, (), DistContext("cpu"), ParallelConfig(), compile_mode=None) is model
+    assert model._compiled_call_impl is None
     with AveragedGradients(model, world_size=1).micro_batch(is_last=False):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad is not None
@@ -47,12 +44,8 @@ def test_blocks_are_checkpointed_before_the_model_is_compiled() -> None:
     def compile_model(mode: str | None) -> None:
         seen.append((model[0].forward != plain, mode))
 
-    def trial(module: nn.Module) -> torch.Tensor:
-        loss: torch.Tensor = module(torch.ones(1, 2)).sum()
-        return loss
-
     model.compile = compile_model  # type: ignore[method-assign]
     config = ParallelConfig(activation_checkpointing="block")
-    parallelize(model, model, DistContext("cpu"), config, compile_mode="max-autotune", trial=trial)
+    parallelize(model, model, DistContext("cpu"), config, compile_mode="max-autotune")
     assert seen == [(True, "max-autotune-no-cudagraphs")]
     assert seen[0][1] in torch._inductor.list_mode_options()

@@ -1,35 +1,77 @@
-"""The same weights in transformers' Llama and Qwen 3 and here: same logits, same loss, same gradients."""
+"""The same weights in transformers' Llama, Qwen 2 and Qwen 3 and here: same logits, same loss, same gradients."""
 
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.gpt import GPT
 
 TOLERANCE = 1e-5
-SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
+SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}
 Pair = tuple[GPT, nn.Module]
 Tensors = dict[str, torch.Tensor]
 
-FAMILIES = {
-    "llama": (GPTConfig(n_kv_head=4, n_embd=48), LlamaForCausalLM, LlamaConfig),
-    "llama, grouped queries": (GPTConfig(n_kv_head=2, n_embd=32), LlamaForCausalLM, LlamaConfig),
-    "qwen3": (GPTConfig(n_kv_head=1, n_embd=48, qk_norm=True), Qwen3ForCausalLM, Qwen3Config),
+EVERY_BIAS = {"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True}
+FAMILIES: dict[str, tuple[dict[str, object], type, type, dict[str, object]]] = {
+    "llama": ({"n_kv_head": 4, "n_embd": 48}, LlamaForCausalLM, LlamaConfig, {}),
+    "llama, grouped queries": ({"n_kv_head": 2, "n_embd": 32}, LlamaForCausalLM, LlamaConfig, {}),
+    "llama, untied head, head_dim and MLP of other sizes": (
+        {"n_kv_head": 2, "n_embd": 32, "head_dim": 12, "intermediate_size": 50, "tie_embeddings": False},
+        LlamaForCausalLM,
+        LlamaConfig,
+        {},
+    ),
+    "llama, every bias": (
+        {"n_kv_head": 4, "n_embd": 48, **EVERY_BIAS},
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True},
+    ),
+    "llama, norm_eps and rope_theta": (
+        {"n_kv_head": 4, "n_embd": 48, "norm_eps": 0.1, "rope_theta": 50.0},
+        LlamaForCausalLM,
+        LlamaConfig,
+        {},
+    ),
+    "qwen2": (
+        {"n_kv_head": 2, "n_embd": 48, "qkv_bias": True, "rope_theta": 1e6, "tie_embeddings": False},
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {},
+    ),
+    "qwen3": ({"n_kv_head": 1, "n_embd": 48, "qk_norm": True}, Qwen3ForCausalLM, Qwen3Config, {}),
+    "qwen3, untied head, head_dim, norm_eps and rope_theta": (
+        {"n_kv_head": 2, "n_embd": 48, "qk_norm": True, "head_dim": 16, "norm_eps": 0.01, "rope_theta": 1e6}
+        | {"tie_embeddings": False},
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {},
+    ),
 }
 
 
 def make_pair(family: str) -> Pair:
-    base, architecture, configuration = FAMILIES[family]
+    changes, architecture, configuration, their_changes = FAMILIES[family]
     config = GPTConfig.model_validate(
-        base.model_dump()
-        | {"n_layer": 2, "n_head": 4, "block_size": 20, "vocab_size": 101, "bias": False}
+        {"n_layer": 2, "n_head": 4, "block_size": 20, "vocab_size": 101, "bias": False}
         | {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}
-    )
+        | changes
+    ).resolved()
     torch.manual_seed(0)
     theirs = architecture(
         configuration(
@@ -38,8 +80,11 @@ def make_pair(family: str) -> Pair:
             intermediate_size=config.intermediate_size,
             num_key_value_heads=config.n_kv_head,
             head_dim=config.head_dim,
-            rms_norm_eps=1e-6,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tie_embeddings,
             attn_implementation="eager",
+            **their_changes,
         )
     )
     with torch.no_grad():  # larger than at init, so that every path matters
@@ -50,25 +95,32 @@ def make_pair(family: str) -> Pair:
     return ours, theirs
 
 
+LAYERS = {
+    "ln_1": ["input_layernorm"],
+    "ln_2": ["post_attention_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+"""Our layer -> theirs, which ours concatenates."""
+
+
 def in_our_layout(theirs: Tensors) -> Tensors:
-    """Their tensors under our names: queries, keys and values in one matrix, and the gate before what it gates."""
+    """Return their tensors under our names: queries, keys and values in one matrix, and gate and value in another."""
 
     def named() -> Iterator[tuple[str, torch.Tensor]]:
         yield "wte.weight", theirs["model.embed_tokens.weight"]
         yield "ln_f.weight", theirs["model.norm.weight"]
-        for layer in range(2):
-            their, our = f"model.layers.{layer}", f"h.{layer}"
-            yield f"{our}.ln_1.weight", theirs[f"{their}.input_layernorm.weight"]
-            yield f"{our}.ln_2.weight", theirs[f"{their}.post_attention_layernorm.weight"]
-            qkv = [theirs[f"{their}.self_attn.{name}_proj.weight"] for name in "qkv"]
-            yield f"{our}.attn.c_attn.weight", torch.cat(qkv)
-            yield f"{our}.attn.c_proj.weight", theirs[f"{their}.self_attn.o_proj.weight"]
-            for name in ("q_norm", "k_norm"):
-                if f"{their}.self_attn.{name}.weight" in theirs:
-                    yield f"{our}.attn.{name}.weight", theirs[f"{their}.self_attn.{name}.weight"]
-            gate_and_value = [theirs[f"{their}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-            yield f"{our}.mlp.c_fc.weight", torch.cat(gate_and_value)
-            yield f"{our}.mlp.c_proj.weight", theirs[f"{their}.mlp.down_proj.weight"]
+        if "lm_head.weight" in theirs:
+            yield "lm_head.weight", theirs["lm_head.weight"]
+        for layer, (our, their) in product(range(2), LAYERS.items()):
+            for kind in ("weight", "bias"):
+                names = [f"model.layers.{layer}.{name}.{kind}" for name in their]
+                if names[0] in theirs:
+                    yield f"h.{layer}.{our}.{kind}", torch.cat([theirs[name] for name in names])
 
     return dict(named())
 
@@ -111,6 +163,7 @@ def test_loss_and_gradients(pair: Pair, tokens: torch.Tensor) -> None:
     loss.backward()
     their_loss.backward()
     expected = in_our_layout({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    assert expected.keys() == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=TOLERANCE, rtol=0)
 
@@ -120,7 +173,9 @@ def test_capped_logits_and_their_loss_are_gemma_2s(tokens: torch.Tensor) -> None
     ours = GPT(config, seed=0)
     with torch.no_grad():
         ours.wte.weight.mul_(50)  # so that the cap matters
-    gemma = Gemma2Config(**SIZES, hidden_size=32, intermediate_size=32, num_key_value_heads=4, head_dim=8)
+    gemma = Gemma2Config(
+        **SIZES, tie_word_embeddings=True, hidden_size=32, intermediate_size=32, num_key_value_heads=4, head_dim=8
+    )
     gemma.final_logit_softcapping = 3.0
     theirs = Gemma2ForCausalLM(gemma)
     hidden: list[torch.Tensor] = []

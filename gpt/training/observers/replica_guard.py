@@ -9,6 +9,7 @@ from torch import nn
 from gpt.configs.run_plan import RunPlan
 from gpt.errors import UserError
 from gpt.training.events import Command, Event, StepEnd, TrainStart
+from gpt.training.observer import Observer
 from gpt.utils.distributed import DistContext
 
 CHUNK = 2**20
@@ -19,7 +20,7 @@ ODD = 0x5851F42D4C957F2D
 """Knuth's multiplier (MMIX); any odd number is invertible modulo 2^64."""
 
 
-class ReplicaGuard:
+class ReplicaGuard(Observer):
     """Compares digests of all weights, before the first step, on the steps that are due and before the plan's saves.
 
     A flipped bit stays in one process's weights and spoils the gradients of all, silently. Where the weights differ the
@@ -55,9 +56,6 @@ class ReplicaGuard:
                     "saved: check that machine's memory; the same command goes on from the last checkpoint"
                 )
         return ()
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""
 
 
 @torch.no_grad()

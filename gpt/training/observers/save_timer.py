@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable, Iterable
 
 from gpt.training.events import CheckpointSaved, Command, Event, Save, StepEnd, TrainStart
+from gpt.training.observer import Observer
 from gpt.utils.distributed import DistContext
 
 
-class SaveTimer:
+class SaveTimer(Observer):
     """Asks for a checkpoint when the last one is some minutes old.
 
     Rank 0's clock decides; its flag is reduced without waiting and read one step later, so that no step is held up.
@@ -36,6 +37,3 @@ class SaveTimer:
             int(self._dist.is_main and self._clock() - self._last >= self._seconds)
         )
         return [Save()] if due else ()
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""

@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpt.training.events import EvalEnd, Event, MetricsReady, RolledBack, SpikeSeen, TextSampled
+from gpt.training.observer import Sink
 from gpt.utils.atomic_io import append_jsonl, keep_until
 
 
-class JsonlSink:
-    """Appends metrics and texts; a number that JSON has no name for (NaN, inf) is written as null."""
+class JsonlSink(Sink):
+    """Appends metrics and samples; a number that JSON lacks (NaN, inf) is written as null."""
+
+    events: tuple[type[Event], ...] = (MetricsReady, EvalEnd, SpikeSeen, RolledBack, TextSampled)
 
     def __init__(self, metrics: Path, samples: Path):
         self._metrics, self._samples = metrics, samples
@@ -31,6 +34,3 @@ class JsonlSink:
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         append_jsonl(self._metrics, {"step": step, **numbers})
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held open."""

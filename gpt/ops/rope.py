@@ -1,0 +1,42 @@
+"""Rotary position embeddings (Su et al. 2021, "RoFormer").
+
+Shapes: B sequences, H heads, T tokens, D = head_dim.
+"""
+
+import torch
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of each position: (T, D), or (B, 1, T, D) where sequences differ in their positions."""
+
+
+def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float) -> Rope:
+    """Return the cosines and sines of each position's angles, float32; computed once per forward pass, for all layers.
+
+    angle(position, i) = position * theta ** (-2 i / D), for i < D / 2 (RoFormer, section 3.2.2).
+
+    Args:
+        positions: (T,) or (B, T) int64.
+        head_dim: D, even.
+        theta: base of the wavelengths; the slowest pair of channels has a period of about 2 pi theta positions.
+    """
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (D/2,)
+    angles = positions[..., None] * theta ** (-pairs / head_dim)  # (T, D/2) or (B, T, D/2), float32
+    angles = torch.cat([angles, angles], dim=-1)
+    if angles.dim() == 3:
+        angles = angles[:, None]  # (B, 1, T, D): the same for every head
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Return x with its channels rotated by position (RoFormer, equation 34): scores depend on distances alone.
+
+    Channel i is paired with channel i + D/2, as in GPT-NeoX and in transformers' Llama. Computed in float32: bfloat16
+    would round the angles of far positions away.
+
+    Args:
+        x: (B, H, T, D), queries or keys.
+        rope: of the positions of x.
+    """
+    cos, sin = rope
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
