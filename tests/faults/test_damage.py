@@ -176,7 +176,7 @@ def test_malicious_tensor_header_with_correct_digests_is_refused_in_one_line(tmp
     (tmp_path / "step" / MODEL).write_bytes(MALICIOUS[case]())
     sign(tmp_path / "step")
     verify(tmp_path / "step")
-    with pytest.raises(UserError, match=r"model\.safetensors: not a sound safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not a valid safetensors file"):
         verify_and_load(tmp_path / "step", make_state(1))
 
 

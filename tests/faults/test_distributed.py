@@ -152,7 +152,7 @@ def test_sigterm_to_one_rank_stops_both_after_one_step_and_resume_is_bit_exact(r
     assert "exitcode  : 143" in launch.output
     last_step = len(read_losses(runs.path("terminated")))
     assert INJECTION_STEP <= last_step < MAX_STEPS
-    assert RunFolder(runs.path("terminated")).committed()[-1].name == f"step_{last_step:08d}"
+    assert RunFolder(runs.path("terminated")).list_checkpoints()[-1].name == f"step_{last_step:08d}"
     with runs.train("terminated") as launch:
         assert launch.wait() == 0, launch.output
     runs.assert_bit_exact("terminated")
@@ -209,7 +209,7 @@ def test_straggler_is_named_and_a_save_beyond_the_grace_period_leaves_valid_chec
             os.kill(launch.pid, signal.SIGTERM)
             assert launch.wait() != 0
             strace.wait(TIMEOUT_SECONDS)
-    committed = RunFolder(runs.path("slow")).committed()
+    committed = RunFolder(runs.path("slow")).list_checkpoints()
     assert committed
     for checkpoint in committed:
         verify(checkpoint)
@@ -270,7 +270,7 @@ def test_evaluation_beyond_the_step_timeout_does_not_end_the_run_but_a_flipped_b
         assert launch.wait() != 0
     assert len(read_losses(runs.path("evaluated"))) == 4, launch.output
     assert "UserError: the weights of rank 1 differ from those of rank 0 after step 8" in launch.output
-    committed = RunFolder(runs.path("flipped")).committed()
+    committed = RunFolder(runs.path("flipped")).list_checkpoints()
     assert [checkpoint.name for checkpoint in committed] == ["step_00000004"]
     verify(committed[0])
 

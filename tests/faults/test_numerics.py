@@ -56,7 +56,7 @@ def build_trainer_on_bad_data(config: TrainConfig, *batches: int, factor: float 
 
 
 def read_final_state(run_dir: Path, step: int = 30) -> dict[str, bytes]:
-    checkpoint = RunFolder(run_dir).checkpoint_at(step)
+    checkpoint = RunFolder(run_dir).checkpoint_path(step)
     verify(checkpoint)
     return {
         name: (checkpoint / name).read_bytes()
@@ -190,7 +190,7 @@ def test_max_rollbacks_ends_a_run_whose_data_stay_bad(tiny: Configure, tmp_path:
     config = tiny(tmp_path, spike={"window": 16, "rollback": True, "max_rollbacks": 2}, **SETTINGS)
     with pytest.raises(UserError, match=r"went back 2 times already"):
         build_trainer_on_bad_data(config, *range(BAD_BATCH, 40)).train()
-    (last,) = RunFolder(tmp_path).committed()[-1:]
+    (last,) = RunFolder(tmp_path).list_checkpoints()[-1:]
     verify(last)
     assert last.name == "step_00000020"
 
@@ -214,11 +214,11 @@ def test_too_many_skips_in_a_row_end_the_run_with_the_last_checkpoint_valid(tiny
     assert message.startswith("step 26: ")
     assert "text: train-000000.safetensors document 0, tokens " in message
     assert "\n" not in message
-    last = RunFolder(tmp_path).committed()[-1]
+    last = RunFolder(tmp_path).list_checkpoints()[-1]
     verify(last)
     assert (last.name, read_json(last / "progress.json")["skipped_updates"]) == ("step_00000020", 1)
     build_trainer(open_run(config)).train()  # on data without bad batches
-    assert read_json(RunFolder(tmp_path).committed()[-1] / "progress.json")["skipped_updates"] == 1
+    assert read_json(RunFolder(tmp_path).list_checkpoints()[-1] / "progress.json")["skipped_updates"] == 1
 
 
 def test_too_many_skips_are_one_line_and_exit_status_2(
@@ -233,7 +233,7 @@ def test_too_many_skips_are_one_line_and_exit_status_2(
     assert error.startswith("gpt: error: step 10: the loss or gradient of the last 10 steps was not finite")
     assert error.count("\n") == 1
     assert "step 4, 5, 6: 3 updates skipped: a NaN or inf in the loss or gradient" in output.splitlines()
-    assert not RunFolder(tmp_path / "run").committed()
+    assert not RunFolder(tmp_path / "run").list_checkpoints()
 
 
 TWO_RANKS_SCRIPT = """
@@ -314,7 +314,7 @@ def test_fault_on_one_rank_skips_the_update_on_both(tiny: Configure, tmp_path: P
     assert unchanged == [3, 6, 9, 12, 13]  # the run ends at step 15, before the digest of batch 14 is recorded
     assert first["error"].startswith("step 15: the loss or gradient of the last 3 steps was not finite")
     assert "text: train-000000.safetensors document 0" in first["error"]
-    (checkpoint,) = RunFolder(tmp_path / "run").committed()
+    (checkpoint,) = RunFolder(tmp_path / "run").list_checkpoints()
     verify(checkpoint)
     assert read_json(checkpoint / "progress.json")["skipped_updates"] == 3
 
@@ -337,7 +337,7 @@ def test_two_ranks_roll_back_and_replay_together(tiny: Configure, tmp_path: Path
 def test_fork_leaves_out_the_batches_that_its_origin_left_out(
     rolled_back: tuple[Path, list[object]], tiny: Configure, tmp_path: Path
 ) -> None:
-    origin = RunFolder(rolled_back[0]).checkpoint_at(20)
+    origin = RunFolder(rolled_back[0]).checkpoint_path(20)
     build_trainer_on_bad_data(
         tiny(tmp_path / "fork", resume=str(origin), spike={"window": 16}, **SETTINGS), BAD_BATCH
     ).train()

@@ -88,7 +88,7 @@ def read_lineage(run_dir: Path) -> list[dict[str, object]]:
 def test_damaged_checkpoint_is_skipped_with_a_warning_by_auto_and_refused_by_name(
     name: str, damage: str, tiny: Configure, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    newest, older = (RunFolder(run_dir).checkpoint_at(step) for step in (8, 4))
+    newest, older = (RunFolder(run_dir).checkpoint_path(step) for step in (8, 4))
     before = sha256_of_file(newest / name)
     DAMAGES[damage](newest / name)
     for target_dir, named in ((run_dir, run_dir), (run_dir, newest), (tmp_path / "fork", newest)):
@@ -185,7 +185,7 @@ def test_second_run_is_refused_while_the_first_is_running(
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         capsys.readouterr()
-    step = RunFolder(run).committed()[-1].name.removeprefix("step_")
+    step = RunFolder(run).list_checkpoints()[-1].name.removeprefix("step_")
     assert main([*command, *ENDLESS, "--max-steps", str(int(step) + 1)]) == 0
     assert "continuing from" in capsys.readouterr().out
 
@@ -372,7 +372,7 @@ def test_extended_run_is_bit_exact_with_the_longer_run(tiny: Configure, tmp_path
         train(tiny(tmp_path / "extended", max_steps=steps, **settings))
     for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
         for step in (3, 6, 9):
-            actual, expected = (RunFolder(tmp_path / run).checkpoint_at(step) / name for run in ("extended", "long"))
+            actual, expected = (RunFolder(tmp_path / run).checkpoint_path(step) / name for run in ("extended", "long"))
             assert actual.read_bytes() == expected.read_bytes()
     assert read_losses(tmp_path / "extended") == read_losses(tmp_path / "long")
     assert (tmp_path / "extended/samples.jsonl").read_bytes() == (tmp_path / "long/samples.jsonl").read_bytes()
@@ -389,14 +389,14 @@ def test_wrong_clock_has_no_effect(years: int, tiny: Configure, run_dir: Path) -
     with open_run(config) as run:
         assert run.start.checkpoint == run_dir / "checkpoints/step_00000008"
         build_trainer(run).train()
-    assert [path.name for path in RunFolder(run_dir).committed()] == ["step_00000008", "step_00000009"]
+    assert [path.name for path in RunFolder(run_dir).list_checkpoints()] == ["step_00000008", "step_00000009"]
 
 
 REWRITE_SCRIPT = """
 import sys
 from pathlib import Path
-from gpt.utils.atomic_io import keep_jsonl
-keep_jsonl(Path(sys.argv[1]), lambda record: record["step"] <= 500)
+from gpt.utils.atomic_io import filter_jsonl
+filter_jsonl(Path(sys.argv[1]), lambda record: record["step"] <= 500)
 """
 
 

@@ -28,7 +28,7 @@ class ReplicaGuard(Observer):
 
     Args:
         model: the bare module.
-        interval: steps between two comparisons.
+        interval: steps between two comparisons; 0 never compares.
         plan: says when a checkpoint is written.
         dist: the processes whose weights are compared.
     """
@@ -42,10 +42,7 @@ class ReplicaGuard(Observer):
         Raises:
             UserError: names the ranks that differ.
         """
-        due = isinstance(event, TrainStart) or (
-            isinstance(event, StepEnd) and (event.step % self._interval == 0 or self._plan.saves_at(event.step))
-        )
-        if due:
+        if self._is_due(event):
             digests = self._dist.gather(int(digest(self._model.parameters())))
             differing = odd_ones_out(digests)
             if differing:
@@ -56,6 +53,13 @@ class ReplicaGuard(Observer):
                     "saved: check that machine's memory; the same command goes on from the last checkpoint"
                 )
         return ()
+
+    def _is_due(self, event: Event) -> bool:
+        if self._interval == 0 or self._dist.world_size == 1:
+            return False
+        if isinstance(event, StepEnd):
+            return event.step % self._interval == 0 or self._plan.saves_at(event.step)
+        return isinstance(event, TrainStart)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ class SaveTimer(Observer):
     Rank 0's clock decides; its flag is reduced without waiting and read one step later, so that no step is held up.
 
     Args:
-        minutes: between checkpoints.
+        minutes: between checkpoints; 0 never saves.
         dist: the processes that train.
         clock: seconds; monotonic.
     """
@@ -22,13 +22,13 @@ class SaveTimer(Observer):
     def __init__(self, minutes: float, dist: DistContext, clock: Callable[[], float] = time.monotonic):
         self._seconds, self._dist, self._clock = 60 * minutes, dist, clock
         self._last = clock()
-        self._pending = dist.all_reduce_max_async(0)
+        self._pending = dist.all_reduce_max_async(0) if minutes else None
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
         """Save after the step at which it is due."""
         if isinstance(event, (TrainStart, CheckpointSaved)):
             self._last = self._clock()
-        if not isinstance(event, StepEnd):
+        if self._pending is None or not isinstance(event, StepEnd):
             return ()
         due = self._pending.read()
         if due:
