@@ -62,7 +62,7 @@ def test_a_cache_that_cannot_be_written_to_keeps_nothing(measured: list[float], 
 def test_threads_that_hold_each_other_up_are_measured_apart(
     monkeypatch: pytest.MonkeyPatch, together: float, expected: float
 ) -> None:
-    monkeypatch.setattr(module, "_square_rate", lambda *_: together if torch.get_num_threads() == 2 else 4.0)
+    monkeypatch.setattr(module, "_measure_square_matmuls", lambda *_: together if torch.get_num_threads() == 2 else 4.0)
     torch.set_num_threads(2)
     try:
         assert measure_peak_flops(CPU, torch.float32) == expected
@@ -72,10 +72,10 @@ def test_threads_that_hold_each_other_up_are_measured_apart(
 
 
 @pytest.mark.parametrize("block_size", [16, 2048])
-def test_the_own_products_are_all_that_a_step_needs(block_size: int) -> None:
+def test_the_model_matmuls_are_all_that_a_step_needs(block_size: int) -> None:
     config = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=block_size, vocab_size=24, mlp="swiglu")
     model = config.resolved()
-    products = [*module._own_products(CPU, torch.float32, model, rows=32)]
+    products = [*module._model_matmuls(CPU, torch.float32, model, rows=32)]
     assert sum(needed for _, _, needed in products) == 32 * flops_per_token(model)
     assert all((a @ b).shape[-2:] == (a.shape[-2], b.shape[-1]) for a, b, _ in products)
 
