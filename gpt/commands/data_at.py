@@ -105,7 +105,7 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
-    checkpoints = folder.committed()
+    checkpoints = folder.list_checkpoints()
     identity = read_json(checkpoints[-1] / PROGRESS)["identity"] if checkpoints else {}
     tokens_per_step = identity.get("--tokens-per-step", config.tokens_per_step)
     if not tokens_per_step:

@@ -229,7 +229,7 @@ def _outline_run(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     unused = reference.path.with_name("planned")
     with open_run(config.model_copy(update={"run_dir": unused, "micro_batch_size": 1}), dry_run=True) as planned:
         per_epoch = planned.plan.windows_per_epoch
-    progress = read_json(reference.committed()[-1] / PROGRESS)
+    progress = read_json(reference.list_checkpoints()[-1] / PROGRESS)
     per_step = progress["tokens"] // progress["step"] // config.model.block_size
     return RunOutline(
         first_step=steps[0] - 1,

@@ -30,7 +30,7 @@ from gpt.resume.compatibility import (
     require_allowed,
     require_same_architecture,
 )
-from gpt.utils.atomic_io import read_json, require_possible, require_writable, sweep
+from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
 from gpt.utils.distributed import DistContext
 from gpt.utils.folder_lock import lock_folder
 from gpt.utils.helper import sha256_of_file
@@ -87,7 +87,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
             folder holds checkpoints and none is valid.
     """
     if not folder.config.exists():
-        if folder.steps() or folder.metrics.exists():
+        if folder.list_step_folders() or folder.metrics.exists():
             raise UserError(f"--run-dir {folder.path} holds a run without its config.json; use another --run-dir")
         return _start_of_new_run(config, config.resume)
     if config.resume == "never":
@@ -100,8 +100,8 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     elif _names_checkpoint(config.resume):
         checkpoint = _require_newest(folder, config.resume)
         return _start_of_own_checkpoint(folder, config, launched, NewestValid(checkpoint, verify(checkpoint)))
-    if folder.steps():
-        return _start_of_own_checkpoint(folder, config, launched, find_newest_valid(folder.steps()))
+    if folder.list_step_folders():
+        return _start_of_own_checkpoint(folder, config, launched, find_newest_valid(folder.list_step_folders()))
     if not _names_checkpoint(launched.resume):  # it saved nothing: compare with what the folder was made for
         _require_allowed(config, launched, place)
     return _start_of_new_run(config, launched.resume)
@@ -110,12 +110,12 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
 def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
     """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
     if dry_run:
-        require_possible(folder.path, "--run-dir")
+        require_creatable(folder.path, "--run-dir")
     else:
         require_writable(folder.path, "--run-dir")
         lock_folder(folder.path, "--run-dir")
         require_writable(folder.checkpoints, "--run-dir")
-        sweep(folder.checkpoints)
+        remove_leftovers(folder.checkpoints)
     start = find_start(folder, config)
     if not start.damaged:
         return start
@@ -164,7 +164,7 @@ def _start_of_own_checkpoint(
     # Once the run has a checkpoint of its own, --init-from need not be repeated.
     given = config if config.init_from else config.model_copy(update={"init_from": launched.init_from})
     start = _read_start(newest.checkpoint, newest.manifest, given, launched.init_from, f"--run-dir {folder.path}")
-    return start.model_copy(update={"is_evaluated": folder.evaluated_at(start.step), "damaged": newest.skipped})
+    return start.model_copy(update={"is_evaluated": folder.has_evaluation(start.step), "damaged": newest.skipped})
 
 
 def _read_start(
@@ -201,7 +201,7 @@ def _require_allowed(config: TrainConfig, saved: TrainConfig, place: str) -> tup
 
 def _require_newest(folder: RunFolder, resume: str) -> Path:
     """Return the run's newest checkpoint if `resume` names it or the folder: a run never goes back over its steps."""
-    checkpoint, newest = locate_checkpoint(Path(resume), "--resume"), folder.steps()[-1]
+    checkpoint, newest = locate_checkpoint(Path(resume), "--resume"), folder.list_step_folders()[-1]
     if Path(resume).resolve() not in (folder.path.resolve(), newest.resolve()):
         raise UserError(
             f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to train on "
