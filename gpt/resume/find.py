@@ -25,7 +25,7 @@ from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
-from gpt.utils.atomic_io import read_json, require_possible, require_writable, sweep
+from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
 from gpt.utils.distributed import DistContext
 from gpt.utils.folder_lock import lock_folder
 from gpt.utils.helper import sha256_of_file
@@ -93,12 +93,12 @@ def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dr
 def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
     """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
     if dry_run:
-        require_possible(folder.path, "--run-dir")
+        require_creatable(folder.path, "--run-dir")
     else:
         require_writable(folder.path, "--run-dir")
         lock_folder(folder.path, "--run-dir")
         require_writable(folder.checkpoints, "--run-dir")
-        sweep(folder.checkpoints)
+        remove_leftovers(folder.checkpoints)
     start = find_start(folder, config)
     if not start.damaged:
         return start
@@ -141,7 +141,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
         checkpoint=newest.checkpoint,
         is_fork=candidates.kind == "fork",
         step=step,
-        is_evaluated=folder.evaluated_at(step),
+        is_evaluated=folder.has_evaluation(step),
         saved=saved,
         identity=identity,
         manifest_sha256=newest.manifest.sha256,
@@ -162,7 +162,7 @@ def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainCo
     Raises:
         UserError: the folder holds another run, or `--resume` goes back over its steps.
     """
-    own, place = tuple(folder.steps()), f"--run-dir {folder.path}"
+    own, place = tuple(folder.list_step_folders()), f"--run-dir {folder.path}"
     names_checkpoint = config.resume not in NO_CHECKPOINT
     if launched is None and (own or folder.metrics.exists()):
         raise UserError(f"{place} holds a run without its config.json; use another --run-dir")

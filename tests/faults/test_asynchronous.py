@@ -76,8 +76,8 @@ def test_a_writer_that_fails_is_every_ranks_failure_at_the_same_step(tiny: Confi
     step, told = answers[0]
     assert "the checkpoint of step 4 cannot be saved: File too large; raise the limit" in told
     assert 4 <= step <= 6
-    assert [path.name for path in RunFolder(tmp_path / "run").committed()] == ["step_00000002"]
-    verify(RunFolder(tmp_path / "run").checkpoint_at(2))
+    assert [path.name for path in RunFolder(tmp_path / "run").list_checkpoints()] == ["step_00000002"]
+    verify(RunFolder(tmp_path / "run").checkpoint_path(2))
 
 
 SLOW = """
@@ -127,5 +127,5 @@ def test_a_second_interrupt_does_not_wait_for_the_disk(tiny: Configure, tmp_path
     assert process.returncode == 130, told
     assert time.monotonic() - started < 5
     assert "Traceback" not in told
-    assert [path.name for path in RunFolder(tmp_path / "run").committed()] == ["step_00000002"]
-    verify(RunFolder(tmp_path / "run").checkpoint_at(2))
+    assert [path.name for path in RunFolder(tmp_path / "run").list_checkpoints()] == ["step_00000002"]
+    verify(RunFolder(tmp_path / "run").checkpoint_path(2))
