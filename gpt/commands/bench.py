@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from gpt.commands.output import build_console, print_json
 from gpt.configs.base import Config
-from gpt.configs.cli import PresetOverrides, parse, parse_over_preset
+from gpt.configs.cli import JsonOutput, PresetOverrides, parse, parse_over_preset
 from gpt.configs.data_config import Sources
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import RunPlan
@@ -35,7 +36,7 @@ SPEEDRUN_LOSS = 1.88
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
-class BenchCommand(PresetOverrides):
+class BenchCommand(JsonOutput, PresetOverrides):
     """Measure a training step of a preset on synthetic tokens; every value below is the preset's.
 
     gpt bench speedrun measures a whole run on a text file.
@@ -43,8 +44,6 @@ class BenchCommand(PresetOverrides):
 
     steps: int = Field(10, ge=1, le=1_000_000)
     """Steps to measure, twice: without a break, and with a clock between their phases."""
-    as_json: bool = Field(False, alias="json")
-    """Print the figures as one JSON object."""
 
 
 class SpeedrunText(Config):
@@ -54,12 +53,10 @@ class SpeedrunText(Config):
     """Text file of tinyshakespeare."""
 
 
-class SpeedrunCommand(Config):
+class SpeedrunCommand(JsonOutput):
     """Measure a run of the preset speedrun-char, from the start of its process to its end."""
 
     data: SpeedrunText = SpeedrunText()
-    as_json: bool = Field(False, alias="json")
-    """Print the figures as one JSON object."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -233,13 +230,12 @@ def _bench_speedrun(command: SpeedrunCommand, *flags: str) -> int:
 
 def _print_figures(rows: Mapping[str, str], figures: Mapping[str, Any], *, as_json: bool) -> None:
     """Print a table for people, or one JSON object for programs."""
-    if as_json:
-        print(json.dumps(figures))
-        return
-    from rich.console import Console
     from rich.table import Table
 
+    if as_json:
+        print_json(dict(figures))
+        return
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table, markup=False, highlight=False, soft_wrap=True)
+    build_console().print(table)

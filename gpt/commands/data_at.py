@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from gpt.commands.output import print_json
 from gpt.configs.base import MAX_COUNT
 from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.configs.load import load_config
@@ -36,7 +37,6 @@ def run(argv: Sequence[str]) -> int:
     command = parse(DataAtCommand, argv, prog="gpt data-at")
 
     from gpt.checkpoint.run_folder import RunFolder
-    from gpt.commands.output import print_json
 
     batch = describe_batch(RunFolder(command.run_dir), command.step)
     if command.as_json:
