@@ -135,9 +135,9 @@ DECEITFUL: dict[str, tuple[Callable[[Path], None], str]] = {
     "deep progress": (with_text(PROGRESS, "[" * 10**5), "not valid JSON"),
     "progress of another kind": (with_text(PROGRESS, "[1]"), "not a JSON object"),
     "a step before the first": (with_progress(step=-1), "progress is damaged: step is -1"),
-    "a scaler of another kind": (with_progress(scaler=3), "is no checkpoint of this program's"),
-    "a scaler without its scale": (with_progress(scaler={"_growth_tracker": 1}), "is no checkpoint of this program's"),
-    "observers of another kind": (with_progress(observers=[1]), "is no checkpoint of this program's"),
+    "a scaler of another kind": (with_progress(scaler=3), "not a checkpoint of this program"),
+    "a scaler without its scale": (with_progress(scaler={"_growth_tracker": 1}), "not a checkpoint of this program"),
+    "observers of another kind": (with_progress(observers=[1]), "not a checkpoint of this program"),
 }
 
 
