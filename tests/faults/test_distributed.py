@@ -157,7 +157,7 @@ def test_a_killed_rank_is_started_again_and_no_bit_is_lost(runs: Runs) -> None:
         launch.wait_for(lambda: runs.steps("killed") >= INJECTED_AT)
         os.kill(launch.worker(1), signal.SIGKILL)
         assert launch.end() == 0, launch.output
-    assert "continuing from" in launch.output
+    assert "resuming from" in launch.output
     runs.require_same_bits("killed")
 
 
@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_is_named_at_the_step_timeout_and_started_again(runs: 
         launch.wait_for_text("closing signal SIGTERM")
         os.kill(hung, signal.SIGKILL)  # as torchrun does half a minute later
         assert launch.end() == 0, launch.output
-    assert "continuing from" in launch.output
+    assert "resuming from" in launch.output
     runs.require_same_bits("hung")
 
 

@@ -186,7 +186,7 @@ def test_without_rollback_a_spike_is_only_logged(tiny: Configure, tmp_path: Path
 
 def test_a_run_goes_back_from_data_that_stay_bad_only_so_often(tiny: Configure, tmp_path: Path) -> None:
     config = tiny(tmp_path, spike={"window": 16, "rollback": True, "max_rollbacks": 2}, **SETTINGS)
-    with pytest.raises(UserError, match=r"went back 2 times already"):
+    with pytest.raises(UserError, match=r"was rolled back 2 times before"):
         garbled(config, *range(GARBLED, 40)).train()
     (last,) = RunFolder(tmp_path).list_checkpoints()[-1:]
     verify(last)
@@ -349,7 +349,7 @@ def test_a_run_whose_checkpoints_are_all_gone_says_so(tiny: Configure, tmp_path:
 
     trainer = garbled(tiny(tmp_path, spike={"window": 16, "rollback": True}, **SETTINGS), GARBLED)
     trainer.attach(Removing())
-    with pytest.raises(UserError, match="there is no sound checkpoint up to step 24 to go back to"):
+    with pytest.raises(UserError, match="no valid checkpoint up to step 24 is left to roll back to"):
         trainer.train()
 
 

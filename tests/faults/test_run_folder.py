@@ -187,7 +187,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
         capsys.readouterr()
     step = RunFolder(run).list_checkpoints()[-1].name.removeprefix("step_")
     assert main([*here, *ENDLESS, "--max-steps", str(int(step) + 1)]) == 0
-    assert "continuing from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
 
 
 def torchrun(*arguments: str) -> list[str]:
@@ -244,7 +244,7 @@ def test_where_ranks_see_different_checkpoints_rank_0_decides(
     )  # fmt: skip
     if works:
         assert done.returncode == 0, done.stderr
-        assert "continuing from run/checkpoints/step_00000002" in done.stdout
+        assert "resuming from run/checkpoints/step_00000002" in done.stdout
         assert [step for step, _ in losses(tmp_path / "0/run")] == [1, 2, 3, 4, 5]
     else:
         assert done.returncode != 0
