@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,7 +42,7 @@ from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
 from gpt.utils.folder_lock import hold_lock
-from gpt.utils.helper import format_si, plural, unique_names
+from gpt.utils.helper import format_si, plural, sha256_of_file, unique_names
 from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,30 @@ class PreparationPlan:
     sources: tuple[Source, ...]
     roles: tuple[Role | None, ...]
     """Split that each source belongs to; None holds out some of its documents."""
-    settings: dict[str, Any]
-    """All other settings that decide the content of the folder."""
-    config: PreparationConfig
+    tokenizer: str
+    """byte, char, bpe, gpt2, or the path of a tokenizer.json."""
+    tokenizer_file_sha256: str | None
+    """Digest of the tokenizer.json; None without one."""
+    vocab_size: int
+    """Size that bpe is trained to."""
+    text_field: str
+    on_error: Literal["raise", "skip"]
+    val_fraction: float
+    deduplicate: bool
+    n_workers: int
+    """Processes at most; does not change the result."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the content of the folder, besides the sources."""
+        settings = {
+            "tokenizer": self.tokenizer_file_sha256 or self.tokenizer,
+            "text_field": self.text_field,
+            "on_error": self.on_error,
+            "val_fraction": self.val_fraction,
+            "deduplicate": self.deduplicate,
+        }
+        return settings | ({"vocab_size": self.vocab_size} if self.tokenizer == "bpe" else {})
 
     @property
     def names(self) -> list[str]:
@@ -100,18 +121,19 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
     train_role: Role | None = None if config.val_fraction and not config.val_source else "train"
     found = [(find_source(source), train_role) for source in sources]
     found += [(find_source(source, "--data.val-source"), "val") for source in config.val_source]
-    settings: dict[str, Any] = {
-        "tokenizer": config.tokenizer,
-        "text_field": config.text_field,
-        "on_error": config.on_error,
-        "val_fraction": 0.0 if config.val_source else config.val_fraction,
-        "deduplicate": config.deduplicate,
-    }
-    if config.tokenizer == "bpe":
-        settings["vocab_size"] = config.vocab_size
-    elif Path(config.tokenizer).is_file():
-        settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
-    return PreparationPlan(tuple(source for source, _ in found), tuple(role for _, role in found), settings, config)
+    tokenizer_file = Path(config.tokenizer)
+    return PreparationPlan(
+        sources=tuple(source for source, _ in found),
+        roles=tuple(role for _, role in found),
+        tokenizer=config.tokenizer,
+        tokenizer_file_sha256=sha256_of_file(tokenizer_file) if tokenizer_file.is_file() else None,
+        vocab_size=config.vocab_size,
+        text_field=config.text_field,
+        on_error=config.on_error,
+        val_fraction=0.0 if config.val_source else config.val_fraction,
+        deduplicate=config.deduplicate,
+        n_workers=config.workers or usable_cores(),
+    )
 
 
 def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
@@ -162,11 +184,11 @@ class _Preparation:
         self._folder, self._plan = folder, plan
         self._job = Job(
             folder=str(folder),
-            text_field=plan.config.text_field,
-            skip_bad=plan.config.on_error == "skip",
-            val_fraction=plan.config.val_fraction,
+            text_field=plan.text_field,
+            skip_bad=plan.on_error == "skip",
+            val_fraction=plan.val_fraction,
             corpus_bytes=plan.size,
-            deduplicate=plan.config.deduplicate,
+            deduplicate=plan.deduplicate,
         )
 
     def claim(self) -> None:
@@ -204,14 +226,14 @@ class _Preparation:
 
     def _count_workers(self) -> int:
         """Return the number of workers: as configured, and no more than parts, if sizes of files give their number."""
-        n_workers = self._plan.config.workers or usable_cores()
+        n_workers = self._plan.n_workers
         if any(file.kind in ("dataset", "hub") for source in self._plan.sources for file in source.files):
             return n_workers
         return min(n_workers, -(-self._plan.size // PART_BYTES))
 
     def _build_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that the settings name; None if it is learned from the corpus."""
-        kind = self._plan.config.tokenizer
+        kind = self._plan.tokenizer
         if kind not in LEARNED_KINDS:
             return self._save_tokenizer(lambda: build_tokenizer(kind))
         for file in (file for source in self._plan.sources for file in source.files):
@@ -258,8 +280,8 @@ class _Preparation:
         )
 
     def _learn_tokenizer(self, parts: Sequence[Part]) -> Tokenizer:
-        if self._plan.config.tokenizer == "bpe":
-            return learn_bpe_tokenizer(parts, self._read_splits, self._plan.config.vocab_size)
+        if self._plan.tokenizer == "bpe":
+            return learn_bpe_tokenizer(parts, self._read_splits, self._plan.vocab_size)
         tokenizer = learn_char_tokenizer(parts, self._read_splits)
         if tokenizer is None:
             raise _no_text_error(", ".join(self._plan.names))
