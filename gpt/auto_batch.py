@@ -12,8 +12,8 @@ from gpt.configs.batch_plan import find_divisors
 from gpt.configs.run_plan import RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.machine.memory import max_size_by_measure, max_size_by_trial
-from gpt.machine.resources import memory_to_plan_with
+from gpt.machine.memory import extrapolate_max_size, search_max_size
+from gpt.machine.resources import find_memory_budget
 from gpt.models.gpt import GPT
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.utils.distributed import DistContext
@@ -88,11 +88,11 @@ def max_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> in
     optimizer_bytes = 2 * weight_bytes  # AdamW; Muon needs less
     if dist.device.type == "cuda":
         margin = int(GPU_MEMORY_MARGIN * torch.cuda.mem_get_info(dist.device)[1])
-        size = max_size_by_trial(accumulate_twice, sizes, reserved=optimizer_bytes + margin, device=dist.device)
+        size = search_max_size(accumulate_twice, sizes, reserved=optimizer_bytes + margin, device=dist.device)
     else:
         gradient_bytes = weight_bytes
-        room = memory_to_plan_with() // local_world_size() - weight_bytes - gradient_bytes - optimizer_bytes
-        fitting = max_size_by_measure(lambda n: forward(n).backward(), sizes, room)
+        room = find_memory_budget() // local_world_size() - weight_bytes - gradient_bytes - optimizer_bytes
+        fitting = extrapolate_max_size(lambda n: forward(n).backward(), sizes, room)
         size = min(fitting, max(1, MAX_CPU_TOKENS // plan.batch.block_size))
     size = dist.min(size)
     if size == 0:

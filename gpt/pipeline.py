@@ -25,7 +25,7 @@ from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import peak_memory
-from gpt.machine.peak_flops import measured_peak_flops
+from gpt.machine.peak_flops import load_or_measure_peak_flops
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
@@ -147,7 +147,7 @@ def build_loop(
     """Build the Trainer with its meter and logger; nothing is attached."""
     dist, plan = run.dist, run.plan
     peak_flops = dist.on_main(
-        lambda: measured_peak_flops(dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir)
+        lambda: load_or_measure_peak_flops(dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir)
     )
     meter = Meter(
         plan.batch.tokens_per_step,

@@ -23,7 +23,7 @@ AUTO = {"micro_batch_size": "auto", "tokens_per_step": 12 * 16}
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Set the bytes of memory that the run may plan with."""
-    return lambda size: monkeypatch.setattr(auto_batch, "memory_to_plan_with", lambda: size)
+    return lambda size: monkeypatch.setattr(auto_batch, "find_memory_budget", lambda: size)
 
 
 def resolve_size(config: TrainConfig) -> int:

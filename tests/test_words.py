@@ -17,7 +17,7 @@ CODE = ("gpt", "tests", "benchmarks", "hatch_build.py")
 DOCUMENTS = ("README.md", "AGENTS.md", "CONTRIBUTING.md", "docs")
 NOT_YET: tuple[str, ...] = (
     *("gpt/run.py", "gpt/pipeline.py", "gpt/auto_batch.py", "gpt/resume", "gpt/models", "gpt/ops", "gpt/optim"),
-    *("gpt/parallel", "gpt/configs", "gpt/checkpoint", "gpt/utils", "gpt/machine", "gpt/data", "gpt/commands"),
+    *("gpt/parallel", "gpt/configs", "gpt/data", "gpt/commands"),
     *("gpt/training", "gpt/evaluation", "gpt/inference", "gpt/verification", "gpt/main.py", "gpt/errors.py"),
     *("tests", "docs/reliability.md"),
 )

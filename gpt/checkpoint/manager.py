@@ -13,9 +13,9 @@ from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manifest import VAL_LOSS, read_checkpoint_manifest, verify
 from gpt.checkpoint.newest import find_newest_valid
 from gpt.checkpoint.retention import steps_to_keep
-from gpt.checkpoint.run_folder import RunFolder, step_of
+from gpt.checkpoint.run_folder import RunFolder, parse_step
 from gpt.checkpoint.staging import Staging
-from gpt.checkpoint.store import Snapshot, take_snapshot, verify_and_load, write_checkpoint
+from gpt.checkpoint.store import Snapshot, load_checkpoint, take_snapshot, verify_and_load, write_checkpoint
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import make_folder, remove_folder
@@ -60,7 +60,8 @@ class CheckpointManager:
         self._folder, self._config, self._config_json, self._dist = folder, config, config_json, dist
         self._resumed_at = resumed_at
         self._written: set[int] = set()
-        self._losses = {step: loss for step, loss in dist.on_main(self._read_losses) if step <= resumed_at}
+        losses = dist.on_main(self._read_losses) if config.keep_best else []  # what only keep_best compares
+        self._losses = {step: loss for step, loss in losses if step <= resumed_at}
         self._staging = Staging()
         self._writer: _Writer | None = None
         self._in_flight: tuple[int, Path] | None = None
@@ -77,7 +78,7 @@ class CheckpointManager:
         """
         self._settle()
         step = state.progress.step
-        path = self._folder.checkpoint_at(step)
+        path = self._folder.checkpoint_path(step)
         if math.isfinite(loss := metrics.get(VAL_LOSS, math.nan)):
             self._losses[step] = loss
         if self._config.asynchronous:
@@ -123,7 +124,8 @@ class CheckpointManager:
         if found is None:
             return None
         path = Path(found)
-        verify_and_load(path, state)
+        load = load_checkpoint if self._dist.is_main else verify_and_load  # rank 0 has just verified it
+        self._dist.on_every_rank(lambda: load(path, state))
         step = state.progress.step
         self._dist.on_main(lambda: self._remove_later_than(step))
         self._resumed_at = step
@@ -177,7 +179,7 @@ class CheckpointManager:
             raise UserError(f"{self._folder.path}: a checkpoint cannot be written: {reason}") from writer.failure
 
     def _commit(self, step: int, snapshot: Snapshot) -> None:
-        path = self._folder.checkpoint_at(step)
+        path = self._folder.checkpoint_path(step)
         try:
             if not self._is_committed(path):
                 make_folder(path.parent)
@@ -216,7 +218,7 @@ class CheckpointManager:
             UserError: there is still too little space.
         """
         parent = self._folder.checkpoints
-        newest = self._folder.checkpoint_at(max(self._own_steps(step), default=-1))
+        newest = self._folder.checkpoint_path(max(self._own_steps(step), default=-1))
         for stale in self._prunable(step):
             if shutil.disk_usage(parent).free < needed and stale != newest:
                 remove_folder(stale)
@@ -243,7 +245,7 @@ class CheckpointManager:
         ]
 
     def _steps(self) -> list[tuple[int, Path]]:
-        return [(step_of(path), path) for path in self._folder.committed()]
+        return [(parse_step(path), path) for path in self._folder.list_checkpoints()]
 
     def _read_losses(self) -> list[tuple[int, float]]:
         losses = []

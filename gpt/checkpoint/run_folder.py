@@ -33,22 +33,22 @@ class RunFolder:
         self.trace = path / "trace.json"
         self.checkpoints = path / "checkpoints"
 
-    def checkpoint_at(self, step: int) -> Path:
+    def checkpoint_path(self, step: int) -> Path:
         """Return the path of the checkpoint of `step`, whether it exists or not."""
         return self.checkpoints / f"step_{step:08d}"
 
-    def steps(self) -> list[Path]:
+    def list_step_folders(self) -> list[Path]:
         """Return the folders with the name of a checkpoint, oldest first, whether they hold one or not."""
         if not self.checkpoints.is_dir():
             return []
         found = (path for path in self.checkpoints.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
-        return sorted(found, key=step_of)
+        return sorted(found, key=parse_step)
 
-    def committed(self) -> list[Path]:
+    def list_checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
-        return [path for path in self.steps() if (path / CHECKPOINT_MANIFEST).exists()]
+        return [path for path in self.list_step_folders() if (path / CHECKPOINT_MANIFEST).exists()]
 
-    def evaluated_at(self, step: int) -> bool:
+    def has_evaluation(self, step: int) -> bool:
         """Return whether metrics.jsonl holds an evaluation of `step`."""
         records = read_jsonl(self.metrics)
         return any(record.get("step") == step and VAL_LOSS in record for record in records)
@@ -68,7 +68,7 @@ class RunFolder:
             raise UserError(f"{checkpoint}: cannot be renamed to {unused.name}: {error.strerror}") from error
         return unused
 
-    def to_record(self, config: TrainConfig, origin: Path | None) -> TrainConfig:
+    def record_origin(self, config: TrainConfig, origin: Path | None) -> TrainConfig:
         """Return the configuration for config.json, which names the checkpoint that the run started from.
 
         Args:
@@ -82,7 +82,7 @@ class RunFolder:
         return config.model_copy(update={"resume": began})
 
 
-def step_of(checkpoint: Path) -> int:
+def parse_step(checkpoint: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
@@ -99,13 +99,13 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
     """
     if (path / CHECKPOINT_MANIFEST).exists():
         return path
-    committed = RunFolder(path).committed()
+    committed = RunFolder(path).list_checkpoints()
     if not committed:
         reason = "holds no checkpoint" if path.exists() else "no such folder"
         raise UserError(f"{flag} {path}: {reason}; name a run's folder or one of its checkpoints/step_XXXXXXXX")
     return committed[-1]
 
 
-def run_of(checkpoint: Path) -> RunFolder:
+def find_run(checkpoint: Path) -> RunFolder:
     """Return the run that a checkpoint belongs to."""
     return RunFolder(checkpoint.resolve().parent.parent)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from gpt.commands.output import build_console, print_json
 from gpt.configs.base import Config
-from gpt.configs.cli import PresetOverrides, parse, parse_over_preset
+from gpt.configs.cli import JsonOutput, PresetOverrides, parse, parse_over_preset
 from gpt.configs.data_config import Sources
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import RunPlan
@@ -35,7 +36,7 @@ SPEEDRUN_LOSS = 1.88
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
-class BenchCommand(PresetOverrides):
+class BenchCommand(JsonOutput, PresetOverrides):
     """Measure a training step of a preset on synthetic tokens; every value below is the preset's.
 
     gpt bench speedrun measures a whole run on a text file.
@@ -43,8 +44,6 @@ class BenchCommand(PresetOverrides):
 
     steps: int = Field(10, ge=1, le=1_000_000)
     """Steps to measure, twice: without a break, and with a clock between their phases."""
-    as_json: bool = Field(False, alias="json")
-    """Print the figures as one JSON object."""
 
 
 class SpeedrunText(Config):
@@ -54,12 +53,10 @@ class SpeedrunText(Config):
     """Text file of tinyshakespeare."""
 
 
-class SpeedrunCommand(Config):
+class SpeedrunCommand(JsonOutput):
     """Measure a run of the preset speedrun-char, from the start of its process to its end."""
 
     data: SpeedrunText = SpeedrunText()
-    as_json: bool = Field(False, alias="json")
-    """Print the figures as one JSON object."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -74,8 +71,8 @@ def _bench_step(command: BenchCommand) -> int:
     from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
     from gpt.machine.cpu_runtime import set_up_cpu
     from gpt.machine.flops import flops_per_token
-    from gpt.machine.hardware import find_device, machine_facts
-    from gpt.machine.peak_flops import measured_peak_flops
+    from gpt.machine.hardware import detect_machine, find_device
+    from gpt.machine.peak_flops import load_or_measure_peak_flops
     from gpt.utils.distributed import DistContext
 
     device = find_device(command.device)
@@ -83,13 +80,14 @@ def _bench_step(command: BenchCommand) -> int:
     config = _without_sources(command.as_train_config())
     runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     corpus = CorpusFacts(_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
-    facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
+    facts = replace(detect_machine(device, dist.world_size), runtime=runtime)
     machine = MachineFacts(**dist.broadcast(asdict(facts)))
     plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
     measured = _measure(config, plan, dist, command.steps)
     peak = dist.on_main(
         lambda: (
-            measured_peak_flops(dist.device, machine.device_name, plan.dtype, config.data.cache_dir) * dist.world_size
+            load_or_measure_peak_flops(dist.device, machine.device_name, plan.dtype, config.data.cache_dir)
+            * dist.world_size
         )
     )
     flops = flops_per_token(plan.model) * plan.batch.tokens_per_step
@@ -148,7 +146,7 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     from gpt.data.data_loader import DataLoader
     from gpt.data.synthetic import SyntheticTokens
     from gpt.machine.hardware import peak_memory
-    from gpt.machine.peak_flops import own_rate, synchronize
+    from gpt.machine.peak_flops import measure_model_flops, synchronize
     from gpt.pipeline import build_state, build_train_step
     from gpt.training.step_timer import StepTimer
 
@@ -177,7 +175,7 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
         step_seconds, own_rates = [], []
         for step in range(WARMUP_STEPS, WARMUP_STEPS + steps):
             step_seconds.append(seconds_of(step))
-            own = dist.on_main(lambda: own_rate(dist.device, getattr(torch, plan.dtype), plan.model, rows))
+            own = dist.on_main(lambda: measure_model_flops(dist.device, getattr(torch, plan.dtype), plan.model, rows))
             own_rates.append(own * dist.world_size)
         timer.synchronizes = True
         laps = [phases_of(step) for step in range(WARMUP_STEPS + steps, WARMUP_STEPS + 2 * steps)]
@@ -232,13 +230,12 @@ def _bench_speedrun(command: SpeedrunCommand, *flags: str) -> int:
 
 def _print_figures(rows: Mapping[str, str], figures: Mapping[str, Any], *, as_json: bool) -> None:
     """Print a table for people, or one JSON object for programs."""
-    if as_json:
-        print(json.dumps(figures))
-        return
-    from rich.console import Console
     from rich.table import Table
 
+    if as_json:
+        print_json(dict(figures))
+        return
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table, markup=False, highlight=False, soft_wrap=True)
+    build_console().print(table)

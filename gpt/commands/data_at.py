@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from gpt.commands.output import print_json
 from gpt.configs.base import MAX_COUNT
 from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.configs.load import load_config
@@ -36,7 +37,6 @@ def run(argv: Sequence[str]) -> int:
     command = parse(DataAtCommand, argv, prog="gpt data-at")
 
     from gpt.checkpoint.run_folder import RunFolder
-    from gpt.commands.output import print_json
 
     batch = describe_batch(RunFolder(command.run_dir), command.step)
     if command.as_json:
@@ -105,7 +105,7 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
-    checkpoints = folder.committed()
+    checkpoints = folder.list_checkpoints()
     identity = read_json(checkpoints[-1] / PROGRESS)["identity"] if checkpoints else {}
     tokens_per_step = identity.get("--tokens-per-step", config.tokens_per_step)
     if not tokens_per_step:

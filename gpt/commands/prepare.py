@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from gpt.commands.output import build_console, print_json
 from gpt.configs.base import FilePath
 from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.configs.data_config import PreparationConfig
@@ -32,7 +33,6 @@ def run(argv: Sequence[str]) -> int:
     """Parse the flags, then prepare or inspect a folder."""
     command = parse(PrepareCommand, argv, prog="gpt prepare")
 
-    from gpt.commands.output import build_console, print_json
     from gpt.utils.helper import printable
 
     try:

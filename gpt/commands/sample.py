@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gpt.commands.output import print_json
 from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.configs.observer_config import SampleConfig
 from gpt.utils.helper import printable
@@ -30,7 +31,6 @@ def run(argv: Sequence[str]) -> int:
     """Parse the flags, load the model, and print the text while it is generated."""
     command = parse(SampleCommand, argv, prog="gpt sample")
 
-    from gpt.commands.output import print_json
     from gpt.inference.generate import generate
     from gpt.inference.load import load_for_inference
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+from gpt.commands.output import build_console, print_json
 from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.errors import UserError
 
@@ -34,8 +35,6 @@ class Verdict:
 def run(argv: Sequence[str]) -> int:
     """Verify and print every checkpoint; return 1 if one is damaged."""
     command = parse(VerifyCommand, argv, prog="gpt verify")
-
-    from gpt.commands.output import print_json
 
     verdicts = verify_checkpoints(command.run_dir)
     counts = {state: sum(verdict.state == state for verdict in verdicts) for state in (OK, DAMAGED, UNFINISHED)}
@@ -87,7 +86,6 @@ def _measure_size(path: Path) -> int:
 def _print_table(verdicts: Sequence[Verdict], counts: dict[str, int]) -> None:
     from rich.table import Table
 
-    from gpt.commands.output import build_console
     from gpt.utils.helper import format_si, plural, printable
 
     console = build_console()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from gpt.commands.output import build_console, print_json
 from gpt.configs.cli import JsonOutput, PresetOverrides, has_flag, parse_over_preset
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
@@ -99,8 +100,6 @@ def run(argv: Sequence[str]) -> int:
     if sys.platform != "linux":
         raise UserError(f"verify-resume needs Linux, whose /proc lists the processes to kill; this is {sys.platform}")
     sets_length = command.config is not None or any(has_flag(argv, name) for name in HORIZON)
-
-    from gpt.commands.output import build_console, print_json
 
     console = build_console(stderr=command.as_json)
     config = _build_config(command, sets_length=sets_length)
@@ -230,7 +229,7 @@ def _outline_run(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     unused = reference.path.with_name("planned")
     with open_run(config.model_copy(update={"run_dir": unused, "micro_batch_size": 1}), dry_run=True) as planned:
         per_epoch = planned.plan.windows_per_epoch
-    progress = read_json(reference.committed()[-1] / PROGRESS)
+    progress = read_json(reference.list_checkpoints()[-1] / PROGRESS)
     per_step = progress["tokens"] // progress["step"] // config.model.block_size
     return RunOutline(
         first_step=steps[0] - 1,

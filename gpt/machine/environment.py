@@ -17,7 +17,7 @@ PACKAGE = Path(gpt.__file__).parent
 LIBRARIES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
 
 
-def environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
+def describe_environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
     """Return versions, hardware, the commit of the code, and the settings of the process.
 
     Args:
@@ -25,7 +25,7 @@ def environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
     """
     return {
         "gpt-training-pipeline": gpt.__version__,
-        "git_commit": git_commit(),
+        "git_commit": find_git_commit(),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "platform": platform.platform(),
@@ -39,7 +39,7 @@ def environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
     }
 
 
-def git_commit() -> str | None:
+def find_git_commit() -> str | None:
     """Return the commit of the package's files, marked "-dirty" if they differ from it; None outside their checkout."""
 
     def git(*arguments: str) -> str:

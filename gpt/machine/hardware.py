@@ -31,7 +31,7 @@ def find_device(wanted: str) -> str:
     return wanted
 
 
-def machine_facts(device: str, world_size: int) -> MachineFacts:
+def detect_machine(device: str, world_size: int) -> MachineFacts:
     """Return the facts of this machine that a plan depends on."""
     if device == "cuda":
         return MachineFacts(

@@ -45,7 +45,7 @@ class LiveMemory(TorchDispatchMode):
         self.now += size
 
 
-def max_size_by_measure(attempt: Callable[[int], None], sizes: Sequence[int], room: int) -> int:
+def extrapolate_max_size(attempt: Callable[[int], None], sizes: Sequence[int], room: int) -> int:
     """Return the largest size whose tensors fit into `room`, extrapolated from the peaks of sizes 1 and 2.
 
     For devices where running out of memory ends the process.
@@ -66,7 +66,7 @@ def max_size_by_measure(attempt: Callable[[int], None], sizes: Sequence[int], ro
     return max((size for size in sizes if peak_1 + (size - 1) * (peak_2 - peak_1) <= room), default=0)
 
 
-def max_size_by_trial(
+def search_max_size(
     attempt: Callable[[int], None], sizes: Sequence[int], *, reserved: int, device: torch.device
 ) -> int:
     """Return the largest size at which `attempt` does not run out of a GPU's memory, by binary search.

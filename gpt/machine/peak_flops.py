@@ -31,7 +31,7 @@ MIN_JOINT_SHARE = 0.5
 """Joint FLOP/s of all threads, as a share of what they reach one by one, below which other programs must be running."""
 
 
-def measured_peak_flops(device: torch.device, device_name: str, dtype: str, cache_dir: Path) -> float:
+def load_or_measure_peak_flops(device: torch.device, device_name: str, dtype: str, cache_dir: Path) -> float:
     """Return the device's peak FLOP/s, which is measured once and cached for later runs.
 
     Args:
@@ -55,7 +55,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return _measure_undisturbed(lambda: _measure_square_matmuls(device, dtype), device)
 
 
-def own_rate(device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: int) -> float:
+def measure_model_flops(device: torch.device, dtype: torch.dtype, model: GPTConfig, rows: int) -> float:
     """Measure the FLOP/s of all matmuls in a model's forward and backward pass, each in its own shape.
 
     Args:

@@ -17,7 +17,7 @@ def usable_cores() -> int:
     return max(1, min(cores, round(quota))) if quota else cores
 
 
-def memory_to_plan_with() -> int:
+def find_memory_budget() -> int:
     """Return the bytes that all ranks on this machine together may plan with.
 
     A share of the total, so that equal machines plan equally, and less only if other programs use the rest.

@@ -67,7 +67,7 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def commit_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` at the end of the block; it is removed if the block raises.
 
     All files are on the disk before the rename, so a folder of this name is always complete.
@@ -96,8 +96,8 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(stale)
 
 
-def sweep(parent: Path) -> None:
-    """Remove the leftovers of `new_folder` and `remove_folder` in `parent` after a kill."""
+def remove_leftovers(parent: Path) -> None:
+    """Remove the leftovers of `commit_folder` and `remove_folder` in `parent` after a kill."""
     if parent.is_dir():
         for path in parent.iterdir():
             if is_leftover(path):
@@ -105,7 +105,7 @@ def sweep(parent: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Return whether `new_folder` or `remove_folder` is working on this folder, or was killed while it did."""
+    """Return whether `commit_folder` or `remove_folder` is working on this folder, or was killed while it did."""
     return path.name.startswith(".") and path.name.endswith((UNFINISHED_SUFFIX, REMOVED_SUFFIX))
 
 
@@ -131,7 +131,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     return (record for _, record in _lines(path))
 
 
-def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+def filter_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Keep only the wanted records of a JSONL file, in one step; a torn last line is dropped as well."""
     if path.exists():
         write_text(path, "".join(line + "\n" for line, record in _lines(path) if wanted(record)))
@@ -150,9 +150,9 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, record
 
 
-def keep_until(path: Path, step: int) -> None:
+def truncate_jsonl(path: Path, step: int) -> None:
     """Drop the records of a JSONL file that have a later step or no step."""
-    keep_jsonl(path, lambda record: isinstance(at := record.get("step"), int) and at <= step)
+    filter_jsonl(path, lambda record: isinstance(at := record.get("step"), int) and at <= step)
 
 
 def require_writable(folder: Path, flag: str) -> None:
@@ -168,7 +168,7 @@ def require_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; name another folder") from error
 
 
-def require_possible(folder: Path, flag: str) -> None:
+def require_creatable(folder: Path, flag: str) -> None:
     """Check, without writing, that `folder` is writable or could be made.
 
     Raises:

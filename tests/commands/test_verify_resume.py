@@ -42,7 +42,7 @@ def test_flipped_bit_in_the_last_weights_is_reported_and_both_runs_are_kept(
     original = kills.kill_and_resume
 
     def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[KillRecord]:
-        file = RunFolder(folder.path.with_name("reference")).committed()[-1] / "model.safetensors"
+        file = RunFolder(folder.path.with_name("reference")).list_checkpoints()[-1] / "model.safetensors"
         tensors = load_file(file)
         tensors["wpe.weight"].view(torch.int32)[7, 3] ^= 1
         save_file(tensors, file)

@@ -21,7 +21,7 @@ from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import verify_and_load
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
-from gpt.utils.atomic_io import sweep
+from gpt.utils.atomic_io import remove_leftovers
 from gpt.utils.distributed import DistContext
 from tests.checkpoint.test_store import make_state, trained_state
 
@@ -75,7 +75,7 @@ def fork_and_save(request: dict[str, Any]) -> tuple[int, str | None]:
 def read_valid_steps(run_dir: Path) -> list[int]:
     """Return the steps of the committed checkpoints, and assert that each is valid and holds what was saved."""
     steps = []
-    for path in RunFolder(run_dir).committed():
+    for path in RunFolder(run_dir).list_checkpoints():
         verify_and_load(path, LOADED)
         steps.append(LOADED.progress.step)
         assert bool((LOADED.model.get_parameter("wte.weight") == steps[-1]).all())
@@ -107,7 +107,7 @@ def main() -> None:
             steps: list[int] | str = read_valid_steps(Path(request["run_dir"]))
         except (UserError, AssertionError) as error:
             steps = f"{type(error).__name__}: {error}"
-        sweep(checkpoints)
+        remove_leftovers(checkpoints)
         retry_error = save({**request, "max_file_bytes": resource.RLIM_INFINITY})
         answer(
             {

@@ -133,7 +133,7 @@ class ConsoleSink(Sink):
 
     def _next_command(self, step: int) -> str:
         if step < self._plan.max_steps:
-            return "the same command continues the run"
+            return "the same command resumes the run"
         return f"try gpt sample {self._run_dir} --prompt TEXT"
 
     def _say(self, line: str) -> None:

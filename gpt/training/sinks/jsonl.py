@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt.training.events import EvalEnd, Event, MetricsReady, RolledBack, SpikeSeen, TextSampled
 from gpt.training.observer import Sink
-from gpt.utils.atomic_io import append_jsonl, keep_until
+from gpt.utils.atomic_io import append_jsonl, truncate_jsonl
 
 
 class JsonlSink(Sink):
@@ -27,7 +27,7 @@ class JsonlSink(Sink):
                 self._append(step, numbers)
             case RolledBack(to_step=to_step):
                 for records in (self._metrics, self._samples):
-                    keep_until(records, to_step)
+                    truncate_jsonl(records, to_step)
             case TextSampled(step=step, prompt=prompt, text=text):
                 append_jsonl(self._samples, {"step": step, "prompt": prompt, "text": text})
 
