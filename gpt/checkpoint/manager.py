@@ -60,7 +60,8 @@ class CheckpointManager:
         self._folder, self._config, self._config_json, self._dist = folder, config, config_json, dist
         self._resumed_at = resumed_at
         self._written: set[int] = set()
-        self._losses = {step: loss for step, loss in dist.on_main(self._read_losses) if step <= resumed_at}
+        losses = dist.on_main(self._read_losses) if config.keep_best else []  # what only keep_best compares
+        self._losses = {step: loss for step, loss in losses if step <= resumed_at}
         self._staging = Staging()
         self._writer: _Writer | None = None
         self._in_flight: tuple[int, Path] | None = None

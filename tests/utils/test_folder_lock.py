@@ -33,7 +33,7 @@ sys.stdin.read()
 
 @contextmanager
 def holder(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that has the lock, and a program that it started; the holder may be gone when the block ends."""
+    """Start a process that holds the lock, and a child of it; the process may have ended when the block ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -47,7 +47,7 @@ def holder(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.communicate()
 
 
-def test_another_process_is_refused_and_told_whose_it_is(tmp_path: Path) -> None:
+def test_a_locked_folder_is_refused_and_its_holder_named(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, _):
         with pytest.raises(UserError) as error:
             lock_folder(tmp_path, "--run-dir")
@@ -58,7 +58,7 @@ def test_another_process_is_refused_and_told_whose_it_is(tmp_path: Path) -> None
         assert json.loads((tmp_path / LOCK).read_text()) == {"host": socket.gethostname(), "pid": process.pid}
 
 
-def test_a_killed_holder_leaves_no_lock_though_its_children_live(tmp_path: Path) -> None:
+def test_a_killed_holder_releases_the_lock_though_its_children_live(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, child):
         process.kill()
         process.wait()
@@ -68,7 +68,7 @@ def test_a_killed_holder_leaves_no_lock_though_its_children_live(tmp_path: Path)
     unlock_folder(tmp_path)
 
 
-def test_a_process_may_ask_again_and_gives_back_once(tmp_path: Path) -> None:
+def test_a_process_may_lock_twice_and_unlocks_once(tmp_path: Path) -> None:
     lock_folder(tmp_path, "--run-dir")
     lock_folder(tmp_path / ".." / tmp_path.name, "--run-dir")
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
@@ -102,7 +102,7 @@ else:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
 
 
-def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path: Path) -> None:
+def test_a_recreated_folder_is_locked_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for _ in range(2):
         folder.mkdir()
@@ -113,7 +113,7 @@ def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path: Path) -> None:
     unlock_folder(folder)
 
 
-def test_a_link_is_not_followed_out_of_the_folder(tmp_path: Path) -> None:
+def test_a_lock_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("x")
     (tmp_path / "run" / LOCK).symlink_to(tmp_path / "precious")
@@ -139,7 +139,7 @@ with hold_lock(path):
 
 
 def start_waiter(path: Path) -> subprocess.Popen[str]:
-    """A process that waits for the lock file `path`, or has it."""
+    """Start a process that waits for the lock file `path` or holds it."""
     process = subprocess.Popen([sys.executable, "-c", WAIT, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"

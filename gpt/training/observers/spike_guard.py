@@ -77,7 +77,7 @@ class SpikeGuard(Observer):
         self._skips = saved["skips"]
 
     def _count_skip(self, step: int, loss: float) -> bool:
-        """Count a skipped update and return True; an overflow that the scaler handles does not count."""
+        """Return whether a skipped update was counted; an overflow that the scaler handles is not."""
         if self._scaled and math.isfinite(loss):
             return False
         self._skips += 1

@@ -85,9 +85,8 @@ class ConsoleSink(Sink):
                     steps = ", ".join(map(str, skipped))
                     self._print_line(f"step {steps}: {updates} skipped: a NaN or inf in the loss or gradient")
             case SpikeSeen(step=step, loss=loss, median=median, deviations=deviations):
-                self._print_line(
-                    f"step {step}: loss {loss:.4f} is a spike, {deviations:.1f} deviations above the median {median:.4f}"
-                )
+                distance = f"{deviations:.1f} deviations above the median {median:.4f}"
+                self._print_line(f"step {step}: loss {loss:.4f} is a spike, {distance}")
             case RolledBack(step=step, to_step=to_step, reason=reason):
                 self._print_line(f"step {step}: rolled back to step {to_step}: {reason}")
             case EvalEnd(step=step, metrics=metrics):
