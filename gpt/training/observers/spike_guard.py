@@ -83,8 +83,8 @@ class SpikeGuard(Observer):
         self._skips += 1
         if self._skips >= self._config.max_skips:
             raise UserError(
-                f"step {step}: the loss or gradient of the last {self._skips} steps was not finite, so their updates were "
-                f"skipped (--spike.max-skips {self._config.max_skips}); step {step} was trained on "
+                f"step {step}: the loss or gradient of the last {self._skips} steps was not finite, so their updates "
+                f"were skipped (--spike.max-skips {self._config.max_skips}); step {step} was trained on "
                 f"{self._name_documents(step)}"
             )
         return True
