@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
+POSITIONAL = "positional"
+"""`Annotated[..., POSITIONAL]` makes a field of a command an argument without a flag."""
 MAX_COUNT = 10**15
 """Upper bound for counts of steps or tokens, far above any real run."""
 

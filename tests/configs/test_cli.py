@@ -61,6 +61,15 @@ def test_none_unsets_optional_fields(tmp_path: Path) -> None:
     assert (config.init_from, config.data.val_source) == (None, ())
 
 
+def test_optional_switch_takes_true_false_or_none() -> None:
+    assert [config_of(f"--model.qkv-bias {value}").model.qkv_bias for value in ("true", "false", "none")] == [
+        True,
+        False,
+        None,
+    ]
+    assert config_of("").model.qkv_bias is None
+
+
 def test_dry_run_is_not_part_of_the_configuration() -> None:
     command = parse_train(["debug", "--dry-run"])
     assert (command.as_train_config(), command.dry_run) == (PRESETS["debug"](), True)
@@ -114,6 +123,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
             "model: position=rotary needs an even head_dim: n_embd=36 over n_head=4 makes it 9 "
             "(nearest n_embd: 32 or 40)",
         ),
+        ("--model.qkv-bias maybe", "--model.qkv-bias maybe: expected true, false or none"),
         ("--model.mlp swigl", "--model.mlp swigl: did you mean swiglu? one of gelu, gelu_erf, relu2, swiglu"),
         ("--optimizer.name moun", "--optimizer.name moun: did you mean muon? one of adamw, muon"),
         ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr="),

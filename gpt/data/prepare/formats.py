@@ -168,7 +168,7 @@ def _line(path: Path, start: int, number: int) -> int:
     return before + number
 
 
-def row_groups(path: Path, records: Records) -> list[int]:
+def row_groups(path: Path, text_field: str) -> list[int]:
     """Bytes of each row group of a Parquet file.
 
     Raises:
@@ -176,9 +176,9 @@ def row_groups(path: Path, records: Records) -> list[int]:
     """
     with reraise_as_user_error(path):
         file = extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
-        if records.text_field not in file.schema_arrow.names:
+        if text_field not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {records.text_field!r}; --data.text-field names another of: {columns}")
+            raise UserError(f"{path}: no column {text_field!r}; --data.text-field names another of: {columns}")
         return [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
 
 

@@ -69,13 +69,13 @@ class Part:
 
 
 def cut_into_parts(
-    files: Sequence[File], records: Records, *, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
+    files: Sequence[File], text_field: str, *, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
 ) -> list[Part]:
     """The parts of a source.
 
     Args:
         files: of the source, in order.
-        records: names the text column of Parquet files.
+        text_field: column of Parquet files.
         val_fraction: of a text file larger than a part, the tail that is held out.
         role: where all of the source goes; None: both.
         tokenizer: that of token files; it names what separates their documents.
@@ -100,7 +100,7 @@ def cut_into_parts(
         else:
             for each in list(together):
                 close(each)
-            parts += _ranges(file, records, limit, val_fraction, its_role, tokenizer)
+            parts += _ranges(file, text_field, limit, val_fraction, its_role, tokenizer)
     for each in list(together):
         close(each)
     return parts
@@ -162,7 +162,7 @@ def _roles_of_texts(files: Sequence[File], limit: int, val_fraction: float) -> d
 
 
 def _ranges(
-    file: File, records: Records, limit: int, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
+    file: File, text_field: str, limit: int, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
 ) -> Iterator[Part]:
     whole = Part(file.kind, ((file.name, str(file.path)),), file.size, role=role)
     match file.kind:
@@ -173,7 +173,7 @@ def _ranges(
         case "json-lines":
             yield from _pieces(whole, _cuts(file.path, 0, file.size, limit, _line_end))
         case "parquet":
-            yield from _group_ranges(whole, row_groups(file.path, records), limit)
+            yield from _group_ranges(whole, row_groups(file.path, text_field), limit)
         case "dataset":
             for start in range(0, file.size, ROWS):
                 yield replace(whole, start=start, stop=min(start + ROWS, file.size), size=0)

@@ -40,7 +40,7 @@ def parts_of(
     tokenizer: Tokenizer | None = None,
 ) -> list[Part]:
     files = find_source(str(path)).files
-    return cut_into_parts(files, RECORDS, val_fraction=val_fraction, role=role, tokenizer=tokenizer)
+    return cut_into_parts(files, RECORDS.text_field, val_fraction=val_fraction, role=role, tokenizer=tokenizer)
 
 
 def folder(path: Path) -> Path:
