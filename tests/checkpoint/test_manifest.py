@@ -93,7 +93,7 @@ def test_the_manifest_says_what_the_bits_depend_on(tmp_path: Path) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": attention_cpu.in_use(),
+        "fused_attention": attention_cpu.is_enabled(),
         "world_size": 1,
     }
     assert content["identity"] == {"the corpus's SHA-256": "a"}
