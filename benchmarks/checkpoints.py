@@ -67,7 +67,7 @@ def _measure(folder: Path, repeats: int) -> tuple[dict[str, list[float]], int]:
     saves["asynchronous"]()  # allocates the host buffers
     costs = run_interleaved(saves, dict.fromkeys(saves, repeats))
     seconds = {f"{mode} save": values for mode, values in costs.items()}
-    [checkpoint] = RunFolder(folder / "synchronous").committed()
+    [checkpoint] = RunFolder(folder / "synchronous").list_checkpoints()
     files = [checkpoint / name for name in FILES]
     reads = {
         "verify": lambda: _time(lambda: verify(checkpoint)),

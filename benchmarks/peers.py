@@ -41,7 +41,7 @@ from benchmarks.training_peers import (
     SEED,
     Spec,
 )
-from gpt.machine.environment import environment
+from gpt.machine.environment import describe_environment
 
 MODELS = {
     "10m": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65, "batch": 8},
@@ -90,7 +90,7 @@ def main() -> None:
         "flags": f"--repeats {arguments.repeats} --steps {arguments.steps} --warmup {arguments.warmup}"
         + (f" --threads {arguments.threads}" if arguments.threads else "")
         + ("" if tuple(arguments.settings) == PEER_SETTINGS else f" --settings {shlex.join(arguments.settings)}"),
-        "machine": environment({}),
+        "machine": describe_environment({}),
         "left_out": left_out,
         "results": results,
     }

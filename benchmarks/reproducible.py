@@ -19,12 +19,12 @@ from itertools import count
 import torch
 
 from benchmarks.common import format_spread, run_interleaved
-from gpt.auto_batch import autocast_of
 from gpt.configs.presets import PRESETS
 from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.data.data_loader import DataLoader
 from gpt.data.synthetic import SyntheticTokens
 from gpt.pipeline import build_state, build_train_step
+from gpt.training.step_timer import StepTimer
 from gpt.utils.distributed import DistContext
 
 VOCAB_SIZE = 4096
@@ -92,14 +92,14 @@ def _build_step_function(
     config = config.model_copy(update={"parallel": parallel, "tokens_per_step": tokens_per_step})
     machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
     plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("synthetic tokens", 10**12),)))
-    train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), autocast_of(plan))
     tokens = SyntheticTokens(VOCAB_SIZE, block_size, document_mask=False)
+    loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
+    state, timer = build_state(config, plan, dist), StepTimer(dist.device)
+    train_step = build_train_step(config, plan, dist, state, loader, timer)
     steps = count()
-    with DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device) as loader:
-        batch = loader.get_batch(0)
 
     def take_step() -> None:
-        train_step(next(steps), batch)
+        train_step(next(steps))
 
     return take_step
 

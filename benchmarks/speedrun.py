@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import Cost, measure_program, run_interleaved
 from benchmarks.report import format_speedrun
-from gpt.machine.environment import environment
+from gpt.machine.environment import describe_environment
 
 OURS, NANOGPT = "gpt train speedrun-char", "nanoGPT"
 COMMAND = (
@@ -48,7 +48,7 @@ def main() -> None:
     result = {
         "benchmark": "speedrun",
         "flags": f"--repeats {arguments.repeats}",
-        "machine": environment({}),
+        "machine": describe_environment({}),
         "results": results,
     }
     if arguments.json:

@@ -119,11 +119,12 @@ def train_ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
     from gpt.pipeline import build_trainer
     from gpt.run import open_run
     from gpt.training.events import Event, MetricsReady, StepEnd, TrainStart
+    from gpt.training.observer import Observer
 
     class MeasuredError(Exception):
         """Raised after the last measured step, to end the run."""
 
-    class Timer:
+    class Timer(Observer):
         def on_event(self, event: Event) -> tuple[()]:
             match event:
                 case TrainStart():
@@ -135,9 +136,6 @@ def train_ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
                     if step == spec.steps:
                         raise MeasuredError
             return ()
-
-        def close(self, error: BaseException | None) -> None:
-            pass
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""How many sequences a micro-batch may have: `--micro-batch-size auto` tries the model before the plan is made."""
+"""Resolve `--micro-batch-size auto`: measure how many sequences fit in memory before the plan is final."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,8 +12,8 @@ from gpt.configs.batch_plan import find_divisors
 from gpt.configs.run_plan import RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.machine.memory import max_size_by_measure, max_size_by_trial
-from gpt.machine.resources import memory_to_plan_with
+from gpt.machine.memory import extrapolate_max_size, search_max_size
+from gpt.machine.resources import find_memory_budget
 from gpt.models.gpt import GPT
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.utils.distributed import DistContext
@@ -21,21 +21,21 @@ from gpt.utils.launch import local_world_size
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
-USEFUL_TOKENS = 4096
-"""Of a micro-batch on a CPU: more are hardly faster, see docs/EXPERIMENTS.md."""
-GPU_MARGIN = 0.05
-"""Of a GPU's memory, what stays free: an allocator's blocks do not always fit."""
+MAX_CPU_TOKENS = 4096
+"""Tokens of a micro-batch beyond which a CPU gains no speed (docs/EXPERIMENTS.md)."""
+GPU_MEMORY_MARGIN = 0.05
+"""Share of a GPU's memory to leave free, since the allocator's blocks fragment."""
 
 
-def autocast_of(plan: RunPlan) -> Autocast:
-    """The context of every forward pass, which computes in the plan's type."""
+def build_autocast(plan: RunPlan) -> Autocast:
+    """Return the context of every forward pass, which computes in the plan's dtype."""
     return partial(torch.autocast, plan.machine.device, getattr(torch, plan.dtype), enabled=plan.dtype != "float32")
 
 
 def trial_loss(
     model: nn.Module, n_sequences: int, *, block_size: int, masked: bool, device: torch.device, autocast: Autocast
 ) -> torch.Tensor:
-    """The loss of `n_sequences` that say nothing: a forward pass as in training, its graph kept."""
+    """Compute the loss of `n_sequences` of one token id, with its autograd graph, as a training step does."""
     tokens = torch.zeros((n_sequences, block_size), dtype=torch.int64, device=device)
     with autocast():
         loss: torch.Tensor = model(tokens, tokens, tokens if masked else None)
@@ -43,7 +43,7 @@ def trial_loss(
 
 
 def resolve_auto_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> RunPlan:
-    """The plan, with a micro-batch that fits where its size is left to the machine.
+    """Return the plan, with the largest micro-batch that fits if its size is auto.
 
     Raises:
         UserError: not even one sequence fits.
@@ -55,18 +55,18 @@ def resolve_auto_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistConte
 
 
 def max_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> int:
-    """The most sequences that a micro-batch may have, the same on every process.
+    """Return the largest number of sequences per micro-batch that fits on every rank.
 
-    A GPU's is found by trying. A CPU that runs out of memory ends the process, or crawls: there it is computed from
-    what one and two sequences take, and is no larger than is of use.
+    On a GPU it is found by trying. A CPU that runs out of memory kills the process or swaps, so there the size is
+    extrapolated from the memory of one and two sequences, and bounded by MAX_CPU_TOKENS.
 
     Args:
         config: of the run.
-        plan: resolved with some size.
-        dist: of the run.
+        plan: resolved with any micro-batch size.
+        dist: the ranks of the run.
 
     Raises:
-        UserError: not even one fits.
+        UserError: not even one sequence fits.
     """
     model = GPT(plan.model, seed=plan.seed).to(dist.device)
     checkpoint_activations(model.h, config.parallel.activation_checkpointing)
@@ -76,27 +76,28 @@ def max_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> in
         block_size=plan.batch.block_size,
         masked=config.data.document_mask,
         device=dist.device,
-        autocast=autocast_of(plan),
+        autocast=build_autocast(plan),
     )
 
-    def attempt(n_sequences: int) -> None:
-        for _ in range(2):  # the second has the gradients of the first beside it, as in accumulation
+    def accumulate_twice(n_sequences: int) -> None:
+        for _ in range(2):  # in the second pass the gradients of the first are in memory, too
             forward(n_sequences).backward()
 
     sizes = find_divisors(plan.batch.sequences_per_step // dist.world_size)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    states = 2 * weights  # of AdamW; Muon keeps less
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    optimizer_bytes = 2 * weight_bytes  # AdamW; Muon needs less
     if dist.device.type == "cuda":
-        kept_free = int(GPU_MARGIN * torch.cuda.mem_get_info(dist.device)[1])
-        most = max_size_by_trial(attempt, sizes, reserved=states + kept_free, device=dist.device)
+        margin = int(GPU_MEMORY_MARGIN * torch.cuda.mem_get_info(dist.device)[1])
+        size = search_max_size(accumulate_twice, sizes, reserved=optimizer_bytes + margin, device=dist.device)
     else:
-        room = memory_to_plan_with() // local_world_size() - 2 * weights - states  # weights and gradients
-        useful = max(1, USEFUL_TOKENS // plan.batch.block_size)
-        most = min(useful, max_size_by_measure(lambda n: forward(n).backward(), sizes, room))
-    most = dist.min(most)
-    if most == 0:
+        gradient_bytes = weight_bytes
+        room = find_memory_budget() // local_world_size() - weight_bytes - gradient_bytes - optimizer_bytes
+        fitting = extrapolate_max_size(lambda n: forward(n).backward(), sizes, room)
+        size = min(fitting, max(1, MAX_CPU_TOKENS // plan.batch.block_size))
+    size = dist.min(size)
+    if size == 0:
         raise UserError(
             f"--micro-batch-size auto: not even one sequence of {plan.batch.block_size} tokens fits in memory; lower "
-            "--model.block-size or the model's other sizes, or take --parallel.activation-checkpointing block"
+            "--model.block-size or the model's other sizes, or add --parallel.activation-checkpointing block"
         )
-    return most
+    return size

@@ -1,8 +1,8 @@
-"""The one kind of error that a user can cause and mend."""
+"""UserError: the error for mistakes that a user can fix."""
 
 
 class UserError(Exception):
-    """A mistake in flags, files or folders, told in one line that names the place, the value and the remedy.
+    """Mistake in flags, files or folders; its message is one line that names the place, the value and the remedy.
 
-    The command line prints the line on stderr and exits with status 2; it is never shown with a traceback.
+    The command line prints that line on stderr, without a traceback, and exits with status 2.
     """

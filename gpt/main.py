@@ -1,14 +1,14 @@
-"""The entry point: `gpt ARGS`, `python -m gpt.main ARGS` and `python gpt/main.py ARGS` are the same program."""
+"""Entry point: `gpt ARGS`, `python -m gpt.main ARGS` and `python gpt/main.py ARGS` run the same program."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__" and __package__ in (None, "") and sys.path:
-    # Run by its path, a script's own folder comes first on the import path, where `data` or `models` would shadow
-    # installed packages; the folder above it is the one that holds the package.
-    here = Path(__file__).resolve().parent
-    if Path(sys.path[0]).resolve() == here:
-        sys.path[0] = str(here.parent)
+    # Python puts a script's own folder first on the import path, where `data` or `models` would shadow installed
+    # packages. Replace it by the folder above, which holds the package.
+    package_folder = Path(__file__).resolve().parent
+    if Path(sys.path[0]).resolve() == package_folder:
+        sys.path[0] = str(package_folder.parent)
 
 import importlib
 import io
@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gpt import __version__
-from gpt.configs.cli import VERBS
+from gpt.configs.cli import VERBS, has_flag
 from gpt.configs.presets import PRESETS
 from gpt.errors import UserError
 from gpt.utils import launch
 from gpt.utils.helper import first_line, printable
 
-OTHER_RANKS_WAIT = 5.0
-"""Seconds before a rank other than the first tells of an error that perhaps it alone has seen."""
+OTHER_RANKS_DELAY_SECONDS = 5.0
+"""Delay before a rank other than 0 reports an error, in case rank 0 reports the same one."""
 
 HELP = f"""usage: gpt [VERB] [ARGS]
 
@@ -40,40 +40,42 @@ presets of gpt train:
   {", ".join(PRESETS)}
 
 examples:
-  gpt                                      train a small model on Python's own sources, in minutes
-  gpt train debug                          every part of a run, in seconds
+  gpt                                      train a small model on Python's standard library, in minutes
+  gpt train debug                          run every part of a training run, in seconds
   gpt train --data.source my_texts --run-dir runs/mine
   gpt prepare my_texts --tokenizer gpt2 --out data/mine
   gpt sample runs/quickstart --prompt "def main("
   gpt data-at runs/quickstart --step 100   the documents of a step
-  gpt verify runs/quickstart               is every checkpoint as it was written?
-  gpt verify-resume debug --kills 10       kill a run again and again: is a bit lost?
-  gpt bench quickstart                     tokens per second, and where a step's time goes
+  gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests
+  gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
+  gpt bench quickstart                     tokens per second, and the time of each part of a step
 
-gpt VERB --help lists every flag."""
+gpt VERB --help lists every flag; with --json, a command prints its result as JSON."""
 
 
 INFO_FLAGS = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}
+"""Flag -> text to print instead of running a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status: 0, 2 for what the user can mend, 130 and 143 for signals."""
-    _open_terminal()
+    """Run a command line and return its exit status: 0, 2 for a user's mistake, 130 and 143 for signals."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _set_up_output(log_to_stderr=has_flag(arguments, "json"))
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        status = _run_command(arguments)
         sys.stdout.flush()
     except UserError as error:
-        _tell(str(error))
+        _report_error(str(error))
         status = 2
-    except BrokenPipeError:  # the reader of our output has what it wanted
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         status = 0
     except OSError as error:
-        _tell(f"{error.filename or 'output'}: {error.strerror}")
+        _report_error(f"{error.filename or 'output'}: {error.strerror}")
         status = 2
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error)):
             raise
-        _tell(f"not enough memory: {first_line(error)}; lower --micro-batch-size or the sizes of the model")
+        _report_error(f"not enough memory: {first_line(error)}; lower --micro-batch-size or the sizes of the model")
         status = 2
     except KeyboardInterrupt:
         print("gpt: interrupted", file=sys.stderr)
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(arguments: list[str]) -> int:
+def _run_command(arguments: list[str]) -> int:
     if arguments and arguments[0] in INFO_FLAGS:
         print(INFO_FLAGS[arguments[0]])
         return 0
@@ -91,13 +93,18 @@ def _run(arguments: list[str]) -> int:
     return status
 
 
-def _open_terminal() -> None:
-    """Make stdout usable whatever it is; progress goes to it and warnings to stderr, from the first rank."""
-    if sys.stdout is None:  # closed by whoever started us
+def _set_up_output(*, log_to_stderr: bool) -> None:
+    """Make stdout usable and set up logging: information to stdout, warnings to stderr, below errors from rank 0 only.
+
+    Args:
+        log_to_stderr: send information to stderr, too, because stdout is for JSON.
+    """
+    if sys.stdout is None:  # the parent process has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
-    information, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without some character must not end a run
+    stream = sys.stderr if log_to_stderr else sys.stdout
+    information, warnings = logging.StreamHandler(stream), logging.StreamHandler(sys.stderr)
     information.addFilter(lambda record: record.levelno < logging.WARNING)
     warnings.setLevel(logging.WARNING)
     level = logging.INFO if launch.rank() == 0 else logging.ERROR
@@ -106,23 +113,26 @@ def _open_terminal() -> None:
 
 
 def _flush() -> None:
-    """Write out what is buffered; a reader that has left is no error, and Python must not trip over it at its end."""
+    """Flush stdout; if its reader has closed it, redirect it, so that Python's own flush at exit does not fail."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(message: str) -> None:
-    """Most mistakes are seen by every rank and told by the first; the launcher ends the others while they wait."""
+def _report_error(message: str) -> None:
+    """Print an error as one line on stderr.
+
+    Every rank sees most mistakes. Rank 0 reports them at once; the launcher then ends the other ranks in their delay.
+    """
     if launch.rank() > 0:
-        time.sleep(OTHER_RANKS_WAIT)
+        time.sleep(OTHER_RANKS_DELAY_SECONDS)
     line = printable(message).replace("\n", "\\n")
     print(f"gpt: error: {line}", file=sys.stderr)
 
 
 def program() -> NoReturn:
-    """The process: `main`, and then its end, at once."""
+    """Run `main` and end the process at once, without the teardown of the interpreter."""
     try:
         status = main()
     except Exception:

@@ -1,14 +1,15 @@
-"""The one composition of a run, in the order in which data flows.
+"""Compose a run, in the order in which data flows.
 
-layout (config, plan, corpus, tokens) -> batches -> model -> optimizer -> Trainer -> observers -> run
+plan -> loader -> model -> optimizer -> Trainer -> observers
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from rich.console import Console
 
-from gpt.auto_batch import Autocast, autocast_of, trial_loss
+from gpt.auto_batch import build_autocast, trial_loss
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.observer_config import TextSampleConfig
@@ -17,12 +18,14 @@ from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import build_sequences
 from gpt.data.data_loader import DataLoader
 from gpt.data.provenance import name_documents
+from gpt.data.sequences import TraceableSequences
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import peak_memory
-from gpt.machine.peak_flops import measured_peak_flops
+from gpt.machine.peak_flops import load_or_measure_peak_flops
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
@@ -32,17 +35,18 @@ from gpt.run import Run, write_run_files
 from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
-from gpt.training.observer import Sink
 from gpt.training.observers.eval_saver import EvalSaver
 from gpt.training.observers.profiler import Profiler
 from gpt.training.observers.replica_guard import ReplicaGuard
 from gpt.training.observers.save_timer import SaveTimer
 from gpt.training.observers.spike_guard import SpikeGuard
 from gpt.training.observers.stop_signal import StopSignal
-from gpt.training.observers.straggler_guard import OwnTime, StragglerGuard
+from gpt.training.observers.straggler_guard import StragglerGuard
 from gpt.training.observers.text_sampler import TextSampler
+from gpt.training.probes.layer_norms import LayerNorms
 from gpt.training.sinks.console import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
+from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
@@ -50,87 +54,47 @@ from gpt.utils.distributed import DistContext
 
 
 def build_trainer(run: Run, console: Console | None = None) -> Trainer:
-    """Compose the run.
+    """Compose the Trainer of a run: load the state that it starts from, then attach everything that watches it.
 
     Args:
         run: from `open_run`.
-        console: where rank 0 shows the run; None shows nothing.
+        console: shows the run on rank 0; None shows nothing.
 
     Raises:
-        UserError: a checkpoint that is damaged or does not fit.
+        UserError: the checkpoint is damaged or does not fit, or the run folder cannot be written.
     """
-    config, dist, plan, corpus = run.config, run.dist, run.plan, run.corpus
-    prompts = _prompts(config, corpus.tokenizer)
-    autocast = autocast_of(plan)
-    own_time = OwnTime(dist.device)
-
-    sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
+    config, dist, plan = run.config, run.dist, run.plan
+    timer = StepTimer(dist.device)
     journal = Journal(run.folder.journal, plan.order, run.journal, dist)
-    guard = SpikeGuard(
-        config.spike,
-        journal,
-        scaled=plan.dtype == "float16",
-        name_documents=lambda step: name_documents(
-            corpus, sequences, plan.batch, journal.quarantine.find_batch(step - 1)
-        ),
-    )
-
+    sequences = build_sequences(run.corpus, config.data, plan.batch.block_size, plan.seed)
+    loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
+    prompts = encode_prompts(config.sample.prompts, run.corpus.tokenizer)
     state = build_state(config, plan, dist)
-    state.savables["spike_guard"] = guard
+    spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal)
     restore_state(run.start, state, dist)
     write_run_files(run)
-    peak = dist.on_main(
-        lambda: measured_peak_flops(dist.device, plan.machine.device_name, plan.dtype, config.data.cache_dir)
-    )
-
-    checkpoints = CheckpointManager(
-        run.folder, config.checkpoint, config.saved_json(), dist, resumed_at=state.progress.step
-    )
-    trainer = Trainer(
-        plan,
-        state,
-        loader=DataLoader(
-            sequences,
-            plan.batch,
-            rank=dist.rank,
-            device=dist.device,
-            quarantine=journal.quarantine,
-            waiting=own_time.waiting,
-        ),
-        train_step=build_train_step(config, plan, dist, state, own_time.around(autocast)),
-        schedule=build_schedule(plan.lr, plan.max_steps),
-        meter=Meter(
-            plan.batch.tokens_per_step,
-            state.skipped_updates,
-            dist,
-            flops_per_token=flops_per_token(plan.model),
-            peak=peak * dist.world_size,
-            peak_memory=partial(peak_memory, dist.device.type),
-        ),
-        checkpoints=checkpoints,
-        journal=journal,
-        resumed_from=str(run.start.checkpoint) if run.start.checkpoint else None,
-    )
+    train_step = build_train_step(config, plan, dist, state, loader, timer)
+    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step)
+    trainer = build_loop(run, state, train_step, checkpoints, journal)
     trainer.attach(StopSignal(dist))
-    trainer.attach(guard)
-    trainer.attach(StragglerGuard(own_time, dist))
-    if dist.world_size > 1 and config.parallel.check_replicas:
-        trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
-    if config.profile.steps:
-        trainer.attach(Profiler(config.profile, run.folder.trace if dist.is_main else None))
-    if config.checkpoint.every_minutes:
-        trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
-    if corpus.val:
-        trainer.attach(Evaluator(state.model, [_val_loss(run, autocast)], plan))
-        trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
-    if prompts:
-        trainer.attach(TextSampler(state.model, corpus.tokenizer, prompts, config.sample, plan))
-    trainer.attach(Logger(_sinks(run, console)))
+    trainer.attach(spike_guard)
+    trainer.attach(StragglerGuard(timer, dist))
+    trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
+    trainer.attach(Profiler(config.profile, run.folder.trace if dist.is_main else None))
+    trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
+    trainer.attach(Evaluator(state.model, build_evaluation_tasks(run), plan))
+    trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
+    trainer.attach(TextSampler(state.model, run.corpus.tokenizer, prompts, config.sample, plan))
+    if config.log.grad_norms:
+        trainer.attach(LayerNorms())
+    trainer.attach(JsonlSink(run.folder.metrics, run.folder.samples))
+    if console:
+        trainer.attach(ConsoleSink(console, plan, run.folder.path))
     return trainer
 
 
 def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppState:
-    """The model and its optimizer, at the beginning."""
+    """Build the model with its initial weights, and its optimizer."""
     if dist.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not autocast
     model = GPT(plan.model, seed=plan.seed).to(dist.device)
@@ -147,9 +111,10 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppSta
 
 
 def build_train_step(
-    config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, autocast: Autocast
+    config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, loader: DataLoader, timer: StepTimer
 ) -> TrainStep:
-    """What updates `state`; compiles the model where that is asked for, and joins the processes."""
+    """Build the step that updates `state`: parallelize the model, and compile it if configured."""
+    autocast = build_autocast(plan)
     compile_mode = config.compile_mode if config.compile else None
     blocks = state.model.get_submodule("h").children()
     model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode)
@@ -165,45 +130,82 @@ def build_train_step(
         compile_or_fall_back(state.model, model, trial)
     return TrainStep(
         model,
-        state.optimizer,
-        state.scaler,
-        state.skipped_updates,
-        gradients=build_gradient_sync(model, dist, config.parallel),
+        state,
+        plan,
+        loader=loader,
+        schedule=build_schedule(plan.lr, plan.max_steps),
         autocast=autocast,
+        gradients=build_gradient_sync(model, dist, config.parallel),
         grad_clip=config.grad_clip,
-        seed=plan.seed,
+        timer=timer,
     )
 
 
-def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Prompts and their tokens; the default one, where the corpus lacks its characters, becomes the empty prompt."""
-    tokens: dict[str, list[int]] = {}
-    for prompt in config.sample.prompts:
-        try:
-            tokens[prompt] = tokenizer.encode_prompt(prompt)
-        except UserError as error:
-            if config.sample.prompts != TextSampleConfig().prompts:
-                raise UserError(f"--sample.prompts {prompt!r}: {error}") from error
-            tokens[""] = tokenizer.encode_prompt("")
-    return tokens
+def build_loop(
+    run: Run, state: AppState, train_step: TrainStep, checkpoints: CheckpointManager, journal: Journal
+) -> Trainer:
+    """Build the Trainer with its meter and logger; nothing is attached."""
+    dist, plan = run.dist, run.plan
+    peak_flops = dist.on_main(
+        lambda: load_or_measure_peak_flops(dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir)
+    )
+    meter = Meter(
+        plan.batch.tokens_per_step,
+        state.skipped_updates,
+        dist,
+        flops_per_token=flops_per_token(plan.model),
+        peak_flops=peak_flops * dist.world_size,
+        peak_memory=partial(peak_memory, dist.device.type),
+    )
+    return Trainer(
+        plan,
+        state,
+        train_step=train_step,
+        meter=meter,
+        checkpoints=checkpoints,
+        journal=journal,
+        logger=Logger(run.config.log.sink_timeout, is_main=dist.is_main),
+        resumed_from=str(run.start.checkpoint) if run.start.checkpoint else None,
+    )
 
 
-def _sinks(run: Run, console: Console | None) -> list[Sink]:
-    """What records the run: on rank 0 alone."""
-    if not run.dist.is_main:
+def build_spike_guard(run: Run, sequences: TraceableSequences, journal: Journal) -> SpikeGuard:
+    """Build the guard against spikes, which names the documents of a bad step."""
+
+    def name_documents_of(step: int) -> str:
+        return name_documents(run.corpus, sequences, run.plan.batch, journal.quarantine.find_batch(step - 1))
+
+    return SpikeGuard(run.config.spike, journal, scaled=run.plan.dtype == "float16", name_documents=name_documents_of)
+
+
+def build_evaluation_tasks(run: Run) -> list[EvaluationTask]:
+    """Build the tasks that score the model during the run; none without a validation set."""
+    if not run.corpus.val:
         return []
-    files = JsonlSink(run.folder.metrics, run.folder.samples)
-    return [files, ConsoleSink(console, run.plan, run.folder.path)] if console else [files]
-
-
-def _val_loss(run: Run, autocast: Autocast) -> ValLoss:
-    plan = run.plan
-    return ValLoss(
+    val_loss = ValLoss(
         run.corpus.val,
-        block_size=plan.batch.block_size,
-        batch_size=plan.batch.micro_batch_size,
-        batches=plan.eval_batches,
+        block_size=run.plan.batch.block_size,
+        batch_size=run.plan.batch.micro_batch_size,
+        batches=run.plan.eval_batches,
         masked=run.config.data.document_mask,
-        autocast=autocast,
+        autocast=build_autocast(run.plan),
         dist=run.dist,
     )
+    return [val_loss]
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Return prompt -> token ids; the default prompt becomes the empty one if the tokenizer lacks its characters.
+
+    Raises:
+        UserError: a prompt that the user gave cannot be encoded.
+    """
+    ids: dict[str, list[int]] = {}
+    for prompt in prompts:
+        try:
+            ids[prompt] = tokenizer.encode_prompt(prompt)
+        except UserError as error:
+            if tuple(prompts) != TextSampleConfig().prompts:
+                raise UserError(f"--sample.prompts {prompt!r}: {error}") from error
+            ids[""] = tokenizer.encode_prompt("")
+    return ids

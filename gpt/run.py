@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from gpt.auto_batch import resolve_auto_micro_batch
-from gpt.checkpoint.run_folder import RunFolder, run_of
+from gpt.checkpoint.run_folder import RunFolder, find_run
 from gpt.configs.batch_plan import plan_batch
 from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
-from gpt.machine.environment import environment
-from gpt.machine.hardware import find_device, machine_facts
+from gpt.machine.environment import describe_environment
+from gpt.machine.hardware import detect_machine, find_device
 from gpt.resume.compatibility import keeps_learning_rates, require_same_identity
 from gpt.resume.find import Start, claim_start
 from gpt.resume.journal import Record, collect_records
-from gpt.utils.atomic_io import append_jsonl, keep_jsonl, keep_until, write_json, write_text
+from gpt.utils.atomic_io import append_jsonl, filter_jsonl, truncate_jsonl, write_json, write_text
 from gpt.utils.distributed import DistContext
 from gpt.utils.folder_lock import unlock_folder
 
@@ -94,7 +94,7 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
     runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     device = find_device(config.device)
     dist = DistContext(device, config.parallel.step_timeout)
-    facts = replace(machine_facts(device, dist.world_size), runtime=runtime)
+    facts = replace(detect_machine(device, dist.world_size), runtime=runtime)
     return dist, MachineFacts(**dist.broadcast(asdict(facts)))
 
 
@@ -110,14 +110,14 @@ def write_run_files(run: Run) -> None:
 def _write_run_files(run: Run) -> None:
     folder = run.folder
     try:
-        write_text(folder.config, folder.to_record(run.config, run.start.checkpoint).saved_json() + "\n")
-        write_json(folder.environment, environment(run.plan.machine.runtime))
+        write_text(folder.config, folder.record_origin(run.config, run.start.checkpoint).saved_json() + "\n")
+        write_json(folder.environment, describe_environment(run.plan.machine.runtime))
         write_text(folder.tokenizer, run.corpus.tokenizer.definition)
         for records in (folder.metrics, folder.samples):
-            keep_until(records, run.start.step)
+            truncate_jsonl(records, run.start.step)
         if run.journal or folder.journal.exists():  # its last line may be torn
             write_text(folder.journal, "".join(json.dumps(record) + "\n" for record in run.journal))
-        keep_jsonl(folder.lineage, lambda record: True)  # drops a torn last line
+        filter_jsonl(folder.lineage, lambda record: True)  # drops a torn last line
         append_jsonl(folder.lineage, _lineage_record(run))
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error
@@ -125,7 +125,7 @@ def _write_run_files(run: Run) -> None:
 
 def _lineage_record(run: Run) -> dict[str, Any]:
     """Return one line of lineage.jsonl: where this launch starts, with what, and what has changed."""
-    start, machine = run.start, environment(run.plan.machine.runtime)
+    start, machine = run.start, describe_environment(run.plan.machine.runtime)
     return {
         "step": start.step,
         "checkpoint": str(start.checkpoint) if start.checkpoint else None,
@@ -173,7 +173,7 @@ def _require_same_tokenizer(plan: RunPlan, start: Start, init_from: Path) -> Non
     try:
         require_same_identity(start.identity, plan.identity, {TOKENIZER_KEY}, init_from)
     except UserError as error:
-        tokenizer = run_of(init_from).tokenizer
+        tokenizer = find_run(init_from).tokenizer
         raise UserError(
             f"--init-from {init_from} was trained with another tokenizer; add --data.tokenizer {tokenizer}"
         ) from error

@@ -124,7 +124,7 @@ def record() -> Iterator[Callable[[TrainConfig], tuple[list[float], dict[str, to
     yield train
 
 
-class LossRecorder:
+class LossRecorder(Observer):
     """Observer that records every event and every loss."""
 
     def __init__(self) -> None:

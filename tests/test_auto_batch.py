@@ -22,15 +22,15 @@ AUTO = {"micro_batch_size": "auto", "tokens_per_step": 12 * 16}
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets the bytes of memory that there are."""
-    return lambda size: monkeypatch.setattr(auto_batch, "memory_to_plan_with", lambda: size)
+    """Set the bytes of memory that the run may plan with."""
+    return lambda size: monkeypatch.setattr(auto_batch, "find_memory_budget", lambda: size)
 
 
-def size_of(config: TrainConfig) -> int:
+def resolve_size(config: TrainConfig) -> int:
     return open_run(config, dry_run=True).plan.batch.micro_batch_size
 
 
-def test_less_memory_makes_smaller_micro_batches_of_the_same_step(
+def test_less_memory_gives_smaller_micro_batches_of_the_same_step(
     tiny: Configure, tmp_path: Path, room: Callable[[int], None]
 ) -> None:
     sizes = []
@@ -47,19 +47,19 @@ def test_less_memory_makes_smaller_micro_batches_of_the_same_step(
     assert sizes[-1] == 12
 
 
-def test_activation_checkpointing_makes_room_for_more(
+def test_activation_checkpointing_fits_larger_micro_batches(
     tiny: Configure, tmp_path: Path, room: Callable[[int], None]
 ) -> None:
     settings = AUTO | {"tokens_per_step": 64 * 16}
     room(2**19)
-    lean = size_of(tiny(tmp_path, parallel={"activation_checkpointing": "block"}, **settings))
-    assert size_of(tiny(tmp_path, **settings)) < lean
+    lean = resolve_size(tiny(tmp_path, parallel={"activation_checkpointing": "block"}, **settings))
+    assert resolve_size(tiny(tmp_path, **settings)) < lean
 
 
-def test_on_a_cpu_it_is_no_larger_than_is_of_use_and_the_plan_says_so(
+def test_cpu_micro_batch_is_bounded_and_the_plan_says_so(
     tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto_batch, "USEFUL_TOKENS", 5 * 16)
+    monkeypatch.setattr(auto_batch, "MAX_CPU_TOKENS", 5 * 16)
     plan = open_run(tiny(tmp_path, **AUTO), dry_run=True).plan
     assert plan.batch.micro_batch_size == 4
     assert plan.notes == (
@@ -67,22 +67,28 @@ def test_on_a_cpu_it_is_no_larger_than_is_of_use_and_the_plan_says_so(
     )
 
 
-def test_nothing_that_fits_is_told_in_one_line(tiny: Configure, tmp_path: Path, room: Callable[[int], None]) -> None:
+def test_too_little_memory_for_one_sequence_is_one_line(
+    tiny: Configure, tmp_path: Path, room: Callable[[int], None]
+) -> None:
     room(2**15)
     with pytest.raises(UserError, match=r"--micro-batch-size auto: not even one sequence of 16 tokens fits in memory"):
         open_run(tiny(tmp_path, **AUTO), dry_run=True)
 
 
-def test_trying_changes_no_bit_of_the_run_and_resuming_keeps_the_step(
+def test_auto_size_changes_no_bit_and_resume_keeps_tokens_per_step(
     tiny: Configure, record: Record, tmp_path: Path
 ) -> None:
     settings = {"max_steps": 4, "model": {"dropout": 0.2}, "tokens_per_step": 12 * 16}
-    given = record(tiny(tmp_path / "given", micro_batch_size=12, **settings))[0]
+    fixed = record(tiny(tmp_path / "fixed", micro_batch_size=12, **settings))[0]
     auto = tiny(tmp_path / "auto", **settings | {"micro_batch_size": "auto"})
-    assert record(auto)[0] == given
+    assert record(auto)[0] == fixed
     assert json.loads((tmp_path / "auto/config.json").read_text())["micro_batch_size"] == "auto"
     assert load_config(tmp_path / "auto/config.json") == auto
-    other = settings | {"micro_batch_size": 6, "max_steps": 5, "resume_with_changes": True}  # for there is dropout
+    other = settings | {
+        "micro_batch_size": 6,
+        "max_steps": 5,
+        "resume_with_changes": True,
+    }  # dropout depends on the micro-batch
     longer = open_run(tiny(tmp_path / "auto", **other))
     assert longer.plan.batch.tokens_per_step == 12 * 16
     build_trainer(longer).train()

@@ -49,6 +49,8 @@ PARTICIPLES = set(
     """.split()
 )
 """Names of no function: it is named with an imperative verb."""
+NOUN_DECORATORS = {"property", "cached_property", "setter", "fixture"}
+"""Decorators of functions that are named with a noun, because they are used as values."""
 
 NAMES = set(
     """
@@ -146,7 +148,7 @@ def _faults(docstring: str, node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         if not first_line.endswith("."):
             yield f"docstring's first line does not end with a period: {first_line!r}"
-        if not _is_property(node):
+        if not _get_decorators(node) & (NOUN_DECORATORS - {"fixture"}):
             verb = re.match(r"[A-Z][a-z]+(?:-[a-z]+)*(?=[\s.,:;]|$)", first_line)
             if verb is None or verb[0] in NO_VERBS:
                 yield f"docstring does not begin with an imperative verb: {first_line!r}"
@@ -157,9 +159,8 @@ def _faults(docstring: str, node: ast.AST) -> Iterator[str]:
             yield f"Args: {entry} begins with 'of'"
 
 
-def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    names = {ast.unparse(decorator).rpartition(".")[2] for decorator in node.decorator_list}
-    return bool(names & {"property", "cached_property", "setter"})
+def _get_decorators(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    return {ast.unparse(decorator).partition("(")[0].rpartition(".")[2] for decorator in node.decorator_list}
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -172,7 +173,8 @@ def _names(tree: ast.Module, file: str) -> Iterator[tuple[int, str]]:
         name = _name_of(node)
         if name in unwanted:
             yield node.lineno, f"name {name}"  # type: ignore[attr-defined]
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.strip("_") in PARTICIPLES:
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_function and node.name.strip("_") in PARTICIPLES and not _get_decorators(node) & NOUN_DECORATORS:
             yield node.lineno, f"function {node.name} is named with a participle"
         constant = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper()
         if constant and WRONG_SUPERLATIVE.search(node.id):

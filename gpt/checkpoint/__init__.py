@@ -1,1 +1,1 @@
-"""A run's state on disk, and the folder it lives in."""
+"""A run's state on disk, and the folder that holds it; README.md says how it works."""

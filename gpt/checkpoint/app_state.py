@@ -1,4 +1,4 @@
-"""The one list of what a run's state is: whatever is not here is a function of the configuration and the step."""
+"""The complete state of a run. Everything else is a function of the configuration and the step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """Position of a run."""
 
     step: int = 0
     """Global batches consumed."""
@@ -22,31 +22,31 @@ class Progress:
     """Tokens consumed."""
 
     def advance(self, tokens: int) -> "Progress":
-        """After one more global batch."""
+        """Return the progress after one more global batch of `tokens` tokens."""
         return Progress(self.step + 1, self.tokens + tokens)
 
 
 class Savable(Protocol):
-    """An observer whose state belongs to the run's."""
+    """An observer with a state of its own, which checkpoints hold."""
 
     def state_json(self) -> dict[str, Any]:
-        """What a run that continues must know, as JSON."""
+        """Return the state as JSON."""
         ...
 
     def load_json(self, saved: dict[str, Any]) -> None:
-        """Take up what `state_json` gave."""
+        """Restore a state that `state_json` returned."""
         ...
 
 
 class AppState:
-    """Everything that a checkpoint holds.
+    """The state that a checkpoint holds.
 
     Args:
-        model: the bare module, never a wrapper, so that names are canonical.
-        optimizer: its state is saved under the names of the parameters.
-        scaler: of float16; disabled otherwise.
-        skipped_updates: device counter of steps whose update was skipped for a non-finite gradient.
-        identity: what a run that continues this one must share; saved beside the progress.
+        model: the bare module, never a wrapper, so that parameters have their canonical names.
+        optimizer: its state is saved under the parameters' names.
+        scaler: gradient scaler of float16; disabled for other dtypes.
+        skipped_updates: counter on the device, of the steps whose update was skipped for a non-finite gradient.
+        identity: values that a run must share with this one to resume it; saved with the progress.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class AppState:
         self.identity = dict(identity)
         self.progress = Progress()
         self.savables: dict[str, Savable] = {}
-        """Observers with a state of their own, by name; to be complete before `load`."""
+        """Observers with a state of their own, by name; add all of them before `load`."""
 
     def model_tensors(self) -> Tensors:
-        """Weights and buffers by their names."""
+        """Return parameters and buffers by name."""
         return dict(self.model.state_dict())
 
     def optimizer_tensors(self) -> Tensors:
-        """`PARAMETER.KEY` -> tensor, for AdamW exp_avg, exp_avg_sq and step."""
+        """Return the optimizer's state as `PARAMETER.KEY` -> tensor; AdamW's keys are exp_avg, exp_avg_sq and step."""
         return {
             f"{name}.{key}": value
             for name, parameter in self.model.named_parameters()
@@ -79,7 +79,7 @@ class AppState:
         }
 
     def progress_json(self) -> dict[str, Any]:
-        """The rest of the state, as JSON."""
+        """Return the rest of the state as JSON."""
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -90,14 +90,14 @@ class AppState:
         }
 
     def load(self, model: Tensors, optimizer: Tensors, progress: dict[str, Any]) -> None:
-        """Restore what the three methods above gave.
+        """Restore a state that the three methods above returned.
 
         Raises:
-            UserError: it is the state of another architecture.
+            UserError: the state belongs to another architecture, or the progress is damaged.
         """
-        _require_sound(progress)
+        _require_valid_progress(progress)
         load_model_tensors(self.model, model)
-        self._require_fitting(optimizer)
+        self._require_optimizer_shapes(optimizer)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         by_parameter: dict[str, Tensors] = {}
         for name, value in optimizer.items():
@@ -111,7 +111,7 @@ class AppState:
             if names[parameter] in by_parameter
         }
         self.optimizer.load_state_dict(template)
-        if progress["scaler"]:  # else it was disabled: another type computed until now
+        if progress["scaler"]:  # empty if it was disabled: the run was saved with another dtype
             self.scaler.load_state_dict(progress["scaler"])
         self.skipped_updates.fill_(progress["skipped_updates"])
         self.progress = Progress(progress["step"], progress["tokens"])
@@ -119,7 +119,7 @@ class AppState:
         for name in self.savables.keys() & observers.keys():
             self.savables[name].load_json(observers[name])
 
-    def _require_fitting(self, optimizer: Tensors) -> None:
+    def _require_optimizer_shapes(self, optimizer: Tensors) -> None:
         shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         for name, value in optimizer.items():
             parameter_name, _, _ = name.rpartition(".")
@@ -130,7 +130,7 @@ class AppState:
                 )
 
 
-def _require_sound(progress: dict[str, Any]) -> None:
+def _require_valid_progress(progress: dict[str, Any]) -> None:
     for name in ("step", "tokens", "skipped_updates"):
         value = progress.get(name)
         if type(value) is not int or not 0 <= value < 2**63:
@@ -138,10 +138,10 @@ def _require_sound(progress: dict[str, Any]) -> None:
 
 
 def load_model_tensors(model: nn.Module, tensors: Tensors) -> None:
-    """Copy weights into a model.
+    """Copy parameters and buffers into a model.
 
     Raises:
-        UserError: they are those of another architecture.
+        UserError: they belong to another architecture.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

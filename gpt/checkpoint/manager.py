@@ -1,4 +1,4 @@
-"""Saving, pruning and falling back over the course of a run."""
+"""Save, prune and roll back to the checkpoints of one run."""
 
 import errno
 import logging
@@ -13,9 +13,9 @@ from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manifest import VAL_LOSS, read_checkpoint_manifest, verify
 from gpt.checkpoint.newest import find_newest_valid
 from gpt.checkpoint.retention import steps_to_keep
-from gpt.checkpoint.run_folder import RunFolder, step_of
+from gpt.checkpoint.run_folder import RunFolder, parse_step
 from gpt.checkpoint.staging import Staging
-from gpt.checkpoint.store import Snapshot, take_snapshot, verify_and_load, write_checkpoint
+from gpt.checkpoint.store import Snapshot, load_checkpoint, take_snapshot, verify_and_load, write_checkpoint
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import make_folder, remove_folder
@@ -25,11 +25,11 @@ from gpt.utils.helper import first_line, format_si
 log = logging.getLogger(__name__)
 
 NON_TENSOR_BYTES = 2**20
-"""Bytes that a checkpoint's other files take at most, for all that is expected."""
+"""Upper estimate of the bytes of a checkpoint's other files."""
 POLL_SECONDS = 1.0
-"""Seconds after which processes that wait for the writer tell each other that they still do."""
+"""Seconds between two all-reduces of ranks that wait for the writer."""
 INTERRUPT_GRACE_SECONDS = 0.5
-"""Seconds that a writer has left when a user ends the process."""
+"""Seconds that the writer has left when a user interrupts the process."""
 FREE_SPACE = "lower --checkpoint.keep or free space"
 REMEDIES = {
     errno.ENOSPC: FREE_SPACE,
@@ -38,19 +38,20 @@ REMEDIES = {
     errno.EROFS: "mount the disk writable, or name another --run-dir",
     errno.EIO: "the disk fails (the system's log says more); name another --run-dir",
 }
+"""Error of the system -> remedy."""
 
 
 class CheckpointManager:
-    """Rank 0 writes, beside the training unless told otherwise, and a failure is every rank's.
+    """Checkpoints of one run. Rank 0 writes them, in the background by default; a failure is raised on every rank.
 
-    Every method but `close` and `improves` is called by all ranks at the same step.
+    All ranks call every method at the same step, except `improves` and `close`.
 
     Args:
         folder: the run's folder.
-        config: what to keep, and whether to write asynchronously.
-        config_json: goes into each checkpoint, so that one can be read without its run.
-        dist: the processes that train.
-        resumed_at: the step that the run continues from; committed checkpoints past it are not this run's.
+        config: how many checkpoints to keep, and whether to write asynchronously.
+        config_json: the run's configuration, which is stored in each checkpoint so that it can be read without its run.
+        dist: the ranks.
+        resumed_at: the step that the run resumed at. Later checkpoints that were there already are not this run's.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class CheckpointManager:
         self._folder, self._config, self._config_json, self._dist = folder, config, config_json, dist
         self._resumed_at = resumed_at
         self._written: set[int] = set()
-        self._losses = {step: loss for step, loss in dist.on_main(self._saved_losses) if step <= resumed_at}
+        self._losses = {step: loss for step, loss in dist.on_main(self._read_losses) if step <= resumed_at}
         self._staging = Staging()
         self._writer: _Writer | None = None
         self._in_flight: tuple[int, Path] | None = None
@@ -67,16 +68,16 @@ class CheckpointManager:
         self._committed: list[tuple[int, Path]] = []
 
     def save(self, state: AppState, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Commit the state of its step, now or soon; a step that is committed already is left as it is.
+        """Commit the state as the checkpoint of its step, unless that step is committed already.
 
-        A save that is under way is waited for.
+        Waits for the previous save. Returns before an asynchronous save is committed.
 
         Raises:
-            UserError: the disk refused, this time or the last.
+            UserError: the disk refused this save or the previous one.
         """
         self._settle()
         step = state.progress.step
-        path = self._folder.checkpoint_at(step)
+        path = self._folder.checkpoint_path(step)
         if math.isfinite(loss := metrics.get(VAL_LOSS, math.nan)):
             self._losses[step] = loss
         if self._config.asynchronous:
@@ -89,10 +90,10 @@ class CheckpointManager:
             self._committed.append((step, path))
 
     def poll(self) -> list[tuple[int, Path]]:
-        """Checkpoints committed since the last call: the same on every rank. Waits for nothing that is not done.
+        """Return step and path of the checkpoints committed since the last call, without waiting; equal on every rank.
 
         Raises:
-            UserError: the writer failed; on every rank, at the step after the one during which it did.
+            UserError: the writer failed; raised on every rank, one step after the step during which it failed.
         """
         if self._in_flight is not None:
             if self._flag is not None and self._flag.read():
@@ -103,39 +104,44 @@ class CheckpointManager:
         return committed
 
     def finish(self) -> list[tuple[int, Path]]:
-        """Wait for the writer, then as `poll`."""
+        """Wait for the writer, then return what `poll` returns."""
         self._settle()
         return self.poll()
 
     def load_newest(self, state: AppState, at_most: int | None = None) -> Path | None:
-        """Bring the state back to the newest checkpoint that verifies; later ones are of a past that is given up.
+        """Load the newest valid checkpoint into the state, and remove all later ones.
 
         Args:
-            state: loaded on every rank.
-            at_most: the latest step that will do; None: any.
+            state: the state of this rank.
+            at_most: the latest step to accept; None: any.
 
         Returns:
-            The checkpoint; None if there is none, and then nothing is changed.
+            The checkpoint; None if none is valid, and then nothing is changed.
         """
         self._settle()
-        found = self._dist.on_main(lambda: self._newest_whole(at_most))
+        found = self._dist.on_main(lambda: self._find_newest_valid(at_most))
         if found is None:
             return None
         path = Path(found)
-        verify_and_load(path, state)
+        load = load_checkpoint if self._dist.is_main else verify_and_load  # rank 0 has just verified it
+        self._dist.on_every_rank(lambda: load(path, state))
         step = state.progress.step
-        self._dist.on_main(lambda: self._give_up_after(step))
+        self._dist.on_main(lambda: self._remove_later_than(step))
         self._resumed_at = step
-        self._written = {own for own in self._written if own <= step}
-        self._losses = {own: loss for own, loss in self._losses.items() if own <= step}
+        self._written = {written for written in self._written if written <= step}
+        self._losses = {evaluated: loss for evaluated, loss in self._losses.items() if evaluated <= step}
         return path
 
     def improves(self, loss: float) -> bool:
-        """Whether a val/loss is below that of every checkpoint so far."""
+        """Return whether a val/loss is below those of all checkpoints so far."""
         return loss < min(self._losses.values(), default=math.inf)
 
     def close(self, error: BaseException | None) -> None:
-        """Let the writer end what it has begun, for this process may; one that the user interrupts leaves at once."""
+        """Let the writer finish; after an interrupt of the user it has INTERRUPT_GRACE_SECONDS.
+
+        Args:
+            error: what ends the run; None if nothing went wrong.
+        """
         if self._writer is not None:
             interrupted = error is not None and not isinstance(error, Exception)
             self._writer.join(INTERRUPT_GRACE_SECONDS if interrupted else None)
@@ -149,9 +155,9 @@ class CheckpointManager:
         return not self._writer.is_alive()
 
     def _settle(self) -> None:
-        """Wait for the writer, if there is one, and learn what became of it.
+        """Wait for the writer, if there is one, and raise its failure on every rank.
 
-        In small steps, so that no single exchange between the processes takes long.
+        All-reduces again and again, so that none of them waits longer than --parallel.step-timeout.
         """
         if self._in_flight is None:
             return
@@ -159,22 +165,22 @@ class CheckpointManager:
         while not done:
             done = self._dist.all_reduce_max_async(int(self._is_done(POLL_SECONDS))).read()
         saved, self._in_flight, self._flag = self._in_flight, None, None
-        self._dist.on_main(self._outcome)
+        self._dist.on_main(self._raise_failure)
         self._committed.append(saved)
 
-    def _outcome(self) -> None:
+    def _raise_failure(self) -> None:
         assert self._writer is not None
         writer, self._writer = self._writer, None
         if isinstance(writer.failure, UserError):
             raise writer.failure
         if writer.failure is not None:
-            told = f"{type(writer.failure).__name__}: {first_line(writer.failure)}"
-            raise UserError(f"{self._folder.path}: a checkpoint cannot be written: {told}") from writer.failure
+            reason = f"{type(writer.failure).__name__}: {first_line(writer.failure)}"
+            raise UserError(f"{self._folder.path}: a checkpoint cannot be written: {reason}") from writer.failure
 
     def _commit(self, step: int, snapshot: Snapshot) -> None:
-        path = self._folder.checkpoint_at(step)
+        path = self._folder.checkpoint_path(step)
         try:
-            if not self._is_there(path):
+            if not self._is_committed(path):
                 make_folder(path.parent)
                 self._make_room(step, snapshot.nbytes + NON_TENSOR_BYTES)
                 write_checkpoint(path, snapshot, self._config_json)
@@ -188,8 +194,8 @@ class CheckpointManager:
                 "those already there are untouched"
             ) from error
 
-    def _is_there(self, path: Path) -> bool:
-        """Whether a step is committed already; a damaged one, which the run was not continued from, gives way."""
+    def _is_committed(self, path: Path) -> bool:
+        """Return whether a step is committed already; a damaged one, which the run did not resume from, is removed."""
         if not path.exists():
             return False
         try:
@@ -201,13 +207,17 @@ class CheckpointManager:
         return True
 
     def _make_room(self, step: int, needed: int) -> None:
-        """Remove what will be dispensable, if it must be now, but for the newest one.
+        """Prune before the save as far as it needs the space; the newest checkpoint stays in any case.
+
+        Args:
+            step: the step of the save.
+            needed: bytes.
 
         Raises:
             UserError: there is still too little space.
         """
         parent = self._folder.checkpoints
-        newest = self._folder.checkpoint_at(max(self._sound_steps(step), default=-1))
+        newest = self._folder.checkpoint_path(max(self._own_steps(step), default=-1))
         for stale in self._prunable(step):
             if shutil.disk_usage(parent).free < needed and stale != newest:
                 remove_folder(stale)
@@ -219,20 +229,24 @@ class CheckpointManager:
             )
 
     def _prunable(self, step: int) -> list[Path]:
-        """Checkpoints that are not to be kept once that of `step` is committed; later ones are not looked at."""
-        sound = self._sound_steps(step)
-        chosen = steps_to_keep([*sound, step], self._losses, keep=self._config.keep, keep_best=self._config.keep_best)
-        return [path for at, path in self._steps() if at < step and at not in chosen and self._config.keep]
+        """Return the earlier checkpoints to remove once that of `step` is committed."""
+        steps = [*self._own_steps(step), step]
+        kept_steps = steps_to_keep(steps, self._losses, keep=self._config.keep, keep_best=self._config.keep_best)
+        return [path for at, path in self._steps() if at < step and at not in kept_steps and self._config.keep]
 
-    def _sound_steps(self, before: int) -> list[int]:
-        """Committed steps but for those that were there past the one that the run continued from: it avoided them."""
-        known = self._written
-        return [step for step, _ in self._steps() if step < before and (step <= self._resumed_at or step in known)]
+    def _own_steps(self, before: int) -> list[int]:
+        """Return the committed steps of this run: those up to the one that it resumed at, and those that it wrote.
+
+        Checkpoints past the resumed step that were there before are damaged: the run did not resume from them.
+        """
+        return [
+            step for step, _ in self._steps() if step < before and (step <= self._resumed_at or step in self._written)
+        ]
 
     def _steps(self) -> list[tuple[int, Path]]:
-        return [(step_of(path), path) for path in self._folder.committed()]
+        return [(parse_step(path), path) for path in self._folder.list_checkpoints()]
 
-    def _saved_losses(self) -> list[tuple[int, float]]:
+    def _read_losses(self) -> list[tuple[int, float]]:
         losses = []
         for step, path in self._steps():
             try:
@@ -241,20 +255,20 @@ class CheckpointManager:
                 continue
         return losses
 
-    def _newest_whole(self, at_most: int | None) -> str | None:
+    def _find_newest_valid(self, at_most: int | None) -> str | None:
         found = find_newest_valid([path for step, path in self._steps() if at_most is None or step <= at_most])
         for path, reason in found.skipped:
             log.warning("skipped %s: %s", path.name, reason)
         return None if found.checkpoint is None else str(found.checkpoint)
 
-    def _give_up_after(self, step: int) -> None:
+    def _remove_later_than(self, step: int) -> None:
         for at, path in reversed(self._steps()):
             if at > step:
                 remove_folder(path)
 
 
 class _Writer(Thread):
-    """One save; a daemon, for a process that must end does not wait for a disk."""
+    """Thread of one save; a daemon, because a process that must end does not wait for a disk."""
 
     def __init__(self, work: Callable[[], None]):
         super().__init__(name="checkpoint writer", daemon=True)
@@ -263,7 +277,7 @@ class _Writer(Thread):
         self.start()
 
     def run(self) -> None:
-        """Work, and keep what went wrong."""
+        """Save, and store the failure if there is one."""
         try:
             self._work()
         except Exception as error:

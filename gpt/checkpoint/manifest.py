@@ -32,7 +32,7 @@ VAL_LOSS = "val/loss"
 _MAX_MANIFEST_BYTES = 2**20
 _SHA256_DIGITS = 64
 _LEGACY_SEAL_KEY = "manifest_sha256"
-"""Where version 2 kept the manifest's digest, taken while 64 zeros stood in its place."""
+"""Key of the manifest's digest in version 2, which was taken with 64 zeros in its place."""
 _BITS_DEPEND_ON = {
     "torch": "torch",
     "threads": "threads per process",
@@ -52,7 +52,7 @@ class CheckpointManifest:
     format_version: int
     files: dict[str, FileRecord]
     environment: dict[str, Any]
-    """What the bits of a run depend on besides its configuration and its data."""
+    """Facts that the bits of a run depend on, besides its configuration and its data."""
     metrics: dict[str, float]
     sha256: str
     """SHA-256 of the manifest file."""
@@ -65,8 +65,8 @@ def encode_manifest(
 
     Args:
         files: name -> size and digest.
-        identity: what a run must share with this one to resume it.
-        metrics: of the model at this step; those that are not finite are left out.
+        identity: values that a run must share with this one to resume it.
+        metrics: metrics of the model at this step; those that are not finite are left out.
         world_size: number of ranks.
     """
     content = {

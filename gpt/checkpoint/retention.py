@@ -1,16 +1,19 @@
-"""Which checkpoints a run keeps: pure functions of their steps and losses."""
+"""The rule by which a run keeps checkpoints: a pure function of their steps and losses."""
 
 from collections.abc import Mapping, Sequence
 
 
 def steps_to_keep(steps: Sequence[int], losses: Mapping[int, float], *, keep: int, keep_best: bool) -> set[int]:
-    """Of sound checkpoints those to keep.
+    """Return the steps whose checkpoints to keep.
+
+    >>> sorted(steps_to_keep([1, 2, 3, 4], {1: 3.0, 2: 1.5, 3: 2.0}, keep=1, keep_best=True))
+    [2, 4]
 
     Args:
-        steps: of all of them.
-        losses: val/loss of those that were evaluated.
-        keep: how many of the newest; 0: all.
-        keep_best: whether the one of the lowest loss as well.
+        steps: steps of all valid checkpoints.
+        losses: step -> val/loss, for the steps that were evaluated.
+        keep: number of newest checkpoints to keep; 0: all.
+        keep_best: whether to keep the checkpoint with the lowest loss as well, of equal ones the newest.
     """
     chosen = set(sorted(steps)[-keep:] if keep else steps)
     if keep_best and (evaluated := losses.keys() & set(steps)):

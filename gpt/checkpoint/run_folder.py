@@ -1,7 +1,7 @@
-"""The folder of a run: what lies where.
+"""The folder of a run and the paths in it.
 
 config.json  environment.json  lineage.jsonl  tokenizer.json  metrics.jsonl  samples.jsonl  checkpoints/step_XXXXXXXX/
-and, where steps were profiled, trace.json; where batches were left out, journal.jsonl
+and trace.json of a run that profiled steps, journal.jsonl of one that skipped batches
 """
 
 import re
@@ -15,7 +15,7 @@ from gpt.utils.atomic_io import fsync, read_jsonl
 from gpt.utils.helper import unique_names
 
 DAMAGED = ".damaged"
-"""Ending of a checkpoint that was not whole when its run was continued from an earlier one."""
+"""Suffix of a damaged checkpoint, which was moved aside when its run resumed from an earlier one."""
 
 
 class RunFolder:
@@ -33,28 +33,28 @@ class RunFolder:
         self.trace = path / "trace.json"
         self.checkpoints = path / "checkpoints"
 
-    def checkpoint_at(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies or will lie."""
+    def checkpoint_path(self, step: int) -> Path:
+        """Return the path of the checkpoint of `step`, whether it exists or not."""
         return self.checkpoints / f"step_{step:08d}"
 
-    def steps(self) -> list[Path]:
-        """Folders with the name of a checkpoint, oldest first, whether they hold one or not."""
+    def list_step_folders(self) -> list[Path]:
+        """Return the folders with the name of a checkpoint, oldest first, whether they hold one or not."""
         if not self.checkpoints.is_dir():
             return []
         found = (path for path in self.checkpoints.iterdir() if re.fullmatch(r"step_\d{8,}", path.name))
-        return sorted(found, key=step_of)
+        return sorted(found, key=parse_step)
 
-    def committed(self) -> list[Path]:
-        """Checkpoints, oldest first."""
-        return [path for path in self.steps() if (path / CHECKPOINT_MANIFEST).exists()]
+    def list_checkpoints(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        return [path for path in self.list_step_folders() if (path / CHECKPOINT_MANIFEST).exists()]
 
-    def evaluated_at(self, step: int) -> bool:
-        """Whether metrics.jsonl holds an evaluation of `step`."""
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether metrics.jsonl holds an evaluation of `step`."""
         records = read_jsonl(self.metrics)
         return any(record.get("step") == step and VAL_LOSS in record for record in records)
 
     def move_aside(self, checkpoint: Path) -> Path:
-        """Rename a checkpoint so that it is none any more and its step can be saved again; returns where it lies.
+        """Rename a damaged checkpoint, so that its step can be saved again, and return its new path.
 
         Raises:
             UserError: the disk refused.
@@ -68,8 +68,13 @@ class RunFolder:
             raise UserError(f"{checkpoint}: cannot be renamed to {unused.name}: {error.strerror}") from error
         return unused
 
-    def to_record(self, config: TrainConfig, origin: Path | None) -> TrainConfig:
-        """The configuration that config.json should hold: it keeps where the run began, to the checkpoint."""
+    def record_origin(self, config: TrainConfig, origin: Path | None) -> TrainConfig:
+        """Return the configuration for config.json, which names the checkpoint that the run started from.
+
+        Args:
+            config: the configuration of this launch.
+            origin: the checkpoint that this launch starts from.
+        """
         if self.config.exists():
             saved = load_config(self.config)
             return config.model_copy(update={"resume": saved.resume, "init_from": saved.init_from})
@@ -77,26 +82,30 @@ class RunFolder:
         return config.model_copy(update={"resume": began})
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, by its name."""
+def parse_step(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def locate_checkpoint(path: Path, flag: str) -> Path:
-    """A checkpoint folder, given itself or its run's folder, of which the newest is taken.
+    """Return a checkpoint, given its folder, or its run's folder for the newest one.
+
+    Args:
+        path: a checkpoint or a run's folder.
+        flag: the option that names it, for messages.
 
     Raises:
         UserError: there is none.
     """
     if (path / CHECKPOINT_MANIFEST).exists():
         return path
-    committed = RunFolder(path).committed()
+    committed = RunFolder(path).list_checkpoints()
     if not committed:
         reason = "holds no checkpoint" if path.exists() else "no such folder"
         raise UserError(f"{flag} {path}: {reason}; name a run's folder or one of its checkpoints/step_XXXXXXXX")
     return committed[-1]
 
 
-def run_of(checkpoint: Path) -> RunFolder:
-    """The run that a checkpoint belongs to."""
+def find_run(checkpoint: Path) -> RunFolder:
+    """Return the run that a checkpoint belongs to."""
     return RunFolder(checkpoint.resolve().parent.parent)

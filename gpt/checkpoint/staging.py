@@ -1,4 +1,4 @@
-"""Host memory into which a state is copied, so that it can be written while the run goes on."""
+"""Host memory that a state is copied into, so that it can be written while training goes on."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from gpt.checkpoint.store import Snapshot
 
 
 class Staging:
-    """Buffers that are made at the first copy and used again at every other.
+    """Buffers that are allocated by the first copy and reused by all others.
 
-    Fresh memory is the better part of a copy's time: 1.6 GB took 2.9 s into new memory and 0.17 s into old.
+    Fresh memory takes most of a copy's time: copying 1.6 GB took 2.9 s into new memory and 0.17 s into reused memory.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Staging:
         self._optimizer: Tensors = {}
 
     def copy(self, state: AppState, metrics: Mapping[str, float], world_size: int) -> Snapshot:
-        """The state as it is now, until the next copy; waits for a GPU once."""
+        """Return a snapshot that is valid until the next copy; waits once for the GPU."""
         model = _copy(state.model_tensors(), self._model)
         optimizer = _copy(state.optimizer_tensors(), self._optimizer)
         if any(tensor.is_cuda for tensor in state.model_tensors().values()):

@@ -14,7 +14,7 @@ from gpt.checkpoint.app_state import AppState, Tensors
 from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, CONFIG, MODEL, OPTIMIZER, PROGRESS, encode_manifest, verify
 from gpt.checkpoint.tensor_file import read_tensors, write_bytes, write_tensors
 from gpt.errors import UserError
-from gpt.utils.atomic_io import make_folder, new_folder, read_json
+from gpt.utils.atomic_io import commit_folder, make_folder, read_json
 from gpt.utils.helper import first_line
 
 
@@ -49,7 +49,7 @@ def write_checkpoint(path: Path, snapshot: Snapshot, config_json: str) -> None:
         OSError: the disk refused; nothing is left of the attempt.
     """
     make_folder(path.parent)
-    with new_folder(path) as folder:
+    with commit_folder(path) as folder:
         files = {
             MODEL: write_tensors(folder / MODEL, snapshot.model),
             OPTIMIZER: write_tensors(folder / OPTIMIZER, snapshot.optimizer),

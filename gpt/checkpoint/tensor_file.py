@@ -20,11 +20,11 @@ from gpt.utils.helper import first_line
 from gpt.utils.safetensors_file import TensorEntry, encode_header, read_header
 
 CHUNK_BYTES = 2**23
-"""Bytes written and hashed at once; hashing so many lets other threads run."""
+"""Bytes written and hashed at a time; hashing a long chunk releases the interpreter to other threads."""
 MAX_HEADER_BYTES = 100_000_000
-"""Bytes; the library's own limit."""
+"""Limit of the safetensors library."""
 
-# The library's names, and its order: the types with the strictest alignment come first.
+# The library's names in its order: dtypes with the strictest alignment come first.
 _DTYPES = {
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -45,7 +45,7 @@ _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file."""
+    """Size and digest of a file, as recorded in a manifest."""
 
     size: int
     """Bytes."""
@@ -53,7 +53,7 @@ class FileRecord:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
-    """Write contiguous tensors that lie in host memory.
+    """Write contiguous tensors in host memory to a new file.
 
     Raises:
         OSError: the disk refused; names the file.
@@ -67,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
 
 
 def write_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a new file and take its digest on the way.
+    """Write a new file and hash it at the same time.
 
     Raises:
         OSError: the disk refused; names the file.
@@ -77,42 +77,46 @@ def write_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
         with path.open("xb", buffering=CHUNK_BYTES // 8) as file:
             for part in parts:
                 for start in range(0, len(part), CHUNK_BYTES):
-                    piece = part[start : start + CHUNK_BYTES]
-                    file.write(piece)
-                    digest.update(piece)
-                    size += len(piece)
-    except OSError as error:  # of a failed write it is not known which file it was
+                    chunk = part[start : start + CHUNK_BYTES]
+                    file.write(chunk)
+                    digest.update(chunk)
+                    size += len(chunk)
+    except OSError as error:  # a failed write does not name its file
         raise OSError(error.errno, error.strerror, str(path)) from error
     return FileRecord(size, digest.hexdigest())
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Load a file; it should be verified before.
+    """Load the tensors of a file, which should be verified before.
 
     Raises:
-        UserError: it is no sound safetensors file.
+        UserError: it is not a valid safetensors file.
     """
     try:
         _require_unique_names(path)
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, ValueError, KeyError, RecursionError, MemoryError, SafetensorError) as error:
-        raise UserError(f"{path}: not a sound safetensors file: {first_line(error)}") from error
+        raise UserError(f"{path}: not a valid safetensors file: {first_line(error)}") from error
     return tensors
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The tensor's own memory."""
+    """Return a view of the tensor's memory."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _require_unique_names(path: Path) -> None:
-    """The library takes the last of two tensors of one name; such a file was made to deceive."""
+    """Refuse a header with a repeated name, where the library would silently take the last one.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    Raises:
+        ValueError: a name occurs twice, or the header is not valid JSON.
+    """
+
+    def require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name occurs twice in its header")
         return dict(pairs)
 
     with path.open("rb") as file:
-        json.loads(read_header(file, MAX_HEADER_BYTES), object_pairs_hook=unique)
+        json.loads(read_header(file, MAX_HEADER_BYTES), object_pairs_hook=require_unique)

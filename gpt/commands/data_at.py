@@ -1,13 +1,14 @@
-"""`gpt data-at RUN_DIR --step N`: the documents that a step of a run was trained on."""
+"""`gpt data-at RUN_DIR --step N`: show the documents that a step of a run was trained on."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from gpt.configs.base import MAX_COUNT, Config
-from gpt.configs.cli import POSITIONAL, parse
+from gpt.commands.output import print_json
+from gpt.configs.base import MAX_COUNT
+from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.configs.load import load_config
 from gpt.configs.run_plan import CORPUS_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
@@ -18,51 +19,85 @@ if TYPE_CHECKING:
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.data.corpus import Corpus
 
-SHOWN = 32
+MAX_SHOWN_TOKENS = 32
 """Tokens of each document that are shown as text."""
 
 
-class DataAtCommand(Config):
+class DataAtCommand(JsonOutput):
     """Show the documents that a step of a run was, or will be, trained on."""
 
     run_dir: Annotated[Path, POSITIONAL]
-    """A run's folder."""
+    """Folder of the run."""
     step: int = Field(ge=1, le=MAX_COUNT)
-    """The step, as metrics.jsonl numbers them: the first one is 1."""
+    """Step to show, numbered as in metrics.jsonl: the first step is 1."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse, find the batch, and print it."""
+    """Parse the flags, find the step's global batch, and print its documents."""
     command = parse(DataAtCommand, argv, prog="gpt data-at")
 
     from gpt.checkpoint.run_folder import RunFolder
+
+    batch = describe_batch(RunFolder(command.run_dir), command.step)
+    if command.as_json:
+        print_json(batch)
+    else:
+        _print_batch(batch)
+    return 0
+
+
+def describe_batch(folder: "RunFolder", step: int) -> dict[str, Any]:
+    """Return the documents of the global batch that a run's step consumes, sequence by sequence, as JSON-able values.
+
+    Raises:
+        UserError: the folder is no run, or its corpus has changed.
+    """
     from gpt.data.corpus import build_sequences
     from gpt.data.provenance import find_excerpts
     from gpt.resume.journal import build_quarantine, read_journal
 
-    folder = RunFolder(command.run_dir)
     config = load_config(folder.config)
-    corpus, plan = _open(folder, config)
-    index = build_quarantine(read_journal(folder.journal, plan.order)).find_batch(command.step - 1)
+    corpus, plan = _open_corpus_and_plan(folder, config)
+    index = build_quarantine(read_journal(folder.journal, plan.order)).find_batch(step - 1)
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
-    print(
-        f"step {command.step}: global batch {index}, {plural(plan.batch.sequences_per_step, 'sequence')} "
-        f"of {plan.batch.block_size} tokens"
-    )
-    for number, excerpts in enumerate(find_excerpts(corpus, sequences, plan.batch, index)):
+    return {
+        "step": step,
+        "global_batch": index,
+        "block_size": plan.batch.block_size,
+        "sequences": [
+            [
+                {
+                    "source": excerpt.source,
+                    "shard": excerpt.shard.name,
+                    "document": excerpt.document,
+                    "first_token": excerpt.offset,
+                    "tokens": excerpt.length,
+                    "place": str(excerpt),
+                    "text": corpus.tokenizer.decode(excerpt.read(MAX_SHOWN_TOKENS).tolist()),
+                }
+                for excerpt in excerpts
+            ]
+            for excerpts in find_excerpts(corpus, sequences, plan.batch, index)
+        ],
+    }
+
+
+def _print_batch(batch: dict[str, Any]) -> None:
+    count = plural(len(batch["sequences"]), "sequence")
+    print(f"step {batch['step']}: global batch {batch['global_batch']}, {count} of {batch['block_size']} tokens")
+    for number, excerpts in enumerate(batch["sequences"]):
         print(f"sequence {number}")
         for excerpt in excerpts:
-            text = corpus.tokenizer.decode(excerpt.read(SHOWN).tolist())
-            shown = printable(text).replace("\n", "\\n").replace("\t", "\\t")
-            print(f"  {printable(str(excerpt))}: {shown}{'...' if excerpt.length > SHOWN else ''}")
-    return 0
+            text = printable(excerpt["text"]).replace("\n", "\\n").replace("\t", "\\t")
+            ellipsis = "..." if excerpt["tokens"] > MAX_SHOWN_TOKENS else ""
+            print(f"  {printable(excerpt['place'])}: {text}{ellipsis}")
 
 
-def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
-    """A run's corpus, and its plan as one process would have it, which takes the same global batches.
+def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
+    """Open a run's corpus and plan the run for one process, which consumes the same global batches.
 
     Raises:
-        UserError: the corpus is not the run's any more, or the size of its steps is not known yet.
+        UserError: the corpus has changed since the run, or the run's step size is not known yet.
     """
     from gpt.checkpoint.manifest import PROGRESS
     from gpt.data.corpus import open_corpus, prepare_corpus
@@ -70,11 +105,14 @@ def _open(folder: "RunFolder", config: TrainConfig) -> tuple["Corpus", RunPlan]:
     from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
-    checkpoints = folder.committed()
+    checkpoints = folder.list_checkpoints()
     identity = read_json(checkpoints[-1] / PROGRESS)["identity"] if checkpoints else {}
     tokens_per_step = identity.get("--tokens-per-step", config.tokens_per_step)
     if not tokens_per_step:
-        raise UserError(f"{folder.path}: --tokens-per-step 0 leaves the size of a step to its first checkpoint")
+        raise UserError(
+            f"{folder.path}: --tokens-per-step 0 depends on the number of processes, and no checkpoint records it yet; "
+            "try again after the first checkpoint"
+        )
     sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:

@@ -1,9 +1,19 @@
-"""Output that several commands share."""
+"""Output that several commands share: plain text for people, JSON for programs."""
 
 import json
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def build_console(*, stderr: bool = False) -> "Console":
+    """Return a console that prints text as it is: no markup, no highlighting, no line breaks of its own."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -1,118 +1,153 @@
-"""`gpt prepare SOURCE... --out DIR`: turn texts into tokens; `gpt prepare --inspect DIR`: show what a folder holds."""
+"""`gpt prepare SOURCE... --out DIR`: turn texts into tokens; `gpt prepare --inspect DIR`: show a prepared folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+from gpt.commands.output import build_console, print_json
 from gpt.configs.base import FilePath
-from gpt.configs.cli import POSITIONAL, parse
+from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.configs.data_config import PreparationConfig
 from gpt.errors import UserError
 
-SAMPLE_TOKENS = 128
+if TYPE_CHECKING:
+    from gpt.data.manifest import CorpusManifest
+    from gpt.data.shards import ShardInfo
+
+EXCERPT_TOKENS = 128
+"""Tokens of the first text that `--inspect` shows."""
 
 
-class PrepareCommand(PreparationConfig):
-    """Turn texts into tokens, once for many runs: gpt train --data.source DIR."""
+class PrepareCommand(JsonOutput, PreparationConfig):
+    """Turn texts into tokens, once for many runs; gpt train --data.source DIR reads the folder."""
 
     source: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """What --data.source of gpt train takes."""
+    """Sources, as in --data.source of gpt train."""
     out: FilePath | None = None
-    """Folder to make."""
+    """Folder to create."""
     inspect: FilePath | None = None
-    """Show what a prepared folder holds, and verify it; nothing is prepared."""
+    """Folder to show and to verify, instead of preparing one."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse, then prepare or inspect."""
+    """Parse the flags, then prepare or inspect a folder."""
     command = parse(PrepareCommand, argv, prog="gpt prepare")
+
+    from gpt.utils.helper import printable
+
     try:
-        if command.inspect is not None:
-            _inspect(command.inspect)
-        else:
-            _prepare(command)
-    except UserError as error:  # the flags are those of gpt train's section `data`
+        facts = _inspect(command.inspect) if command.inspect is not None else _prepare(command)
+    except UserError as error:  # messages name the flags of gpt train's section `data`
         raise UserError(str(error).replace("--data.source ", "").replace("--data.", "--")) from error
+    if command.as_json:
+        print_json(facts)
+        return 0
+    console = build_console()
+    console.print(_build_table(facts))
+    if "excerpt" in facts:
+        console.print(printable(facts["excerpt"]))
     return 0
 
 
-def _prepare(command: PrepareCommand) -> None:
-    from gpt.data.prepare.preparation import find, prepare_into
+def _prepare(command: PrepareCommand) -> dict[str, Any]:
+    from gpt.data.manifest import read_corpus_manifest
+    from gpt.data.prepare.preparation import plan_preparation, prepare_folder
     from gpt.utils.atomic_io import require_writable
 
     if not command.source or command.out is None:
         raise UserError("usage: gpt prepare SOURCE... --out DIR [--flags], or gpt prepare --inspect DIR")
     if command.out.exists():
-        raise UserError(f"--out {command.out} is there already; gpt prepare --inspect shows it, or name another folder")
+        raise UserError(f"--out {command.out} exists already; gpt prepare --inspect shows it, or name another folder")
     require_writable(command.out.parent, "--out")
-    found = find(command.source, command)
-    prepare_into(command.out, found, command, "--out")
-    _show(command.out)
+    prepare_folder(command.out, plan_preparation(command.source, command), "--out")
+    return _describe(command.out, read_corpus_manifest(command.out))
 
 
-def _inspect(folder: Path) -> None:
-    """Show the manifest and a text, and compare every shard with its digest."""
+def _inspect(folder: Path) -> dict[str, Any]:
+    """Compare every file of a prepared folder with its digest, and describe the folder.
+
+    Raises:
+        UserError: a file is missing or has changed.
+    """
     from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
     from gpt.utils.helper import sha256_of_file
 
     manifest = read_corpus_manifest(folder)
-    _show(folder)
-    shards = [shard for source in manifest.sources for shard in (*source.train, *source.val)]
-    for name, expected in [
-        (TOKENIZER_FILE, manifest.tokenizer_sha256),
-        *((shard.file, shard.sha256) for shard in shards),
-    ]:
+    digests = {TOKENIZER_FILE: manifest.tokenizer_sha256} | {
+        shard.file: shard.sha256 for shard in _list_shards(manifest)
+    }
+    for name, expected in digests.items():
         path = folder / name
         try:
-            found = sha256_of_file(path)
+            actual = sha256_of_file(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; prepare the folder again") from error
-        if found != expected:
-            raise UserError(f"{path}: changed: its SHA-256 is {found}, not {expected}; prepare the folder again")
-    _print(_sample(folder))
+        if actual != expected:
+            raise UserError(f"{path}: changed: its SHA-256 is {actual}, not {expected}; prepare the folder again")
+    return _describe(folder, manifest) | {"excerpt": _read_excerpt(folder, manifest)}
 
 
-def _show(folder: Path) -> None:
+def _describe(folder: Path, manifest: "CorpusManifest") -> dict[str, Any]:
+    """Return the facts about a prepared folder as JSON-able values."""
+    facts = manifest.model_dump(
+        mode="json",
+        include={"sha256", "tokenizer_sha256", "vocab_size", "special_ids", "dtype", "largest_id", "tokens"}
+        | {"documents", "text_bytes"},
+    )
+    sources = [
+        {
+            "name": source.name,
+            "train": _count(source.train),
+            "val": _count(source.val),
+            "skipped_records": source.skipped_records,
+            "duplicates": source.duplicates,
+        }
+        for source in manifest.sources
+    ]
+    return {"folder": str(folder), **facts, "sources": sources}
+
+
+def _count(shards: "Sequence[ShardInfo]") -> dict[str, int]:
+    return {
+        "tokens": sum(shard.tokens for shard in shards),
+        "documents": sum(shard.documents for shard in shards),
+        "shards": len(shards),
+    }
+
+
+def _build_table(facts: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    from gpt.data.manifest import read_corpus_manifest
     from gpt.utils.helper import format_si, plural
 
-    manifest = read_corpus_manifest(folder)
     table = Table.grid(padding=(0, 2))
-    special = ", ".join(f"{name} {index}" for name, index in manifest.special_ids.items())
-    table.add_row("folder", str(folder))
-    table.add_row("sha256", manifest.sha256)
-    table.add_row(
-        "tokenizer", f"{manifest.vocab_size:,} tokens, {special or 'no special ids'}, {manifest.tokenizer_sha256}"
-    )
-    table.add_row("tokens", f"{manifest.tokens:,} as {manifest.dtype}, the largest {manifest.largest_id:,}")
-    table.add_row("text", f"{plural(manifest.documents, 'document')}, {manifest.text_bytes:,} bytes")
-    for source in manifest.sources:
-        for split, shards in (("train", source.train), ("val", source.val)):
-            tokens = format_si(sum(shard.tokens for shard in shards))
-            count = plural(sum(shard.documents for shard in shards), "document")
-            table.add_row(f"{source.name} {split}", f"{tokens} tokens, {count}, {plural(len(shards), 'shard')}")
-        if source.skipped_records or source.duplicates:
-            left_out = f"{plural(source.skipped_records, 'bad record')}, {plural(source.duplicates, 'duplicate')}"
-            table.add_row(f"{source.name} left out", left_out)
-    _print(table)
+    special = ", ".join(f"{name} {index}" for name, index in facts["special_ids"].items()) or "no special ids"
+    table.add_row("folder", facts["folder"])
+    table.add_row("sha256", facts["sha256"])
+    table.add_row("tokenizer", f"{facts['vocab_size']:,} tokens, {special}, {facts['tokenizer_sha256']}")
+    table.add_row("tokens", f"{facts['tokens']:,} as {facts['dtype']}, largest id {facts['largest_id']:,}")
+    table.add_row("text", f"{plural(facts['documents'], 'document')}, {facts['text_bytes']:,} bytes")
+    for source in facts["sources"]:
+        for split in ("train", "val"):
+            count = source[split]
+            documents, shards = plural(count["documents"], "document"), plural(count["shards"], "shard")
+            table.add_row(f"{source['name']} {split}", f"{format_si(count['tokens'])} tokens, {documents}, {shards}")
+        if source["skipped_records"] or source["duplicates"]:
+            skipped = plural(source["skipped_records"], "bad record")
+            table.add_row(f"{source['name']} left out", f"{skipped}, {plural(source['duplicates'], 'duplicate')}")
+    return table
 
 
-def _sample(folder: Path) -> str:
-    """The beginning of the first text."""
-    from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
+def _read_excerpt(folder: Path, manifest: "CorpusManifest") -> str:
+    """Return the beginning of the first text."""
+    from gpt.data.manifest import TOKENIZER_FILE
     from gpt.data.shards import TokenStream
     from gpt.data.tokenizer import Tokenizer
-    from gpt.utils.helper import printable
 
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-    shards = [shard for source in read_corpus_manifest(folder).sources for shard in (*source.train, *source.val)]
-    stream = TokenStream([(folder, shard) for shard in shards], tokenizer.vocab_size)
-    return printable(tokenizer.decode(stream.read(0, min(SAMPLE_TOKENS, len(stream))).tolist()))
+    stream = TokenStream([(folder, shard) for shard in _list_shards(manifest)], tokenizer.vocab_size)
+    return tokenizer.decode(stream.read(0, min(EXCERPT_TOKENS, len(stream))).tolist())
 
 
-def _print(content: object) -> None:
-    from rich.console import Console
-
-    Console().print(content, markup=False, highlight=False, soft_wrap=True)
+def _list_shards(manifest: "CorpusManifest") -> "list[ShardInfo]":
+    return [shard for source in manifest.sources for shard in (*source.train, *source.val)]

@@ -1,40 +1,41 @@
-"""`gpt sample RUN_DIR --prompt TEXT`: let a trained model continue a text."""
+"""`gpt sample RUN_DIR --prompt TEXT`: generate text with a trained model."""
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gpt.configs.cli import POSITIONAL, parse
+from gpt.commands.output import print_json
+from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.configs.observer_config import SampleConfig
 from gpt.utils.helper import printable
 
 
-class SampleCommand(SampleConfig):
+class SampleCommand(JsonOutput, SampleConfig):
     """Continue a prompt with a trained model."""
 
     run_dir: Annotated[Path, POSITIONAL]
-    """A run's folder, or one of its checkpoints."""
+    """Folder of a run, or of one of its checkpoints."""
     prompt: str = ""
-    """Text to continue; an empty one starts a document."""
+    """Text to continue; an empty prompt starts a new document."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
-    """Decides the draws; the same seed gives the same text."""
+    """Seed of the sample; the same seed gives the same text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the model runs; auto: cuda, else mps, else cpu."""
+    """Device to run the model on; auto: cuda, else mps, else cpu."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse, load, and print the text as it is drawn."""
+    """Parse the flags, load the model, and print the text while it is generated."""
     command = parse(SampleCommand, argv, prog="gpt sample")
 
     from gpt.inference.generate import generate
     from gpt.inference.load import load_for_inference
 
     model, tokenizer = load_for_inference(command.run_dir, command.device)
-    new = generate(
+    generated = generate(
         model,
         tokenizer.encode_prompt(command.prompt),
         command,
@@ -43,9 +44,20 @@ def run(argv: Sequence[str]) -> int:
         seed=command.seed,
         end_of_text=tokenizer.end_of_text,
     )
-    shown = printable if sys.stdout.isatty() else str
-    for piece in itertools.chain([command.prompt], tokenizer.decode_stream(new)):
-        sys.stdout.write(shown(piece))
+    if command.as_json:
+        tokens = list(generated)
+        completion = "".join(tokenizer.decode_stream(tokens))
+        print_json(
+            {"prompt": command.prompt, "completion": completion, "new_tokens": len(tokens), "seed": command.seed}
+        )
+    else:
+        _print_stream(itertools.chain([command.prompt], tokenizer.decode_stream(generated)))
+    return 0
+
+
+def _print_stream(texts: Iterable[str]) -> None:
+    show = printable if sys.stdout.isatty() else str
+    for text in texts:
+        sys.stdout.write(show(text))
         sys.stdout.flush()
     sys.stdout.write("\n")
-    return 0

@@ -1,88 +1,101 @@
-"""`gpt verify RUN_DIR`: compare every checkpoint of a run with its digests."""
+"""`gpt verify RUN_DIR`: compare every checkpoint of a run with its SHA-256 digests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gpt.configs.base import Config
-from gpt.configs.cli import POSITIONAL, parse
+from gpt.commands.output import build_console, print_json
+from gpt.configs.cli import POSITIONAL, JsonOutput, parse
 from gpt.errors import UserError
 
 UNFINISHED, DAMAGED, OK = "unfinished", "damaged", "ok"
 
 
-class VerifyCommand(Config):
-    """Compare every checkpoint of a run with its digests."""
+class VerifyCommand(JsonOutput):
+    """Compare every checkpoint of a run with its SHA-256 digests."""
 
     run_dir: Annotated[Path, POSITIONAL]
-    """A run's folder."""
+    """Folder of the run."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one checkpoint."""
+    """Result for one checkpoint."""
 
     name: str
-    size: int
-    """Bytes."""
+    size_bytes: int
     val_loss: float | None
     state: str
     """ok, damaged or unfinished."""
     reason: str = ""
-    """The file that is damaged, and how."""
+    """Damaged file and its damage, or the cause of an unfinished checkpoint."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Verify and print; 1 if a checkpoint is damaged."""
+    """Verify and print every checkpoint; return 1 if one is damaged."""
     command = parse(VerifyCommand, argv, prog="gpt verify")
 
+    verdicts = verify_checkpoints(command.run_dir)
+    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in (OK, DAMAGED, UNFINISHED)}
+    if command.as_json:
+        print_json({"checkpoints": [asdict(verdict) for verdict in verdicts], **counts})
+    else:
+        _print_table(verdicts, counts)
+    return int(counts[DAMAGED] > 0)
+
+
+def verify_checkpoints(run_dir: Path) -> list[Verdict]:
+    """Verify the checkpoints in a run's folder, in order of their steps.
+
+    Raises:
+        UserError: `run_dir` is no run.
+    """
     from gpt.checkpoint.run_folder import RunFolder
 
-    folder = RunFolder(command.run_dir)
+    folder = RunFolder(run_dir)
     if not (folder.config.is_file() or folder.checkpoints.is_dir()):
-        reason = "is no run: it holds no config.json" if command.run_dir.is_dir() else "no such folder"
-        raise UserError(f"RUN_DIR {command.run_dir}: {reason}; name the --run-dir of a run")
-    found = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
-    verdicts = [_judge(path) for path in sorted(found, key=lambda path: path.name.lstrip("."))]
-    _show([verdict for verdict in verdicts if verdict is not None])
-    return int(any(verdict is not None and verdict.state == DAMAGED for verdict in verdicts))
+        reason = "not a run: it has no config.json" if run_dir.is_dir() else "no such folder"
+        raise UserError(f"RUN_DIR {run_dir}: {reason}; name the --run-dir of a run")
+    paths = list(folder.checkpoints.iterdir()) if folder.checkpoints.is_dir() else []
+    paths.sort(key=lambda path: path.name.lstrip("."))
+    return [verdict for path in paths if (verdict := _verify_path(path)) is not None]
 
 
-def _judge(path: Path) -> Verdict | None:
-    """None of what is no checkpoint, and was none."""
+def _verify_path(path: Path) -> Verdict | None:
+    """Return the verdict on a path among the checkpoints, or None if it is not a checkpoint."""
     from gpt.checkpoint.manifest import VAL_LOSS, verify
     from gpt.utils.atomic_io import is_leftover
 
     if is_leftover(path):
-        return Verdict(path.name, _size(path), None, UNFINISHED, "being written or removed, or left by a run that died")
+        reason = "being written or removed, or left over from a killed run"
+        return Verdict(path.name, _measure_size(path), None, UNFINISHED, reason)
     if not path.name.startswith("step_"):
         return None
     try:
         manifest = verify(path)
     except UserError as error:
-        return Verdict(path.name, _size(path), None, DAMAGED, str(error))
-    return Verdict(path.name, _size(path), manifest.metrics.get(VAL_LOSS), OK)
+        return Verdict(path.name, _measure_size(path), None, DAMAGED, str(error))
+    return Verdict(path.name, _measure_size(path), manifest.metrics.get(VAL_LOSS), OK)
 
 
-def _size(path: Path) -> int:
+def _measure_size(path: Path) -> int:
     return sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() and not path.is_symlink() else 0
 
 
-def _show(verdicts: Sequence[Verdict]) -> None:
-    from rich.console import Console
+def _print_table(verdicts: Sequence[Verdict], counts: dict[str, int]) -> None:
     from rich.table import Table
 
     from gpt.utils.helper import format_si, plural, printable
 
-    console = Console()
+    console = build_console()
     table = Table("checkpoint", "size", "val/loss", "state", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for verdict in verdicts:
         loss = "" if verdict.val_loss is None else f"{verdict.val_loss:.4f}"
-        table.add_row(printable(verdict.name), f"{format_si(verdict.size)}B", loss, verdict.state)
+        table.add_row(printable(verdict.name), f"{format_si(verdict.size_bytes)}B", loss, verdict.state)
     console.print(table)
     for verdict in verdicts:
         if verdict.reason:
-            console.print(printable(f"{verdict.name}: {verdict.reason}"), markup=False, highlight=False, soft_wrap=True)
-    counts = ", ".join(f"{sum(v.state == state for v in verdicts)} {state}" for state in (OK, DAMAGED, UNFINISHED))
-    console.print(f"{plural(len(verdicts), 'checkpoint')}: {counts}", highlight=False, soft_wrap=True)
+            console.print(printable(f"{verdict.name}: {verdict.reason}"))
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    console.print(f"{plural(len(verdicts), 'checkpoint')}: {summary}")

@@ -1,14 +1,16 @@
-"""`gpt verify-resume [PRESET] [--flags]`: is a run that is killed and resumed the same as one left in peace?"""
+"""`gpt verify-resume [PRESET] [--flags]`: check that a run that is killed and resumed is bit-exact."""
 
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from gpt.configs.cli import PresetOverrides, has_flag, parse_over_preset
+from gpt.commands.output import build_console, print_json
+from gpt.configs.cli import JsonOutput, PresetOverrides, has_flag, parse_over_preset
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
@@ -23,77 +25,125 @@ if TYPE_CHECKING:
     from gpt.verification.timings import Timings
 
 CHECKPOINTS_PER_KILL = 2
-"""How long a run is made, where its length was left to us."""
+"""Checkpoints that a preset's run is extended to, for each kill."""
 ERROR_PREFIX = "gpt: error: "
-"""What `gpt` puts before what the user can mend."""
+"""Prefix of the line that `gpt` prints for a UserError."""
 
 
-class VerifyResumeCommand(PresetOverrides):
-    """Train a reference, then the same run killed again and again, and compare every bit.
+class VerifyResumeCommand(JsonOutput, PresetOverrides):
+    """Train a reference run, then kill and resume the same run again and again, and compare the two bit by bit.
 
-    The two lie in a folder of their own beside --run-dir. Every value below is the preset's own, but that every step
-    is reported; and a preset's run is made long enough for its kills, unless a horizon is given.
+    Both runs are written to a folder of their own beside --run-dir. Every default below is the preset's value, with
+    two exceptions: every step is logged, and a preset's run is extended for its kills unless you set its length.
     """
 
     kills: int = Field(10, ge=1, le=100_000)
-    """How often the run is killed."""
+    """Number of kills."""
     kill_seed: int = Field(0, ge=0)
-    """Decides where."""
+    """Seed of the steps and phases to kill in."""
     ranks: int = Field(1, ge=1, le=1024)
-    """Processes that train; several are started by torchrun."""
+    """Processes that train together; more than one are started by torchrun."""
     keep: bool = False
-    """Keep the folder of the two runs, though they do not differ."""
+    """Keep the folder of the two runs even if they are equal."""
+
+
+@dataclass(frozen=True)
+class ResumeVerdict:
+    """Result of killing and resuming a run."""
+
+    outline: "RunOutline"
+    kills: "Sequence[KillRecord]"
+    comparison: "Comparison | None"
+    """Comparison with the reference; None if the killed run could not be resumed."""
+    error: str = ""
+    """Reason why the killed run could not be resumed."""
+
+    @property
+    def bit_exact(self) -> bool:
+        """The killed run was resumed to its end and equals the reference."""
+        return self.comparison is not None and not self.comparison.differences
+
+    @property
+    def max_lost_steps(self) -> int:
+        """Steps that the costliest kill lost."""
+        return max((kill.lost_steps for kill in self.kills), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as JSON-able values."""
+        values: dict[str, Any] = {
+            "bit_exact": self.bit_exact,
+            "error": self.error or None,
+            "steps": self.outline.last_step - self.outline.first_step,
+            "checkpoint_interval": self.outline.checkpoint_interval,
+            "kills": [
+                {"phase": kill.phase.value, "step": kill.step, "lost_steps": kill.lost_steps} for kill in self.kills
+            ],
+            "max_lost_steps": self.max_lost_steps,
+        }
+        compared = self.comparison
+        if compared is not None:
+            values |= {
+                "losses": compared.n_losses,
+                "evaluations": compared.n_evaluations,
+                "samples": compared.n_samples,
+                "tensors": compared.n_tensors,
+                "tensor_bytes": compared.tensor_bytes,
+                "differing_values": sum(difference.n_values for difference in compared.differences),
+                "first_difference": str(compared.differences[0]) if compared.differences else None,
+            }
+        return values
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse, train twice and compare; 1 if the runs differ, or the killed one cannot be resumed."""
+    """Train both runs and compare them; return 1 if they differ, or if the killed one cannot be resumed."""
     command = parse_over_preset(VerifyResumeCommand, argv, verb="verify-resume")
     if sys.platform != "linux":
-        raise UserError("verify-resume ends processes as only Linux does: run it there")
-    own_length = command.config is not None or any(has_flag(argv, name) for name in HORIZON)
+        raise UserError(f"verify-resume needs Linux, whose /proc lists the processes to kill; this is {sys.platform}")
+    sets_length = command.config is not None or any(has_flag(argv, name) for name in HORIZON)
 
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    config = _to_verify(command, own_length=own_length)
+    console = build_console(stderr=command.as_json)
+    config = _build_config(command, sets_length=sets_length)
     folder = command.run_dir.with_name(f"{command.run_dir.name}-verify-resume")
-    _make(folder)
+    _create_folder(folder)
     if config.max_steps != command.max_steps:
         console.print(
             f"{config.max_steps:,} steps instead of {command.max_steps:,}: {CHECKPOINTS_PER_KILL} checkpoints for each "
             "kill; --max-steps sets another length"
         )
-    alike = _verify(command, config, folder, console)
-    if alike and not command.keep:
-        shutil.rmtree(folder)
-    else:
+    verdict = _verify(command, config, folder, console)
+    keep = command.keep or not verdict.bit_exact
+    if keep:
         console.print(f"both runs are in {folder}")
-    return 0 if alike else 1
+    else:
+        shutil.rmtree(folder)
+    if command.as_json:
+        print_json(verdict.to_dict() | {"ranks": command.ranks, "folder": str(folder) if keep else None})
+    return 0 if verdict.bit_exact else 1
 
 
-def _to_verify(command: VerifyResumeCommand, *, own_length: bool) -> TrainConfig:
+def _build_config(command: VerifyResumeCommand, *, sets_length: bool) -> TrainConfig:
     config = command.as_train_config()
-    enough = CHECKPOINTS_PER_KILL * command.kills * config.checkpoint.interval
+    min_steps = CHECKPOINTS_PER_KILL * command.kills * config.checkpoint.interval
     return config.model_copy(
         update={
             "log": config.log.model_copy(update={"interval": 1}),
-            "max_steps": config.max_steps if own_length else max(config.max_steps, enough),
+            "max_steps": config.max_steps if sets_length else max(config.max_steps, min_steps),
             "resume": "auto" if config.resume == "never" else config.resume,
         }
     )
 
 
-def _make(folder: Path) -> None:
+def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
-        raise UserError(f"{folder} is there already, from an earlier time; delete it") from error
+        raise UserError(f"{folder} exists already, from an earlier verify-resume; delete it") from error
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}; name another --run-dir") from error
+        raise UserError(f"{folder} cannot be created: {error.strerror}; name another --run-dir") from error
 
 
-def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, console: "Console") -> bool:
-    """Train both runs, show the kills and the verdict; whether the runs are the same."""
+def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, console: "Console") -> ResumeVerdict:
+    """Train the reference, kill and resume the second run, compare the two, and print what happens."""
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.utils.helper import plural
     from gpt.verification.compare import compare
@@ -106,13 +156,16 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     reference, resumed = (RunFolder(folder / name) for name in ("reference", "resumed"))
     launch = launcher_for(command.ranks)
     timings = _train_reference(launch, reference, ["train", "--config", str(saved)])
-    outline = _outline(config, reference)
+    outline = _outline_run(config, reference)
     console.print(
         f"reference: {plural(outline.last_step - outline.first_step, 'step')} on {plural(command.ranks, 'rank')} in "
         f"{timings.total:.1f} s, {timings.start_up:.1f} s of them before the first report"
     )
 
+    kills: list[KillRecord] = []
+
     def report(number: int, kill: "KillRecord") -> None:
+        kills.append(kill)
         lost = plural(kill.lost_steps, "step")
         console.print(f"kill {number}: {kill.phase.value}, after step {kill.step}; {lost} lost")
 
@@ -120,23 +173,24 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     plan = plan_kills(command.kill_seed, command.kills, outline)
     arguments = ["train", "--config", str(saved), "--run-dir", str(resumed.path)]
     try:
-        kills = kill_and_resume(lambda: launch(arguments, log), resumed, plan, outline, timings, report)
+        kill_and_resume(lambda: launch(arguments, log), resumed, plan, outline, timings, report)
     except UserError as error:
-        console.print(f"the killed run does not go on: {error}; its last words in {log}: {_last_words(log)}")
-        return False
+        reason = f"{error}; last line of {log}: {_read_error_line(log)}"
+        console.print(f"the killed run cannot be resumed: {reason}")
+        return ResumeVerdict(outline, kills, None, reason)
     if len(kills) < command.kills:
-        console.print(
-            f"the run came to its end after {plural(len(kills), 'kill')}; a larger --max-steps has room for more"
-        )
-    _show_kills(console, kills, outline)
-    return _show_verdict(console, compare(reference, resumed))
+        console.print(f"the run finished after {plural(len(kills), 'kill')}; a larger --max-steps leaves time for more")
+    verdict = ResumeVerdict(outline, kills, compare(reference, resumed))
+    _print_kills(console, verdict)
+    _print_comparison(console, verdict)
+    return verdict
 
 
 def _train_reference(launch: "Launcher", folder: "RunFolder", arguments: list[str]) -> "Timings":
-    """The run that nobody kills.
+    """Train the reference run, which is not killed, and measure its timings.
 
     Raises:
-        UserError: it failed.
+        UserError: the run failed.
     """
     from gpt.verification.timings import measure_timings
 
@@ -148,22 +202,22 @@ def _train_reference(launch: "Launcher", folder: "RunFolder", arguments: list[st
         process.kill()
     if process.poll() == 0:
         return timings
-    said = _last_words(log)
-    if said.startswith(ERROR_PREFIX):  # nothing has been trained, and the same command should be able to start again
+    line = _read_error_line(log)
+    if line.startswith(ERROR_PREFIX):  # a user's mistake: remove the folder, so that the corrected command can start
         shutil.rmtree(log.parent)
-        raise UserError(said.removeprefix(ERROR_PREFIX))
-    raise UserError(f"the reference ended with status {process.poll()}; see {log}")
+        raise UserError(line.removeprefix(ERROR_PREFIX))
+    raise UserError(f"the reference run ended with status {process.poll()}; see {log}")
 
 
-def _last_words(log: Path) -> str:
-    """The line that says what went wrong, else the last one."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    said = [line for line in lines if line.startswith(ERROR_PREFIX)] or [line for line in lines if line.strip()]
-    return said[-1] if said else "none"
+def _read_error_line(log: Path) -> str:
+    """Return the last error line of a log, or else its last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    return (errors or lines or ["none"])[-1]
 
 
-def _outline(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
-    """What the reference tells of the run; the corpus's size tells where epochs end."""
+def _outline_run(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
+    """Read the steps of the reference run from its metrics, and derive its epoch boundaries from the plan."""
     from gpt.checkpoint.manifest import PROGRESS, VAL_LOSS
     from gpt.run import open_run
     from gpt.utils.atomic_io import read_json, read_jsonl
@@ -173,9 +227,9 @@ def _outline(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     records = list(read_jsonl(reference.metrics))
     steps = [record["step"] for record in records if TRAIN_LOSS in record]
     unused = reference.path.with_name("planned")
-    with open_run(config.model_copy(update={"run_dir": unused, "micro_batch_size": 1}), dry_run=True) as layout:
-        per_epoch = layout.plan.windows_per_epoch
-    progress = read_json(reference.committed()[-1] / PROGRESS)
+    with open_run(config.model_copy(update={"run_dir": unused, "micro_batch_size": 1}), dry_run=True) as planned:
+        per_epoch = planned.plan.windows_per_epoch
+    progress = read_json(reference.list_checkpoints()[-1] / PROGRESS)
     per_step = progress["tokens"] // progress["step"] // config.model.block_size
     return RunOutline(
         first_step=steps[0] - 1,
@@ -186,34 +240,35 @@ def _outline(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     )
 
 
-def _show_kills(console: "Console", kills: "Sequence[KillRecord]", outline: "RunOutline") -> None:
+def _print_kills(console: "Console", verdict: ResumeVerdict) -> None:
     from rich.table import Table
 
     from gpt.verification.plan import Phase
 
+    outline = verdict.outline
     table = Table("killed", "kills", "most steps lost", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for phase in Phase:
-        lost = [kill.lost_steps for kill in kills if kill.phase is phase]
+        lost = [kill.lost_steps for kill in verdict.kills if kill.phase is phase]
         if lost or phase is not Phase.EPOCH_BOUNDARY or outline.epoch_ends:
             table.add_row(phase.value, str(len(lost)), str(max(lost, default="")))
     console.print(table)
     interval = outline.checkpoint_interval or outline.last_step
-    most = max((kill.lost_steps for kill in kills), default=0)
-    console.print(f"most steps lost by a kill: {most}; between two checkpoints lie {interval}")
+    console.print(f"most steps lost by a kill: {verdict.max_lost_steps}; steps between checkpoints: {interval}")
 
 
-def _show_verdict(console: "Console", found: "Comparison") -> bool:
+def _print_comparison(console: "Console", verdict: ResumeVerdict) -> None:
     from gpt.utils.helper import format_si, plural
 
-    if found.differences:
-        first = found.differences[0]
-        console.print(f"first difference: {first}")
-        console.print(f"values that differ: {sum(difference.n_values for difference in found.differences):,}")
-        return False
+    compared = verdict.comparison
+    assert compared is not None
+    if compared.differences:
+        console.print(f"first difference: {compared.differences[0]}")
+        console.print(f"values that differ: {sum(difference.n_values for difference in compared.differences):,}")
+        return
     console.print(
-        f"0 differing bits in {plural(found.n_losses, 'loss', 'es')}, {plural(found.n_evaluations, 'evaluation')}, "
-        f"{plural(found.n_samples, 'sample')}, and the last checkpoint's {plural(found.n_tensors, 'tensor')} of "
-        f"weights and optimizer ({format_si(found.tensor_bytes)}B) and progress"
+        f"0 differing bits in {plural(compared.n_losses, 'loss', 'es')}, "
+        f"{plural(compared.n_evaluations, 'evaluation')}, {plural(compared.n_samples, 'sample')}, and the last "
+        f"checkpoint's {plural(compared.n_tensors, 'tensor')} of weights and optimizer state "
+        f"({format_si(compared.tensor_bytes)}B) and progress"
     )
-    console.print("(what is drawn is addressed by seed and position: there is no generator's state to compare)")
-    return True
+    console.print("(randomness is addressed by seed and position, so there is no generator state to compare)")

@@ -13,6 +13,10 @@ class LogConfig(Config):
 
     interval: Annotated[int, SAFE] = Field(10, ge=1)
     """Steps between two reports of the training loss."""
+    grad_norms: Annotated[bool, SAFE] = False
+    """Report the norm of each layer's gradient and weights, too: grad_norm/LAYER and param_norm/LAYER."""
+    sink_timeout: Annotated[float, SAFE] = Field(60.0, gt=0)
+    """Seconds that the console, metrics.jsonl or another sink may block the run before it is dropped."""
 
 
 class EvalConfig(Config):

@@ -1,4 +1,4 @@
-"""Named configurations: a preset is a function that returns a TrainConfig."""
+"""Presets: named configurations, each a function that returns a TrainConfig."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from gpt.configs.train_config import TrainConfig
 
 
 def debug() -> TrainConfig:
-    """Every part of a run in seconds: a two-layer byte model on the standard library."""
+    """Return a run of seconds that uses every part: a two-layer byte model on the standard library."""
     return TrainConfig(
         run_dir=Path("runs/debug"),
         max_steps=20,
@@ -30,7 +30,10 @@ def debug() -> TrainConfig:
 
 
 def shakespeare_char() -> TrainConfig:
-    """Model, batch and steps of nanoGPT's documented CPU setting, at twice its rate; --data.source names the text."""
+    """Return nanoGPT's documented CPU setting: its model, batch and steps, at twice its learning rate.
+
+    --data.source names the text.
+    """
     return TrainConfig(
         run_dir=Path("runs/shakespeare-char"),
         max_steps=2000,
@@ -48,7 +51,10 @@ def shakespeare_char() -> TrainConfig:
 
 
 def speedrun_char() -> TrainConfig:
-    """The loss of nanoGPT's documented CPU setting on tinyshakespeare, several times as fast; docs/EXPERIMENTS.md."""
+    """Return a run that reaches the loss of nanoGPT's CPU setting on tinyshakespeare, several times as fast.
+
+    docs/EXPERIMENTS.md has the measurements.
+    """
     return TrainConfig(
         run_dir=Path("runs/speedrun-char"),
         max_steps=220,
@@ -69,7 +75,7 @@ def speedrun_char() -> TrainConfig:
         ),
         data=DataConfig(source=("tinyshakespeare.txt",), tokenizer="char"),
         lr=LRConfig(schedule="wsd", max_lr=2e-2, warmup_steps=0, decay_steps=132),
-        optimizer=OptimizerConfig(name="muon", muon_lr=2e-2, muon_momentum=0.7, weight_decay=0),  # a short memory
+        optimizer=OptimizerConfig(name="muon", muon_lr=2e-2, muon_momentum=0.7, weight_decay=0),
         log=LogConfig(interval=20),
         eval=EvalConfig(interval=0),
         checkpoint=CheckpointConfig(interval=0),
@@ -78,7 +84,7 @@ def speedrun_char() -> TrainConfig:
 
 
 def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> TrainConfig:
-    """GPT-2's sizes (GPT-2 report, table 2) with GPT-3's rates and half-million-token batch (table 2.1)."""
+    """Return a model of the GPT-2 report (table 2) with GPT-3's learning rate and batch of 0.5M tokens (table 2.1)."""
     return TrainConfig(
         run_dir=Path("runs") / name,
         max_steps=19_073,  # 10 billion tokens
@@ -89,7 +95,7 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> T
             n_head=n_head,
             n_embd=n_embd,
             block_size=1024,
-            vocab_size=50_304,  # 50,257 rounded up to a multiple of 128, which matrix units prefer
+            vocab_size=50_304,  # 50,257 rounded up to a multiple of 128, for faster matmuls
         ),
         data=DataConfig(tokenizer="gpt2"),
         lr=LRConfig(schedule="cosine", max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=715),
@@ -99,22 +105,22 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> T
 
 
 def gpt2_124m() -> TrainConfig:
-    """GPT-2 small."""
+    """Return GPT-2 small."""
     return _gpt2("gpt2-124m", n_layer=12, n_head=12, n_embd=768, max_lr=6e-4)
 
 
 def gpt2_355m() -> TrainConfig:
-    """GPT-2 medium."""
+    """Return GPT-2 medium."""
     return _gpt2("gpt2-355m", n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4)
 
 
 def gpt2_774m() -> TrainConfig:
-    """GPT-2 large."""
+    """Return GPT-2 large."""
     return _gpt2("gpt2-774m", n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4)
 
 
 def gpt2_1558m() -> TrainConfig:
-    """GPT-2 XL."""
+    """Return GPT-2 XL."""
     return _gpt2("gpt2-1558m", n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4)
 
 

@@ -11,7 +11,7 @@ from gpt.configs.run_plan import CorpusFacts, StreamFacts
 from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, packing_of
-from gpt.data.prepare.preparation import find, prepare_into
+from gpt.data.prepare.preparation import plan_preparation, prepare_folder
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
@@ -69,10 +69,10 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
         return [Path(source) for source in prepared]
     if config.weights and len(config.weights) != len(config.source):
         raise UserError(f"--data.weights: {len(config.weights)} for {len(config.source)} sources; give one for each")
-    found = find(config.source, config)
     require_writable(config.cache_dir, "--data.cache-dir")
-    folder = config.cache_dir / found.key
-    prepare_into(folder, found, config, "--data.cache-dir")
+    plan = plan_preparation(config.source, config)
+    folder = config.cache_dir / plan.key
+    prepare_folder(folder, plan, "--data.cache-dir")
     return [folder]
 
 

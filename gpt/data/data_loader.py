@@ -1,8 +1,6 @@
 """Step -> this rank's micro-batches, fetched one step ahead by a thread."""
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -54,7 +52,6 @@ class DataLoader:
         rank: of this process.
         device: that batches are put on.
         quarantine: global batches to leave out; may grow during the run.
-        waiting: context manager around the time in which the step waits for its batch.
     """
 
     def __init__(
@@ -65,14 +62,12 @@ class DataLoader:
         rank: int,
         device: torch.device,
         quarantine: Quarantine | None = None,
-        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ):
         self._sequences = sequences
         self._quarantine = quarantine or Quarantine()
         self._batch = batch
         self._first_micro_batch = rank * batch.grad_accum_steps
         self._device = device
-        self._waiting = waiting
         # Pinning uses the thread's current GPU, which would be the first one for every rank's thread.
         set_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(1, "data-loader", *set_device)
@@ -81,9 +76,8 @@ class DataLoader:
     def get_batch(self, step: int) -> StepBatch:
         """Return this rank's part of the step's global batch, on the device; start to fetch the next step's."""
         index, next_index = self._quarantine.find_batch(step), self._quarantine.find_batch(step + 1)
-        with self._waiting():
-            ahead = self._ahead
-            fetched = ahead[1].result() if ahead is not None and ahead[0] == index else self._fetch(index)
+        ahead = self._ahead
+        fetched = ahead[1].result() if ahead is not None and ahead[0] == index else self._fetch(index)
         self._ahead = (next_index, self._thread.submit(self._fetch, next_index))
         size = self._batch.micro_batch_size
         micro_batches = zip(
@@ -98,6 +92,9 @@ class DataLoader:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from gpt.checkpoint.app_state import load_model_tensors
-from gpt.checkpoint.run_folder import locate_checkpoint, run_of
+from gpt.checkpoint.run_folder import find_run, locate_checkpoint
 from gpt.checkpoint.store import read_weights
 from gpt.configs.load import load_config
 from gpt.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
         UserError: there is none, or it is damaged.
     """
     checkpoint = locate_checkpoint(path, "RUN_DIR")
-    tokenizer = Tokenizer.from_file(run_of(checkpoint).tokenizer)
+    tokenizer = Tokenizer.from_file(find_run(checkpoint).tokenizer)
     weights = read_weights(checkpoint)
     config = load_config(checkpoint / "config.json").model
     embedding = weights.get("wte.weight", torch.empty(0))

@@ -1,1 +1,1 @@
-"""What the machine is and can do."""
+"""Facts and measurements of this machine."""

@@ -1,4 +1,4 @@
-"""What is set in the process so that a CPU trains fast."""
+"""Settings of the process that make training on a CPU fast."""
 
 import ctypes
 import os
@@ -11,15 +11,16 @@ from gpt.machine.resources import usable_cores
 from gpt.ops import attention_cpu
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
-KEPT_BYTES = 2**30
+MAX_REUSED_BYTES = 2**30
+"""Largest block that glibc reuses when it was freed."""
 NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep large blocks that were freed, for the next step to use; whether it could be told.
+    """Let glibc reuse large blocks that were freed, and return whether it could be set.
 
-    By default it gives every block of 32 MiB or more back to the kernel, which maps it again, zeroed page by page, at
-    each step (mallopt(3), M_MMAP_THRESHOLD). Takes effect for blocks that are allocated from now on.
+    By default glibc returns every block of 32 MiB or more to the kernel, which maps and zeroes it again, page by page,
+    at each step (mallopt(3), M_MMAP_THRESHOLD). Takes effect for blocks that are allocated from now on.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -27,20 +28,22 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another libc, such as musl
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, NEVER))
+    return bool(mallopt(M_MMAP_THRESHOLD, MAX_REUSED_BYTES) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str, int | bool]:
-    """Set what `config` says, and return what holds then, under its names.
+    """Apply the settings of `config`, and return those that are in effect, under the same names.
 
-    How many threads share an operation decides the last bits of some: where they are to be the same everywhere, one
-    thread computes unless a number is given.
+    Call it before the first operation: the threads of a pool inherit the treatment of denormals from their creator.
 
-    Call it before the first operation: the threads of a pool take over how their maker treats denormals.
+    Unless `config` gives a number of threads, it is only ever lowered: torch counts the machine's cores (of two threads
+    of a core one, if it is built with MKL), and a container may have fewer. OMP_NUM_THREADS, which torchrun sets, has
+    precedence.
 
-    Unasked the number of threads is only ever lowered: torch counts the machine's cores (of two threads of a core one,
-    where it is built with MKL), and a container may have been given fewer. A number in OMP_NUM_THREADS stands, as
-    torchrun sets it.
+    Args:
+        config: the settings.
+        reproducible: whether bits must be equal on every machine. The number of threads decides the last bits of some
+            operations, so one thread computes unless `config` gives a number.
     """
     threads = config.threads or (1 if reproducible else 0)
     if threads:

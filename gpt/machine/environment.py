@@ -1,4 +1,4 @@
-"""What a run ran on, for environment.json."""
+"""Versions and hardware that a run used, for environment.json."""
 
 import platform
 import subprocess
@@ -17,11 +17,15 @@ PACKAGE = Path(gpt.__file__).parent
 LIBRARIES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
 
 
-def environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
-    """Versions, hardware, the commit of the code, and what was set in the process."""
+def describe_environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
+    """Return versions, hardware, the commit of the code, and the settings of the process.
+
+    Args:
+        runtime: settings that `set_up_cpu` returned.
+    """
     return {
         "gpt-training-pipeline": gpt.__version__,
-        "git_commit": git_commit(),
+        "git_commit": find_git_commit(),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "platform": platform.platform(),
@@ -35,8 +39,8 @@ def environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
     }
 
 
-def git_commit() -> str | None:
-    """The commit that the package's files are at, marked where they differ from it; None outside their checkout."""
+def find_git_commit() -> str | None:
+    """Return the commit of the package's files, marked "-dirty" if they differ from it; None outside their checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -44,7 +48,9 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # installed below somebody else's checkout, it is not theirs
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # fails for a package that is installed inside another checkout
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

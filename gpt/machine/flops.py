@@ -1,6 +1,10 @@
-"""How much arithmetic a training step is.
+"""Floating-point operations (FLOPs) of a training step.
 
-Shapes: T = block_size, H = n_head, D = head_dim, V = vocabulary.
+    N = sum of n_in * n_out over all linear layers    (`linear_layers`; the head counts, embeddings do not)
+    FLOPs per token = 6 N + 6 L T H D                 (`flops_per_token`)
+    MFU = FLOPs per token * tokens_per_second / peak_flops
+
+L = n_layer, T = block_size, H = n_head, D = head_dim.
 """
 
 from typing import NamedTuple
@@ -9,7 +13,7 @@ from gpt.configs.gpt_config import GPTConfig
 
 
 class Linear(NamedTuple):
-    """Linear layers of one shape."""
+    """Linear layers of one shape (n_in, n_out), and their number."""
 
     n_in: int
     n_out: int
@@ -17,10 +21,12 @@ class Linear(NamedTuple):
 
 
 def linear_layers(model: GPTConfig) -> tuple[Linear, ...]:
-    """Return every matrix that a token is multiplied by: a tied head is one, an embedding that is looked up is not.
+    """Return all linear layers of a model.
+
+    The head is one even if its weight is tied; an embedding is a lookup, not a matmul.
 
     Args:
-        model: resolved, with its vocabulary filled in.
+        model: resolved configuration, vocab_size included.
     """
     width = model.n_embd
     return (
@@ -33,17 +39,18 @@ def linear_layers(model: GPTConfig) -> tuple[Linear, ...]:
 
 
 def flops_per_token(model: GPTConfig) -> int:
-    """Return the floating-point operations of one token's forward and backward pass, in sequences of `block_size`.
+    """Return the FLOPs of one token's forward and backward pass, 6 N + 6 L T H D.
 
-    FLOPs = 6 N + 6 L T H D, with N weights of linear layers and L = n_layer. Each weight takes a multiplication and an
-    addition forward, and twice that backward (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section
-    2.1). Attention takes 12 T H D in each layer (Chowdhery et al. 2022, "PaLM", appendix B), of which causal attention
-    needs half (Dao 2023, "FlashAttention-2", section 4.1); sharing keys and values among heads saves weights, but no
-    scores. This is what the model needs, not what is executed: masked scores, recomputation, norms, activations and the
-    optimizer do not count. A document mask, which needs less, is not considered.
+    6 N: a multiplication and an addition per weight forward, twice that backward (Kaplan et al. 2020, "Scaling Laws for
+    Neural Language Models", section 2.1). 6 L T H D: attention needs 12 T H D per layer (Chowdhery et al. 2022, "PaLM",
+    appendix B), and half of that with a causal mask (Dao 2023, "FlashAttention-2", section 4.1). Grouped-query
+    attention has fewer weights, but as many scores.
+
+    These are the FLOPs that the model needs, not those that are executed: masked scores, recomputed activations, norms,
+    activation functions and the optimizer do not count. The savings of a document mask are ignored.
 
     Args:
-        model: resolved, with its vocabulary filled in.
+        model: resolved configuration, vocab_size included.
     """
     weights = sum(linear.n_in * linear.n_out * linear.layers for linear in linear_layers(model))
     return 6 * weights + 6 * model.n_layer * model.qkv_sizes[0] * model.block_size

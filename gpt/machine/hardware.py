@@ -1,4 +1,4 @@
-"""Find the device and what it can compute in."""
+"""The device, its dtypes and its memory."""
 
 import platform
 from pathlib import Path
@@ -10,10 +10,10 @@ from gpt.errors import UserError
 
 
 def find_device(wanted: str) -> str:
-    """`auto` -> cuda, else mps, else cpu.
+    """Return the device to train on: for `auto` the first of cuda, mps and cpu that this machine has.
 
     Raises:
-        UserError: the named device is not here.
+        UserError: this machine does not have the device.
     """
     available = [
         name
@@ -31,13 +31,13 @@ def find_device(wanted: str) -> str:
     return wanted
 
 
-def machine_facts(device: str, world_size: int) -> MachineFacts:
-    """Facts of this machine for the plan."""
+def detect_machine(device: str, world_size: int) -> MachineFacts:
+    """Return the facts of this machine that a plan depends on."""
     if device == "cuda":
         return MachineFacts(
             device,
             torch.cuda.get_device_name(),
-            # Emulated bfloat16 (before Ampere) is slower than float32.
+            # Emulated bfloat16 (before Ampere) is slower than float32, so it does not count.
             torch.cuda.is_bf16_supported(including_emulation=False),
             world_size,
         )
@@ -47,31 +47,34 @@ def machine_facts(device: str, world_size: int) -> MachineFacts:
 
 
 def peak_memory(device: str) -> int | None:
-    """Bytes: the most that torch had allocated on a GPU, or this process in memory; None where nobody tells."""
+    """Return the peak bytes that torch allocated on a GPU, or that this process had in memory; None if unknown."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Not getrusage's ru_maxrss, which after fork and exec begins at the size of the program that started this one.
-    kilobytes = _value_in("/proc/self/status", "VmHWM").removesuffix(" kB")
+    # Not getrusage's ru_maxrss, which after fork and exec starts at the size of the parent process.
+    kilobytes = _read_proc_value("/proc/self/status", "VmHWM").removesuffix(" kB")
     return int(kilobytes) * 1024 if device == "cpu" and kilobytes else None
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware; torch's own look-up is private, the kernel's is not."""
+    """Return whether the CPU multiplies bfloat16 in hardware.
+
+    Read from the kernel, because torch's own function for it is private.
+    """
     flags = _cpuinfo("flags").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def cpu_name() -> str:
-    """The CPU's name for people."""
+    """Return the CPU's name and its number of threads, for people."""
     return f"{_cpuinfo('model name') or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _cpuinfo(key: str) -> str:
-    return _value_in("/proc/cpuinfo", key)
+    return _read_proc_value("/proc/cpuinfo", key)
 
 
-def _value_in(file: str, key: str) -> str:
-    """A value of a file of Linux's /proc; empty elsewhere."""
+def _read_proc_value(file: str, key: str) -> str:
+    """Return a value in a file of Linux's /proc; an empty string on other systems."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError:

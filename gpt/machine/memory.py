@@ -1,4 +1,4 @@
-"""How much memory a computation needs, and how large it may be to fit."""
+"""Peak memory of a computation, and the largest size of it that fits into memory."""
 
 import weakref
 from bisect import bisect_left
@@ -11,93 +11,93 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that are made while it is active, and still exist.
+    """Counter of the bytes of live tensors that were created while it is active.
 
-    Unlike the process's size it is exact, the same at every run, and knows nothing of what an allocator keeps. What an
-    operation needs inside itself is not seen.
+    Unlike the process's size, the count is exact and equal in every run, and does not include memory that an allocator
+    holds back. It does not see temporary memory inside an operation.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: int = 0
         self.peak: int = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._tracked: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):  # what was there before, and its views, cost nothing
-            self._know(tensor.untyped_storage(), 0)
+        for tensor in _tensors((args, kwargs)):  # tensors from before, and their views, cost nothing
+            self._track(tensor.untyped_storage(), 0)
         out = function(*args, **(kwargs or {}))
         for tensor in _tensors(out):
-            self._know(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+            self._track(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
-    def _know(self, storage: torch.UntypedStorage, size: int) -> None:
+    def _track(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
-        if key in self._known:
+        if key in self._tracked:
             return
 
         def forget(_: object) -> None:
-            del self._known[key]
+            del self._tracked[key]
             self.now -= size
 
-        self._known[key] = weakref.ref(storage, forget)
+        self._tracked[key] = weakref.ref(storage, forget)
         self.now += size
 
 
-def max_size_by_measure(attempt: Callable[[int], None], sizes: Sequence[int], room: int) -> int:
-    """The largest size whose tensors fit into `room`, extrapolated from sizes 1 and 2.
+def extrapolate_max_size(attempt: Callable[[int], None], sizes: Sequence[int], room: int) -> int:
+    """Return the largest size whose tensors fit into `room`, extrapolated from the peaks of sizes 1 and 2.
 
-    For devices where an attempt that needs too much ends the process.
+    For devices where running out of memory ends the process.
 
     Args:
-        attempt: does what is to fit, at a size.
-        sizes: ascending.
-        room: bytes.
+        attempt: computation that takes its size.
+        sizes: sizes to choose from, ascending.
+        room: memory in bytes.
 
     Returns:
-        One of `sizes`, or 0 where none fits.
+        One of `sizes`; 0 if none fits.
     """
-    attempt(1)  # so that what is made once is not counted: gradients, and what libraries keep
-    one = _peak(attempt, 1)
-    if one > room:
+    attempt(1)  # allocates what is allocated once, so that it does not count: gradients, buffers of libraries
+    peak_1 = _measure_peak(attempt, 1)
+    if peak_1 > room:
         return 0
-    two = _peak(attempt, 2)
-    return max((size for size in sizes if one + (size - 1) * (two - one) <= room), default=0)
+    peak_2 = _measure_peak(attempt, 2)
+    return max((size for size in sizes if peak_1 + (size - 1) * (peak_2 - peak_1) <= room), default=0)
 
 
-def max_size_by_trial(
+def search_max_size(
     attempt: Callable[[int], None], sizes: Sequence[int], *, reserved: int, device: torch.device
 ) -> int:
-    """The largest size at which `attempt` does not run out of a GPU's memory.
+    """Return the largest size at which `attempt` does not run out of a GPU's memory, by binary search.
 
     Args:
-        attempt: does what is to fit, at a size.
-        sizes: ascending.
+        attempt: computation that takes its size.
+        sizes: sizes to choose from, ascending.
         reserved: bytes that must stay free for something else.
-        device: whose memory it is.
+        device: the GPU.
 
     Returns:
-        One of `sizes`, or 0 where none fits.
+        One of `sizes`; 0 if none fits.
     """
 
     def fails(size: int) -> bool:
         try:
-            held = torch.empty(reserved, dtype=torch.uint8, device=device)
+            reserve = torch.empty(reserved, dtype=torch.uint8, device=device)
             attempt(size)
-            del held
+            del reserve
         except torch.OutOfMemoryError:
             return True
         finally:
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # or what one size was cut into would be in the way of the next
+                torch.cuda.empty_cache()  # blocks that are cached for one size would be in the way of the next
         return False
 
-    fitting: int = bisect_left(sizes, True, key=fails)
-    return sizes[fitting - 1] if fitting > 0 else 0
+    n_fitting: int = bisect_left(sizes, True, key=fails)
+    return sizes[n_fitting - 1] if n_fitting > 0 else 0
 
 
-def _peak(attempt: Callable[[int], None], size: int) -> int:
+def _measure_peak(attempt: Callable[[int], None], size: int) -> int:
     memory = LiveMemory()
     with memory:
         attempt(size)

@@ -1,37 +1,37 @@
-"""What of the machine this process may use; read without importing torch."""
+"""Cores and memory that this process may use; read without importing torch."""
 
 import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where a container sees its own limits (Linux's cgroup-v2.rst)."""
+"""Folder in which a container sees its own limits (Linux's cgroup-v2.rst)."""
 MEMINFO = Path("/proc/meminfo")
 MEMORY_SHARE = 0.5
-"""Of a machine's memory, what a run plans with: an allocator keeps what was freed, in pieces that do not always fit."""
+"""Share of a machine's memory that a run plans with; the rest is for fragmentation in the allocator."""
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: of the machine, of its affinity, of its container's share of time."""
+    """Return the number of cores for this process: the least of its affinity and its container's share of CPU time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_limit("cpu.max")
     return max(1, min(cores, round(quota))) if quota else cores
 
 
-def memory_to_plan_with() -> int:
-    """Bytes of this machine's memory that its training processes may plan with, all together.
+def find_memory_budget() -> int:
+    """Return the bytes that all ranks on this machine together may plan with.
 
-    A share of all there is, so that equal machines plan equally, and less only where others already use the rest.
+    A share of the total, so that equal machines plan equally, and less only if other programs use the rest.
     """
-    known = _meminfo()
-    total = min(known.get("MemTotal", _installed_memory()), cgroup_limit("memory.max") or float("inf"))
-    return int(min(total * MEMORY_SHARE, known.get("MemAvailable", total)))
+    meminfo = _read_meminfo()
+    total = min(meminfo.get("MemTotal", _find_installed_memory()), cgroup_limit("memory.max") or float("inf"))
+    return int(min(total * MEMORY_SHARE, meminfo.get("MemAvailable", total)))
 
 
 def cgroup_limit(name: str) -> float | None:
-    """A limit of the container that this process runs in; None where there is none.
+    """Return a limit of the container that this process runs in; None if there is none.
 
     Args:
-        name: of the limit's file: memory.max, in bytes, or cpu.max, whose two numbers are read as their quotient.
+        name: the limit's file: memory.max (bytes), or cpu.max (two numbers, returned as their quotient: cores).
     """
     try:
         limit, *period = (CGROUP / name).read_text(encoding="ascii").split()
@@ -40,14 +40,14 @@ def cgroup_limit(name: str) -> float | None:
     return None if limit == "max" else int(limit) / int(period[0] if period else 1)
 
 
-def _installed_memory() -> int:
+def _find_installed_memory() -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 2**33  # Windows says it through an interface of its own; 8 GiB is what few machines lack
+    return 2**33  # Windows needs an API of its own; few machines have less than 8 GiB
 
 
-def _meminfo() -> dict[str, int]:
-    """Linux's memory in bytes; empty elsewhere."""
+def _read_meminfo() -> dict[str, int]:
+    """Return /proc/meminfo in bytes; empty on other systems than Linux."""
     if not MEMINFO.exists():
         return {}
     lines = (line.partition(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())

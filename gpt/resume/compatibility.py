@@ -58,6 +58,22 @@ def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Differen
     )
 
 
+def require_resumable(config: TrainConfig, saved: TrainConfig, place: str) -> tuple[Difference, ...]:
+    """Check that `config` may resume what `saved` describes, and return the differences to report.
+
+    Args:
+        config: of this launch.
+        saved: of the saved state.
+        place: flag and path of the run, for the message.
+
+    Raises:
+        UserError: names every field in the way, and the flag that allows those it can allow.
+    """
+    differences = find_differences(saved, config)
+    require_allowed(differences, place, with_changes=config.resume_with_changes)
+    return tuple(item for item in differences if item.name not in PER_LAUNCH)
+
+
 def require_allowed(differences: Sequence[Difference], place: str, *, with_changes: bool) -> None:
     """Check that a run may resume with these differences.
 

@@ -5,7 +5,10 @@ configuration or manifest again, or hashes its files again.
 """
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,29 +16,24 @@ from gpt.checkpoint.manifest import (
     CHECKPOINT_MANIFEST,
     CONFIG,
     PROGRESS,
-    CheckpointManifest,
     environment_mismatch,
-    verify,
 )
-from gpt.checkpoint.newest import NewestValid, find_newest_valid
+from gpt.checkpoint.newest import find_newest_valid
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
 from gpt.configs.base import Config
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import (
-    PER_LAUNCH,
-    Difference,
-    find_differences,
-    require_allowed,
-    require_same_architecture,
-)
-from gpt.utils.atomic_io import read_json, require_possible, require_writable, sweep
+from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
+from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
 from gpt.utils.distributed import DistContext
 from gpt.utils.folder_lock import lock_folder
 from gpt.utils.helper import sha256_of_file
 
 log = logging.getLogger(__name__)
+
+NO_CHECKPOINT = frozenset({"auto", "never"})
+"""Values of --resume that name no checkpoint."""
 
 
 class Start(Config):
@@ -44,7 +42,7 @@ class Start(Config):
     checkpoint: Path | None = None
     """Verified checkpoint to resume from."""
     init_from: Path | None = None
-    """Checkpoint whose weights a run at step 0 starts with; it is verified when they are loaded."""
+    """Checkpoint whose weights a run at step 0 starts with; also verified."""
     is_fork: bool = False
     """The checkpoint is another run's."""
     step: int = 0
@@ -66,6 +64,19 @@ class Start(Config):
     """Their paths after they were renamed."""
 
 
+@dataclass(frozen=True)
+class _Candidates:
+    """Checkpoints that a launch may start from."""
+
+    paths: tuple[Path, ...] = ()
+    """Oldest first; of a run's own the newest valid one is taken, a named one is the only one."""
+    kind: Literal["own", "fork", "weights"] = "own"
+    place: str = ""
+    """Flag and path that lead to them, for messages."""
+    is_named: bool = True
+    """The user names one checkpoint."""
+
+
 def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dry_run: bool) -> Start:
     """Lock the run's folder and find where the run starts; rank 0 decides, and every rank must see the same files.
 
@@ -79,43 +90,15 @@ def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dr
     return start
 
 
-def find_start(folder: RunFolder, config: TrainConfig) -> Start:
-    """Find where a run of `config` in `folder` starts: verify the checkpoint and check that `config` may resume it.
-
-    Raises:
-        UserError: the folder holds a run that `config` may not resume, `--resume` names no valid checkpoint, or the
-            folder holds checkpoints and none is valid.
-    """
-    if not folder.config.exists():
-        if folder.steps() or folder.metrics.exists():
-            raise UserError(f"--run-dir {folder.path} holds a run without its config.json; use another --run-dir")
-        return _start_of_new_run(config, config.resume)
-    if config.resume == "never":
-        raise UserError(f"--run-dir {folder.path} holds a run; --resume auto resumes it, or use another --run-dir")
-    launched = load_config(folder.config)
-    place = f"--run-dir {folder.path}"
-    if _names_checkpoint(config.resume) and not _is_own(config.resume, folder):
-        if not _is_same_start(config.resume, launched.resume):
-            raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
-    elif _names_checkpoint(config.resume):
-        checkpoint = _require_newest(folder, config.resume)
-        return _start_of_own_checkpoint(folder, config, launched, NewestValid(checkpoint, verify(checkpoint)))
-    if folder.steps():
-        return _start_of_own_checkpoint(folder, config, launched, find_newest_valid(folder.steps()))
-    if not _names_checkpoint(launched.resume):  # it saved nothing: compare with what the folder was made for
-        _require_allowed(config, launched, place)
-    return _start_of_new_run(config, launched.resume)
-
-
 def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
     """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
     if dry_run:
-        require_possible(folder.path, "--run-dir")
+        require_creatable(folder.path, "--run-dir")
     else:
         require_writable(folder.path, "--run-dir")
         lock_folder(folder.path, "--run-dir")
         require_writable(folder.checkpoints, "--run-dir")
-        sweep(folder.checkpoints)
+        remove_leftovers(folder.checkpoints)
     start = find_start(folder, config)
     if not start.damaged:
         return start
@@ -126,88 +109,97 @@ def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
     return start.model_copy(update={"moved_aside": tuple(moved_aside)})
 
 
-def _start_of_new_run(config: TrainConfig, resume: str) -> Start:
-    """Start at step 0, with the weights of `--init-from` if it is given, or fork the run that `resume` names."""
-    if _names_checkpoint(resume):
-        checkpoint = locate_checkpoint(Path(resume), "--resume")
-        manifest = verify(checkpoint)
-        # Weights that the forked run started with are no difference.
-        start = _read_start(checkpoint, manifest, config, config.init_from, f"--resume {checkpoint}")
-        return start.model_copy(update={"is_fork": True})
-    if config.init_from is None:
+def find_start(folder: RunFolder, config: TrainConfig) -> Start:
+    """Find where a run of `config` in `folder` starts: verify the checkpoint and check that `config` may resume it.
+
+    Raises:
+        UserError: the folder holds a run that `config` may not resume, `--resume` names no valid checkpoint, or the
+            folder holds checkpoints and none is valid.
+    """
+    launched = load_config(folder.config) if folder.config.exists() else None
+    candidates = _choose_candidates(folder, config, launched)
+    newest = find_newest_valid(candidates.paths)
+    if newest.checkpoint is None or newest.manifest is None:
+        _require_none_skipped(candidates, newest.skipped)
+        if launched is not None:  # it saved nothing: compare with what the folder was made for
+            require_resumable(config, launched, candidates.place)
         return Start()
-    checkpoint = locate_checkpoint(config.init_from, "--init-from")
-    require_same_architecture(load_config(checkpoint / CONFIG).model, config.model, checkpoint)
-    return Start(init_from=checkpoint, identity=read_json(checkpoint / PROGRESS).get("identity", {}))
+    saved = load_config(newest.checkpoint / CONFIG)
+    progress = read_json(newest.checkpoint / PROGRESS)
+    step, identity = progress.get("step", 0), progress.get("identity", {})
+    mismatch = environment_mismatch(newest.checkpoint, newest.manifest)
+    if candidates.kind == "weights":
+        require_same_architecture(saved.model, config.model, newest.checkpoint)
+        if launched is not None:
+            require_resumable(config, launched, candidates.place)
+        return Start(init_from=newest.checkpoint, identity=identity)
+    # A fork may name other weights than the run it forks; a run with a checkpoint need not name its weights again.
+    own_weights = launched.init_from if launched is not None and candidates.kind == "own" else config.init_from
+    given = config.model_copy(update={"init_from": config.init_from or own_weights})
+    differences = require_resumable(given, saved.model_copy(update={"init_from": own_weights}), candidates.place)
+    return Start(
+        checkpoint=newest.checkpoint,
+        is_fork=candidates.kind == "fork",
+        step=step,
+        is_evaluated=folder.has_evaluation(step),
+        saved=saved,
+        identity=identity,
+        manifest_sha256=newest.manifest.sha256,
+        differences=differences,
+        mismatch=mismatch,
+        damaged=newest.skipped,
+    )
 
 
-def _start_of_own_checkpoint(
-    folder: RunFolder, config: TrainConfig, launched: TrainConfig, newest: NewestValid
-) -> Start:
-    """Resume from a checkpoint of the run's own.
+def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainConfig | None) -> _Candidates:
+    """Choose the checkpoints that `--resume`, `--init-from` and the folder allow a launch to start from.
 
     Args:
         folder: of the run.
         config: of this launch.
-        launched: the folder's config.json, of an earlier launch.
-        newest: the checkpoint and what was skipped on the way to it.
+        launched: the folder's config.json; None if no run was launched there.
 
     Raises:
-        UserError: no checkpoint is valid, or `config` may not resume it.
+        UserError: the folder holds another run, or `--resume` goes back over its steps.
     """
-    if newest.checkpoint is None or newest.manifest is None:
-        reasons = "; ".join(reason for _, reason in newest.skipped)
+    own, place = tuple(folder.list_step_folders()), f"--run-dir {folder.path}"
+    names_checkpoint = config.resume not in NO_CHECKPOINT
+    if launched is None and (own or folder.metrics.exists()):
+        raise UserError(f"{place} holds a run without its config.json; use another --run-dir")
+    if launched is not None and config.resume == "never":
+        raise UserError(f"{place} holds a run; --resume auto resumes it, or use another --run-dir")
+    if launched is not None and names_checkpoint:
+        named, root = Path(config.resume).resolve(), folder.path.resolve()
+        if root in (named, *named.parents):
+            checkpoint = locate_checkpoint(Path(config.resume), "--resume")
+            if named not in (root, own[-1].resolve()):
+                raise UserError(
+                    f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to "
+                    "train on from an earlier one, use another --run-dir"
+                )
+            return _Candidates((own[-1],), "own", f"--resume {config.resume}")
+        if named not in (Path(launched.resume), *Path(launched.resume).parents):
+            raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
+    if own:
+        return _Candidates(own, "own", place, is_named=False)
+    forked = config.resume if launched is None else launched.resume
+    if forked not in NO_CHECKPOINT:  # also a fork that was killed before its first checkpoint
+        return _Candidates((locate_checkpoint(Path(forked), "--resume"),), "fork", f"--resume {forked}")
+    if config.init_from is not None:
+        return _Candidates((locate_checkpoint(config.init_from, "--init-from"),), "weights", place)
+    return _Candidates(place=place)
+
+
+def _require_none_skipped(candidates: _Candidates, skipped: Sequence[tuple[Path, str]]) -> None:
+    """Check that there was no checkpoint to start from, rather than none that is valid."""
+    reasons = "; ".join(reason for _, reason in skipped)
+    if candidates.is_named and skipped:
+        raise UserError(reasons)  # a checkpoint that the user names is never replaced by another
+    if skipped:
         raise UserError(
-            f"--run-dir {folder.path} holds checkpoints and none is valid: {reasons}; restore one from a copy, or use "
+            f"{candidates.place} holds checkpoints and none is valid: {reasons}; restore one from a copy, or use "
             "another --run-dir to start from step 0"
         )
-    # Once the run has a checkpoint of its own, --init-from need not be repeated.
-    given = config if config.init_from else config.model_copy(update={"init_from": launched.init_from})
-    start = _read_start(newest.checkpoint, newest.manifest, given, launched.init_from, f"--run-dir {folder.path}")
-    return start.model_copy(update={"is_evaluated": folder.evaluated_at(start.step), "damaged": newest.skipped})
-
-
-def _read_start(
-    checkpoint: Path, manifest: CheckpointManifest, config: TrainConfig, init_from: Path | None, place: str
-) -> Start:
-    """Return the start from a verified checkpoint that `config` may resume.
-
-    Args:
-        checkpoint: to resume from.
-        manifest: of the checkpoint.
-        config: of this launch.
-        init_from: weights that the run is known to have started with.
-        place: flag and path of the run, for the message.
-    """
-    saved = load_config(checkpoint / CONFIG)
-    differences = _require_allowed(config, saved.model_copy(update={"init_from": init_from}), place)
-    progress = read_json(checkpoint / PROGRESS)
-    return Start(
-        checkpoint=checkpoint,
-        step=progress.get("step", 0),
-        saved=saved,
-        identity=progress.get("identity", {}),
-        manifest_sha256=manifest.sha256,
-        differences=tuple(item for item in differences if item.name not in PER_LAUNCH),
-        mismatch=environment_mismatch(checkpoint, manifest),
-    )
-
-
-def _require_allowed(config: TrainConfig, saved: TrainConfig, place: str) -> tuple[Difference, ...]:
-    differences = find_differences(saved, config)
-    require_allowed(differences, place, with_changes=config.resume_with_changes)
-    return differences
-
-
-def _require_newest(folder: RunFolder, resume: str) -> Path:
-    """Return the run's newest checkpoint if `resume` names it or the folder: a run never goes back over its steps."""
-    checkpoint, newest = locate_checkpoint(Path(resume), "--resume"), folder.steps()[-1]
-    if Path(resume).resolve() not in (folder.path.resolve(), newest.resolve()):
-        raise UserError(
-            f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to train on "
-            "from an earlier one, use another --run-dir"
-        )
-    return newest
 
 
 def _require_same_manifest(start: Start, rank: int) -> None:
@@ -222,18 +214,3 @@ def _require_same_manifest(start: Start, rank: int) -> None:
             f"rank {rank} does not see {start.checkpoint} as rank 0 does; --run-dir must be one folder that all "
             "machines share"
         )
-
-
-def _names_checkpoint(resume: str) -> bool:
-    return resume not in ("auto", "never")
-
-
-def _is_own(resume: str, folder: RunFolder) -> bool:
-    """Return whether `resume` names the run in `folder`: its folder, or something inside."""
-    own, named = folder.path.resolve(), Path(resume).resolve()
-    return own in (named, *named.parents)
-
-
-def _is_same_start(given: str, saved: str) -> bool:
-    """Return whether `given` names the checkpoint `saved`: itself, or a folder that it lies in."""
-    return Path(given).resolve() in (Path(saved), *Path(saved).parents)

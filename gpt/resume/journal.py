@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt.checkpoint.run_folder import RunFolder, run_of
+from gpt.checkpoint.run_folder import RunFolder, find_run
 from gpt.data.quarantine import Quarantine
 from gpt.errors import UserError
 from gpt.resume.find import Start
@@ -74,7 +74,7 @@ def collect_records(folder: RunFolder, start: Start, order: str, given: Path | N
     """
     records = read_journal(folder.journal, order)
     if start.is_fork and start.checkpoint is not None:
-        forked = run_of(start.checkpoint).journal
+        forked = find_run(start.checkpoint).journal
         records = merge_records(records, read_journal(forked, order), forked, order, step=0)
     if given is not None:
         if not given.is_file():

@@ -1,7 +1,9 @@
 """Bring a run's state to where the run starts."""
 
 from gpt.checkpoint.app_state import AppState, load_model_tensors
+from gpt.checkpoint.manifest import MODEL
 from gpt.checkpoint.store import load_checkpoint, read_weights, verify_and_load
+from gpt.checkpoint.tensor_file import read_tensors
 from gpt.errors import UserError
 from gpt.resume.find import Start
 from gpt.utils.distributed import DistContext
@@ -23,7 +25,8 @@ def _load(start: Start, state: AppState, *, is_verified: bool) -> None:
         load = load_checkpoint if is_verified else verify_and_load
         load(start.checkpoint, state)
     elif start.init_from is not None:
+        weights = read_tensors(start.init_from / MODEL) if is_verified else read_weights(start.init_from)
         try:
-            load_model_tensors(state.model, read_weights(start.init_from))
+            load_model_tensors(state.model, weights)
         except UserError as error:
             raise UserError(f"--init-from {start.init_from}: {error}") from error

@@ -8,9 +8,10 @@ from torch import nn
 from gpt.configs.run_plan import RunPlan
 from gpt.evaluation.task import EvaluationTask
 from gpt.training.events import Command, EvalEnd, Event, is_evaluated
+from gpt.training.observer import Observer
 
 
-class Evaluator:
+class Evaluator(Observer):
     """Runs its tasks on the plan's steps and publishes each one's metrics.
 
     Args:
@@ -32,6 +33,3 @@ class Evaluator:
             return [EvalEnd(event.step, task.name, MappingProxyType(task.run(self._model))) for task in self._tasks]
         finally:
             self._model.train(was_training)
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""

@@ -1,9 +1,13 @@
-"""The observer that writes a run down."""
+"""The recorder of a run: writes every event to sinks, none of which can end or stall the run."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 
-from gpt.training.events import Command, Event
+from gpt.training.events import Event
 from gpt.training.observer import Sink
 from gpt.utils.helper import first_line
 
@@ -11,34 +15,95 @@ log = logging.getLogger(__name__)
 
 
 class Logger:
-    """Passes every event to its sinks; a sink that raises is named, dropped, and missed by nobody.
+    """Writes events to its sinks on rank 0; drops a sink that raises or blocks, with one warning.
+
+    It waits until every sink has written an event, so that records are on the disk before the next step.
 
     Args:
-        sinks: on rank 0 what records the run; none on the others.
+        sink_timeout: seconds that a sink may take to write an event, or to close.
+        is_main: whether this is the rank that records.
     """
 
-    def __init__(self, sinks: Sequence[Sink]):
-        self._sinks = list(sinks)
+    def __init__(self, sink_timeout: float, *, is_main: bool = True):
+        self._timeout, self._is_main = sink_timeout, is_main
+        self._sinks: list[_GuardedSink] = []
 
-    def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Record; never react."""
-        for sink in tuple(self._sinks):
-            try:
-                sink.write(event)
-            except Exception as error:
-                self._sinks.remove(sink)
-                log.warning("%s stopped recording at step %d: %s", type(sink).__name__, event.step, first_line(error))
-                _close(sink, error)
-        return ()
+    def attach(self, sink: Sink) -> None:
+        """Add a sink, behind those that are attached."""
+        if self._is_main:
+            self._sinks.append(_GuardedSink(sink, self._timeout))
+
+    def detach(self, sink: Sink) -> None:
+        """Remove a sink; raises ValueError if it is not attached."""
+        if self._is_main:
+            index = [guarded.sink for guarded in self._sinks].index(sink)
+            self._sinks.pop(index).end()
+
+    def write(self, event: Event) -> None:
+        """Write an event to the sinks that record its type."""
+        for guarded in tuple(self._sinks):
+            if not isinstance(event, guarded.sink.events):
+                continue
+            if error := guarded.run(partial(guarded.sink.write, event)):
+                self._sinks.remove(guarded)
+                name = type(guarded.sink).__name__
+                log.warning("%s stopped recording at step %d: %s", name, event.step, first_line(error))
+                guarded.run(partial(guarded.sink.close, error))
+                guarded.end()
 
     def close(self, error: BaseException | None) -> None:
         """Close the sinks."""
-        for sink in self._sinks:
-            _close(sink, error)
+        for guarded in self._sinks:
+            if failure := guarded.run(partial(guarded.sink.close, error)):
+                log.warning("%s could not be closed: %s", type(guarded.sink).__name__, first_line(failure))
+            guarded.end()
+        self._sinks.clear()
 
 
-def _close(sink: Sink, error: BaseException | None) -> None:
-    try:
-        sink.close(error)
-    except Exception as failure:
-        log.warning("%s could not be closed: %s", type(sink).__name__, first_line(failure))
+class _GuardedSink:
+    """A sink whose methods are called on a daemon thread, which is left behind if a call blocks."""
+
+    def __init__(self, sink: Sink, timeout: float):
+        self.sink, self._timeout = sink, timeout
+        self._calls: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
+        self._current: Future[None] | None = None
+        self._thread: Thread | None = None
+
+    def run(self, call: Callable[[], None]) -> BaseException | None:
+        """Return the error of a call, a TimeoutError if it blocks, or None.
+
+        Behind a call that still blocks nobody waits for another one: a slow sink closes when it is done.
+        """
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name=f"sink-{type(self.sink).__name__}", daemon=True)
+            self._thread.start()
+        is_blocked = self._is_blocked
+        future: Future[None] = Future()
+        self._calls.put((call, future))
+        if is_blocked:
+            return None
+        self._current = future
+        try:
+            return future.exception(self._timeout)  # a signal's handler runs while this waits
+        except TimeoutError:
+            return TimeoutError(f"it took longer than {self._timeout:g} s (--log.sink-timeout)")
+
+    def end(self) -> None:
+        """End the thread after its last call."""
+        self._calls.put(None)
+        if self._thread is not None and not self._is_blocked:
+            self._thread.join()
+
+    @property
+    def _is_blocked(self) -> bool:
+        return self._current is not None and not self._current.done()
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            call, future = item
+            try:
+                call()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)

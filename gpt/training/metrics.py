@@ -1,4 +1,4 @@
-"""From device scalars to reported numbers, with one reduction and one host sync per report."""
+"""Turns device scalars of steps into reported metrics, with one reduction and one host sync per report."""
 
 import math
 import time
@@ -11,16 +11,16 @@ from gpt.utils.distributed import DistContext
 
 
 class Meter:
-    """Collects steps' statistics between two reports.
+    """Collects the statistics of the steps between two reports.
 
     Args:
-        tokens_per_step: tokens over all processes.
-        skipped_updates: device counter; reported once there are any.
-        dist: the processes over which losses are summed.
-        flops_per_token: arithmetic of a step, by its tokens.
-        peak: FLOP/s that all processes together reach at best.
-        peak_memory: the most bytes that this process needed so far; None where nobody tells.
-        clock: seconds; monotonic.
+        tokens_per_step: tokens of an update, over all ranks.
+        skipped_updates: device counter; reported once it is not 0.
+        dist: ranks over which losses are summed.
+        flops_per_token: model FLOPs of forward and backward.
+        peak_flops: measured peak FLOP/s of all ranks together.
+        peak_memory: returns the largest number of bytes that this rank has allocated, None if unknown.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -30,48 +30,53 @@ class Meter:
         dist: DistContext,
         *,
         flops_per_token: float,
-        peak: float,
+        peak_flops: float,
         peak_memory: Callable[[], int | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._tokens_per_step, self._skipped_updates = tokens_per_step, skipped_updates
         self._dist, self._clock = dist, clock
-        self._mfu_of_rate = flops_per_token / peak
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._peak_memory = peak_memory
         self._stats: list[StepStats] = []
-        self._started = clock()
+        self._window_start = clock()
 
     def start_window(self) -> None:
-        """Begin to time: what happened since the last report (evaluation, saving) is not training."""
-        self._started = self._clock()
+        """Start the clock of tokens_per_second, after a report and all that followed from it (evaluation, saving)."""
+        self._window_start = self._clock()
 
     def add(self, stats: StepStats) -> None:
-        """Keep a step's statistics, unread."""
+        """Keep the statistics of a step on the device."""
         self._stats.append(stats)
 
     def report(self) -> tuple[dict[str, float], tuple[float, ...], tuple[bool, ...]]:
-        """Metrics of the last step and the rate since the window began.
+        """Return metrics, and for every step since the last report its loss and whether its update was skipped.
 
-        And of every step since then the loss, and whether its update was skipped.
+        Metrics are those of the last step, but for tokens_per_second and mfu, which are means over the window.
         """
+        n_steps, last = len(self._stats), self._stats[-1]
         n_targets = torch.tensor([max(1, stats.n_targets) for stats in self._stats])
         sums = self._dist.sum(torch.stack([stats.loss_sum for stats in self._stats]))
         losses = sums / n_targets.to(sums.device, non_blocking=True)
-        norms = torch.stack([stats.grad_norm for stats in self._stats])
-        count = self._skipped_updates.to(losses.dtype)[None]
-        *values, skipped_updates = torch.cat([losses, norms, count]).tolist()  # the one sync
-        n_steps = len(self._stats)
-        values, grad_norms = values[:n_steps], values[n_steps:]
-        rate = n_steps * self._tokens_per_step / (self._clock() - self._started)
+        scalars = [stats.grad_norm for stats in self._stats] + [self._skipped_updates, *last.probes.values()]
+        numbers = torch.cat([losses, torch.stack([scalar.to(losses.dtype) for scalar in scalars])])
+        values: list[float] = numbers.tolist()  # the one host sync
+        losses_on_host, grad_norms = values[:n_steps], values[n_steps : 2 * n_steps]
+        skipped_updates, *probed = values[2 * n_steps :]
+
+        tokens_per_second = n_steps * self._tokens_per_step / (self._clock() - self._window_start)
         metrics = {
-            "train/loss": values[-1],
+            "train/loss": losses_on_host[-1],
             "grad_norm": grad_norms[-1],
-            "tokens_per_second": rate,
-            "mfu": rate * self._mfu_of_rate,  # model FLOPs utilization (Chowdhery et al. 2022, "PaLM", section 4.1)
+            "tokens_per_second": tokens_per_second,
+            # Model FLOPs utilization: Chowdhery et al. 2022, "PaLM", section 4.1.
+            "mfu": self._flops_per_token * tokens_per_second / self._peak_flops,
         }
-        if (needed := self._peak_memory()) is not None:
-            metrics["peak_memory_bytes"] = self._dist.max(needed)
+        if (peak_memory := self._peak_memory()) is not None:
+            metrics["peak_memory_bytes"] = self._dist.max(peak_memory)
         if skipped_updates:
             metrics["skipped_updates"] = int(skipped_updates)
+        metrics["lr"] = last.lr
+        metrics |= zip(last.probes, probed, strict=True)
         self._stats.clear()
-        return metrics, tuple(values), tuple(not math.isfinite(norm) for norm in grad_norms)
+        return metrics, tuple(losses_on_host), tuple(not math.isfinite(norm) for norm in grad_norms)

@@ -1,34 +1,71 @@
-"""What watches a run."""
+"""The three kinds of watchers that a Trainer takes: Observer, Sink and Probe."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from gpt.training.events import Command, Event
 
+if TYPE_CHECKING:
+    import torch
 
-class Observer(Protocol):
-    """Lives on every rank, may run collectives, and never sees the Trainer.
 
-    Its constructor gives it what it needs. It writes only its own fields, and acts on the run by what it returns.
-    Its errors end the run.
+class Observer(ABC):
+    """Lives on every rank, may run collectives, and acts on the run by the commands and events that it returns.
+
+    Its constructor gives it what it needs; it never sees the Trainer and writes only its own fields. An error that it
+    raises ends the run. To add one: docs/extending.md, "An observer".
     """
 
+    @abstractmethod
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """React: commands for the trainer, and events for the other observers to see."""
-        ...
+        """Return commands for the Trainer, and events for all other watchers."""
 
-    def close(self, error: BaseException | None) -> None:
-        """The run is over, by `error` if there is one; never a collective."""
-        ...
+    def close(self, error: BaseException | None) -> None:  # noqa: B027 - most observers hold nothing
+        """Release what is held, at the end of the run; never a collective.
+
+        Args:
+            error: that ended the run, None on a clean end.
+        """
 
 
-class Sink(Protocol):
-    """Lives on rank 0 and only records; one that raises is dropped, and the run goes on."""
+class Sink(ABC):
+    """Records events, on rank 0; one that raises or blocks is dropped with a warning, and the run goes on.
 
+    Its methods are called on a thread of its own, one at a time. On other ranks it is attached to nothing. To add one:
+    docs/extending.md, "A sink".
+    """
+
+    events: tuple[type[Event], ...] = (Event,)
+    """Types of the events that `write` takes; it is called for no other."""
+
+    @abstractmethod
     def write(self, event: Event) -> None:
-        """Record an event, or ignore it."""
-        ...
+        """Record an event."""
 
-    def close(self, error: BaseException | None) -> None:
-        """Release what is held."""
-        ...
+    def close(self, error: BaseException | None) -> None:  # noqa: B027 - most sinks hold nothing
+        """Release what is held, at the end of the run or when the sink is dropped.
+
+        Args:
+            error: that ended the run or the sink, None on a clean end.
+        """
+
+
+class Probe(ABC):
+    """Maps parameters and their gradients to device scalars, on every rank, on steps that report.
+
+    The scalars join the metrics of the report and cost no host sync of their own. A probe runs without autograd, after
+    the gradient is complete and unscaled, before it is clipped. An error that it raises ends the run. To add one:
+    docs/extending.md, "A probe".
+    """
+
+    @abstractmethod
+    def measure(self, parameters: "Mapping[str, torch.nn.Parameter]") -> "Mapping[str, torch.Tensor]":
+        """Return metrics by their full names, as scalars that stay on the device.
+
+        Args:
+            parameters: of the model by name; `grad` is the gradient of the step's mean loss, equal on every rank.
+        """
+
+
+Watcher = Observer | Sink | Probe

@@ -3,25 +3,53 @@
 from collections import deque
 
 from gpt.training.events import Command, Event
-from gpt.training.observer import Observer
+from gpt.training.logger import Logger
+from gpt.training.observer import Observer, Probe, Sink, Watcher
 
 
 class Subject:
-    """Delivers events to its observers, in the order in which they were attached."""
+    """Delivers events to its observers in the order in which they were attached, and last to its sinks.
 
-    def __init__(self) -> None:
+    Args:
+        logger: writes events to the sinks.
+    """
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
         self._observers: list[Observer] = []
+        self._probes: list[Probe] = []
 
-    def attach(self, observer: Observer) -> None:
-        """Add an observer; it is told last."""
-        self._observers.append(observer)
+    def attach(self, watcher: Watcher) -> None:
+        """Add an Observer, a Sink or a Probe.
 
-    def detach(self, observer: Observer) -> None:
-        """Remove an observer; raises ValueError if it is not attached."""
-        self._observers.remove(observer)
+        Raises:
+            TypeError: it is none of them.
+        """
+        match watcher:
+            case Observer():
+                self._observers.append(watcher)
+            case Sink():
+                self._logger.attach(watcher)
+            case Probe():
+                self._probes.append(watcher)
+            case _:
+                raise TypeError(
+                    f"{type(watcher).__name__} cannot be attached: derive it from Sink, Observer or Probe "
+                    "(gpt/training/observer.py)"
+                )
+
+    def detach(self, watcher: Watcher) -> None:
+        """Remove what was attached, without closing it; raises ValueError if it is not there."""
+        match watcher:
+            case Observer():
+                self._observers.remove(watcher)
+            case Sink():
+                self._logger.detach(watcher)
+            case Probe():
+                self._probes.remove(watcher)
 
     def notify(self, event: Event) -> list[Command]:
-        """Tell every observer, then tell all of them the events that they published, first in, first out.
+        """Deliver an event to all observers and sinks, then the events that observers published, first in, first out.
 
         Returns:
             The commands that observers gave, in order.
@@ -36,15 +64,17 @@ class Subject:
                         events.append(reaction)
                     else:
                         commands.append(reaction)
+            self._logger.write(current)
         return commands
 
     def close(self, error: BaseException | None) -> None:
-        """Close every observer, also when one of them fails at it; the first failure is raised at the end."""
+        """Close every observer and sink, also when one of them fails; the first failure is raised at the end."""
         failures: list[Exception] = []
         for observer in self._observers:
             try:
                 observer.close(error)
             except Exception as failure:
                 failures.append(failure)
+        self._logger.close(error)
         if failures:
             raise failures[0]

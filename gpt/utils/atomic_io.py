@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whatever happens while they are written."""
+"""Files and folders that are complete or absent, whatever happens while they are written."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from gpt.errors import UserError
 
 UNFINISHED_SUFFIX, REMOVED_SUFFIX = ".tmp", ".gone"
-"""Endings of folders that are being written or removed; their names begin with a dot."""
+"""Suffixes of folders that are being written or removed; their names begin with a dot."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,7 +59,7 @@ def parse_json_object(text: str) -> dict[str, Any]:
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and the folders above it that are missing, each on the disk before anything is put into it."""
+    """Make `path` and the missing folders above it, each on the disk before the next is made in it."""
     if not path.exists():
         make_folder(path.parent)
         path.mkdir()
@@ -67,10 +67,10 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends, and is removed when it raises.
+def commit_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` at the end of the block; it is removed if the block raises.
 
-    Every file is on the disk before the rename, so a folder of this name is always complete.
+    All files are on the disk before the rename, so a folder of this name is always complete.
     """
     temporary = path.with_name(f".{path.name}{UNFINISHED_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -88,7 +88,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that it is never seen half there: rename first, then delete."""
+    """Remove a folder; it is renamed first, so that nobody finds half of it under its name."""
     stale = path.with_name(f".{path.name}{REMOVED_SUFFIX}")
     shutil.rmtree(stale, ignore_errors=True)
     path.rename(stale)
@@ -96,8 +96,8 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(stale)
 
 
-def sweep(parent: Path) -> None:
-    """Remove what `new_folder` and `remove_folder` left in `parent` when they were killed."""
+def remove_leftovers(parent: Path) -> None:
+    """Remove the leftovers of `commit_folder` and `remove_folder` in `parent` after a kill."""
     if parent.is_dir():
         for path in parent.iterdir():
             if is_leftover(path):
@@ -105,7 +105,7 @@ def sweep(parent: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether it is what `new_folder` or `remove_folder` is at, or was when it was killed."""
+    """Return whether `commit_folder` or `remove_folder` is working on this folder, or was killed while it did."""
     return path.name.startswith(".") and path.name.endswith((UNFINISHED_SUFFIX, REMOVED_SUFFIX))
 
 
@@ -127,12 +127,12 @@ def append_jsonl(path: Path, record: dict[str, Any], *, durable: bool = False) -
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file, none where there is no file; a torn last line is left out."""
+    """Return the records of a JSONL file without a torn last line; none if there is no file."""
     return (record for _, record in _lines(path))
 
 
-def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a JSONL file with the wanted records alone, in one step; a torn last line goes too."""
+def filter_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep only the wanted records of a JSONL file, in one step; a torn last line is dropped as well."""
     if path.exists():
         write_text(path, "".join(line + "\n" for line, record in _lines(path) if wanted(record)))
 
@@ -141,7 +141,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.split("\n"):  # not splitlines: JSON holds U+2028 as it is
+    for line in text.split("\n"):  # not splitlines: JSON may contain U+2028 unescaped
         try:
             record = json.loads(line)
         except ValueError:
@@ -150,16 +150,16 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, record
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the records of a JSONL file that are of later steps, or of none."""
-    keep_jsonl(path, lambda record: isinstance(at := record.get("step"), int) and at <= step)
+def truncate_jsonl(path: Path, step: int) -> None:
+    """Drop the records of a JSONL file that have a later step or no step."""
+    filter_jsonl(path, lambda record: isinstance(at := record.get("step"), int) and at <= step)
 
 
 def require_writable(folder: Path, flag: str) -> None:
-    """Make `folder` and try to write in it.
+    """Make `folder` and write a temporary file in it.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: the folder cannot be made or written to.
     """
     try:
         make_folder(folder)
@@ -168,11 +168,11 @@ def require_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; name another folder") from error
 
 
-def require_possible(folder: Path, flag: str) -> None:
-    """Look, without writing, whether `folder` is one or could be made.
+def require_creatable(folder: Path, flag: str) -> None:
+    """Check, without writing, that `folder` is writable or could be made.
 
     Raises:
-        UserError: something on the way to it is no folder that can be written to.
+        UserError: the nearest existing path above it is no writable folder.
     """
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):

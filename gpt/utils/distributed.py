@@ -1,4 +1,4 @@
-"""The processes that train together: starting them, and the few things that they tell each other."""
+"""Ranks: joining them, and the few collectives that they need."""
 
 import itertools
 import json
@@ -20,41 +20,41 @@ from gpt.utils.tree_sum import tree_sum
 Number = TypeVar("Number", int, float)
 
 START_TIMEOUT = timedelta(hours=2)
-"""Rank 0 may prepare a large corpus while the others wait."""
-STEP_TIMEOUT = 600.0
-"""Seconds that a step waits for the slowest process, unless told otherwise."""
+"""Long, because the other ranks wait while rank 0 prepares a large corpus."""
+STEP_TIMEOUT_SECONDS = 600.0
+"""Default time that a step waits for the slowest rank."""
 _joined = itertools.count()
-"""How often this process has joined others: a run in Python code may follow another one."""
-ROLL_CALL = 5.0
-"""Seconds in which a process that has lost another one hears of all that are still there."""
+"""Number of times that this process has joined a group; Python code may train several runs, one after the other."""
+ROLL_CALL_SECONDS = 5.0
+"""Time in which all ranks that are still there report after one of them is lost."""
 TIMED_OUT = ("Timed out waiting", "Application timeout")
-"""What gloo's errors say where another process does not answer in time: of a collective, and of those beside it."""
+"""Parts of gloo's messages when another rank does not answer in time: in the same collective, and in others."""
 LOST = (*TIMED_OUT, "Connection closed", "Connection reset", "Broken pipe", "gloo")
-"""What they say where one does not answer at all, too; they have no type of their own."""
+"""Parts of gloo's messages when a rank is gone or does not answer in time; these errors have no type of their own."""
 
 
 class PendingFlag(Protocol):
-    """A flag that is being reduced over the processes."""
+    """A flag that is being reduced over the ranks."""
 
     def read(self) -> int:
-        """The largest value that any process gave."""
+        """Return the largest value of any rank, after waiting for it."""
         ...
 
 
 class DistContext:
-    """Rank facts and collectives; with one process every collective is the identity.
+    """Rank facts and collectives; with one rank every collective is the identity.
 
-    Host values travel as JSON or numbers over gloo, never as pickle and never through the GPU, which they would have to
-    wait for; device tensors are reduced where they are.
+    Host values travel over gloo, as JSON or numbers: never as pickle, and never through the GPU, which would make the
+    host wait for it. Device tensors are reduced on their device.
     """
 
-    def __init__(self, device: str, step_timeout: float = STEP_TIMEOUT):
+    def __init__(self, device: str, step_timeout: float = STEP_TIMEOUT_SECONDS):
         """Join the processes that torchrun started, if it did.
 
         Args:
             device: cpu, cuda or mps.
-            step_timeout: seconds after which a process that does not take part in a step is given up; one that waits
-                for another's work outside steps (`on_main`, `on_local_main`) waits for hours.
+            step_timeout: seconds after which a rank that takes no part in a step counts as lost. Outside steps
+                (`on_main`, `on_local_main`) ranks wait for START_TIMEOUT.
         """
         self.world_size, self.rank, local_rank = launch.world_size(), launch.rank(), launch.local_rank()
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
@@ -62,7 +62,7 @@ class DistContext:
         self._started: list[Any] = []
         self._store: Any = None
         self.step_group: dist.ProcessGroup | None = None
-        """What device tensors of a step travel in; None where there is one process."""
+        """Process group for the device tensors of a step; None if there is one rank."""
         self._host_step_group: dist.ProcessGroup | None = None
         if self.world_size > 1 and device == "mps":
             raise UserError("--device mps trains in one process only; use --device cpu under torchrun")
@@ -77,7 +77,7 @@ class DistContext:
             self._join()
 
     def _join(self) -> None:
-        """Form the groups: of host values with a long and with a short timeout, and of what lies on GPUs."""
+        """Form the groups: two for host values, with a long and a short timeout, and one for tensors on GPUs."""
         self._store = _open_store(self.world_size, self.rank)
         dist.init_process_group(
             "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=START_TIMEOUT
@@ -85,16 +85,16 @@ class DistContext:
         timeout = timedelta(seconds=self._step_timeout)
         self._host_step_group = self.step_group = dist.new_group(backend="gloo", timeout=timeout)
         if self.device.type == "cuda":
-            # NCCL ends the process when it gives up, so the host's flags, which name who is silent, are to be first.
+            # NCCL ends the process when it times out. The host's group must time out first, to name the lost rank.
             self.step_group = dist.new_group(backend="nccl", timeout=2 * timeout)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks to the user."""
+        """True on rank 0, which writes files and talks to the user."""
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's JSON-like value, on every rank."""
+        """Return rank 0's JSON-like value on every rank."""
         if self.world_size == 1:
             return value
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -106,7 +106,7 @@ class DistContext:
         return json.loads(bytes(payload.numpy()))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on rank 0 while the others wait; every rank gets its JSON-like result, or its UserError."""
+        """Run `work` on rank 0 while the others wait; all return its JSON-like result or raise its UserError."""
         result: Any = None
         failure: str | None = None
         if self.is_main:
@@ -137,16 +137,16 @@ class DistContext:
             raise UserError(f"rank {failed.index(1)} failed, and says why; all ranks must see the same files")
 
     def on_local_main(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on one process of each machine while the others wait; every rank gets rank 0's JSON-like result.
+        """Run `work` on one rank of each machine while the others wait; all return rank 0's JSON-like result.
 
-        A UserError is raised where it happens; the launcher ends the others.
+        A UserError is raised on its own rank only; the launcher ends the others.
         """
         result = work() if launch.local_rank() == 0 else None
         self.min(0)  # until every machine is done
         return self.broadcast(result)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum of a few numbers over the processes, in the order of a tree."""
+        """Sum a few numbers element-wise over the ranks, in the order of a tree."""
         if self.world_size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
@@ -155,38 +155,38 @@ class DistContext:
         return tree_sum(parts)
 
     def tree_sum_(self, values: torch.Tensor) -> None:
-        """Element-wise sum of many numbers over the processes, in place, in the order of a tree.
+        """Sum many numbers element-wise over the ranks, in place, in the order of a tree.
 
-        Each process adds up a part, for all of them: every number is sent twice, however many processes there are.
+        Each rank adds up its share of the numbers for all ranks. So every number is sent twice, at any world size.
 
         Args:
-            values: on the device; as many as can be divided by the processes.
+            values: tensor on the device; its length is a multiple of the world size.
         """
         if self.world_size == 1:
             return
-        ours = torch.empty_like(values)  # our part of the values, of every process
-        dist.all_to_all_single(ours, values, group=self.step_group)
+        share = torch.empty_like(values)  # this rank's share of the numbers, as every rank has it
+        dist.all_to_all_single(share, values, group=self.step_group)
         parts = list(values.chunk(self.world_size))
-        dist.all_gather(parts, tree_sum(ours.chunk(self.world_size)), group=self.step_group)
+        dist.all_gather(parts, tree_sum(share.chunk(self.world_size)), group=self.step_group)
 
     def sum_on_host(self, values: list[float]) -> list[float]:
-        """Element-wise sum of host numbers over the processes, in float64."""
+        """Sum host numbers element-wise over the ranks, in float64."""
         if self.world_size == 1:
             return values
         return [float(total) for total in self.sum(torch.tensor(values, dtype=torch.float64))]
 
     def gather(self, value: Number) -> list[Number]:
-        """The numbers of all processes, in the order of their ranks; integers of up to 64 bits, or floats."""
+        """Return the numbers of all ranks, in the order of ranks: integers of up to 64 bits, or floats."""
         if self.world_size == 1:
             return [value]
-        mine = torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.int64)
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine, group=self._host_step_group)
+        own = torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.int64)
+        parts = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(parts, own, group=self._host_step_group)
         numbers: list[Number] = torch.cat(parts).tolist()
         return numbers
 
     def all_reduce_max_async(self, value: int) -> PendingFlag:
-        """Begin to find the largest value over the processes, without waiting for it; several may be under way."""
+        """Start to find the largest value over the ranks, without waiting for it; several may be under way."""
         if self.world_size == 1:
             return _KnownFlag(value)
         flag = torch.tensor([value])
@@ -195,11 +195,11 @@ class DistContext:
         return _ReducedFlag(flag, work)
 
     def max(self, value: int) -> int:
-        """The largest value that any process gives."""
+        """Return the largest value of any rank; for use before the first step, because it has START_TIMEOUT."""
         return -self.min(-value)
 
     def min(self, value: int) -> int:
-        """The smallest value that any process gives; before the first step, for it is waited for long."""
+        """Return the smallest value of any rank; for use before the first step, because it has START_TIMEOUT."""
         if self.world_size == 1:
             return value
         smallest = torch.tensor([value])
@@ -208,7 +208,7 @@ class DistContext:
 
     @contextmanager
     def report_lost_ranks(self) -> Iterator[None]:
-        """Turn the error of a collective that another process did not take part in into one that names it.
+        """Replace the error of a collective that a rank took no part in by one that names the rank.
 
         Raises:
             UserError: instead of such an error.
@@ -219,34 +219,37 @@ class DistContext:
             if self.world_size == 1 or not any(words in str(error) for words in LOST):
                 raise
             raise UserError(
-                f"{self._what_was_lost(error)}; the same command goes on from the last checkpoint"
+                f"{self._describe_loss(error)}; the same command goes on from the last checkpoint"
             ) from error
 
-    def _what_was_lost(self, error: RuntimeError) -> str:
-        ranks = " and ".join(f"rank {rank}" for rank in self._absent())
+    def _describe_loss(self, error: RuntimeError) -> str:
+        ranks = " and ".join(f"rank {rank}" for rank in self._find_lost_ranks())
         if not ranks:
             return f"the connection between the processes broke ({first_line(error)})"
         if any(words in str(error) for words in TIMED_OUT):
             return f"{ranks} took no part in a step for {self._step_timeout:g} s (--parallel.step-timeout)"
         return f"{ranks} ended"
 
-    def _absent(self) -> list[int]:
-        """Call the roll: all that are still there have lost somebody, too, and answer; none where that is unknown."""
-        absent = set(range(self.world_size)) - {self.rank}
-        deadline = time.monotonic() + ROLL_CALL
+    def _find_lost_ranks(self) -> list[int]:
+        """Return the ranks that do not answer a roll call; empty if the store is gone.
+
+        The others answer, because each of them has failed in a collective with the lost rank, too.
+        """
+        lost = set(range(self.world_size)) - {self.rank}
+        deadline = time.monotonic() + ROLL_CALL_SECONDS
         try:
             self._store.set(f"present/{self.rank}", "")
-            while absent and time.monotonic() < deadline:
-                absent = {rank for rank in absent if not self._store.check([f"present/{rank}"])}
+            while lost and time.monotonic() < deadline:
+                lost = {rank for rank in lost if not self._store.check([f"present/{rank}"])}
                 time.sleep(0.05)
-        except RuntimeError:  # the store was on a machine that is gone
+        except RuntimeError:  # the store was on the lost machine
             return []
-        return sorted(absent)
+        return sorted(lost)
 
     def close(self) -> None:
-        """Leave the group; call it on a clean end only, for a dead peer would be waited for."""
+        """Leave the group; call it on a clean end only, because it waits for all ranks."""
         if self.world_size > 1:
-            for work in self._started:  # nobody may have read these flags, and no thread may still be at them
+            for work in self._started:  # a flag that nobody has read must not be in use by a thread any more
                 work.wait()
             dist.destroy_process_group()
 
@@ -269,10 +272,12 @@ class _ReducedFlag:
 
 
 def _open_store(world_size: int, rank: int) -> Any:
-    """Where the processes meet; under torchrun it outlives them, and nothing of a former group may be read there.
+    """Connect to the store where the ranks meet.
+
+    Under torchrun it outlives the ranks, so each attempt has a prefix: no rank may read what a former group wrote.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no store.
     """
     host, port = launch.store_address()
     is_master = rank == 0 and not launch.keeps_store()

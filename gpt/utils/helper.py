@@ -1,4 +1,4 @@
-"""A few pure functions that several layers need."""
+"""A few small functions that several layers need."""
 
 import hashlib
 import os
@@ -7,13 +7,13 @@ from enum import IntEnum
 from pathlib import Path
 
 IGNORED = -100
-"""A target that is not counted: padding, which predicts nothing. torch's own default for it."""
+"""Target that does not count in the loss, such as padding: the `ignore_index` of torch."""
 
 _MASK = 2**64 - 1
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for: the second part of every address, so that no two uses share numbers."""
+    """Purpose of random bits: the second part of every address, so that no two uses share bits."""
 
     ORDER = 1
     OFFSET = 2
@@ -23,11 +23,17 @@ class Purpose(IntEnum):
 
 
 def random_bits(*address: int) -> int:
-    """A 64-bit number that depends on every part of `address`, and on nothing else.
+    """Return 64 random bits folded from `address`, and from nothing else.
 
-    Randomness here is addressed, not consumed: `draw(seed, Purpose.FORWARD, step, micro_batch)` is the same on every
-    machine, so no generator's state has to be saved. The mixer is SplitMix64's (Steele, Lea, Flood 2014, "Fast
-    splittable pseudorandom number generators").
+    Randomness is addressed, not consumed: `random_bits(seed, Purpose.FORWARD, step, micro_batch)` is the same on every
+    machine, so no generator has a state to save. The mixer is SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable
+    pseudorandom number generators").
+
+    >>> random_bits(1337, 5)
+    18305536251264625655
+
+    Args:
+        address: integers; 64 bits of each count.
     """
     state = 0
     for part in address:
@@ -43,8 +49,7 @@ def sha256_of_file(path: Path, *, follow_links: bool = True) -> str:
 
     Args:
         path: the file.
-        follow_links: whether a symbolic link stands for the file that it points to; else opening it is an error, where
-            the system can tell.
+        follow_links: whether `path` may be a symbolic link; if not, opening one is an error (except on Windows).
 
     Raises:
         OSError: the file cannot be read.
@@ -55,7 +60,11 @@ def sha256_of_file(path: Path, *, follow_links: bool = True) -> str:
 
 
 def format_si(number: float) -> str:
-    """A count for people: 1234567 -> '1.23M'."""
+    """Return a number for people, with an SI prefix.
+
+    >>> format_si(1234567)
+    '1.23M'
+    """
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
@@ -63,28 +72,36 @@ def format_si(number: float) -> str:
 
 
 def plural(count: int, noun: str, suffix: str = "s") -> str:
-    """'1 file', '2 files'; '2 processes' with suffix 'es'."""
+    """Return a count with its noun, in the plural unless the count is 1.
+
+    >>> plural(1, "file"), plural(2000, "file"), plural(2, "process", "es")
+    ('1 file', '2,000 files', '2 processes')
+    """
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}{suffix}"
 
 
 def unique_names(names: Iterable[str]) -> list[str]:
-    """Names without repeats: of equal ones the second becomes NAME-2."""
-    apart: list[str] = []
+    """Return the names without repeats: the second of two equal ones becomes NAME-2.
+
+    >>> unique_names(["a", "b", "a"])
+    ['a', 'b', 'a-2']
+    """
+    unique: list[str] = []
     for name in names:
-        count, unique = 1, name
-        while unique in apart:
+        count, candidate = 1, name
+        while candidate in unique:
             count += 1
-            unique = f"{name}-{count}"
-        apart.append(unique)
-    return apart
+            candidate = f"{name}-{count}"
+        unique.append(candidate)
+    return unique
 
 
 def printable(text: str) -> str:
-    """What a model writes must not steer the terminal: control characters but newline and tab are shown, not sent."""
+    """Escape control characters except newline and tab, so that generated text cannot control a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return the first line of an exception's message, or its type if it has none."""
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What the launcher (torchrun) says of this process, in environment variables; and its end. Without importing torch."""
+"""Facts that the launcher (torchrun) gives this process in environment variables, and the process's end; no torch."""
 
 import atexit
 import contextlib
@@ -10,40 +10,40 @@ from gpt.errors import UserError
 
 
 def rank() -> int:
-    """This process's number among all."""
+    """Return this process's rank among all."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Return this process's rank on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Return the number of ranks."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """Those of them on this machine."""
+    """Return the number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def restarts() -> int:
-    """How often the launcher has started all processes again."""
+    """Return how often the launcher has restarted all processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def keeps_store() -> bool:
-    """Whether the launcher itself holds what the processes tell each other at the start, over their restarts."""
+    """Return whether the launcher holds the store where the ranks meet, so that it outlives their restarts."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def store_address() -> tuple[str, int]:
-    """Host and port of that store.
+    """Return host and port of the store where the ranks meet.
 
     Raises:
-        UserError: the launcher did not say.
+        UserError: the launcher did not set them.
     """
     try:
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -55,18 +55,18 @@ def store_address() -> tuple[str, int]:
 
 
 def end_process(status: int = 0) -> NoReturn:
-    """End this process at once, after what is registered to be done at its end.
+    """End this process at once, after its `atexit` functions.
 
-    Python would take half a second to take torch apart. Under torchrun it may even abort what has gone well: gloo's
-    threads outlive their groups, and one that gives up a tensor while the interpreter ends brings the process down. A
-    process that has failed would wait for the threads of collectives that nobody joins any more, for as long as a step
-    may take.
+    Python needs half a second to unload torch. Under torchrun it may even abort after a success: gloo's threads
+    outlive their groups, and one that frees a tensor during the interpreter's shutdown crashes the process. A rank
+    that fails skips its `atexit` functions, which would wait for collectives that no other rank joins, for up to the
+    step timeout.
     """
     if not (status and world_size() > 1):
         if sys.getprofile() or sys.gettrace():
-            sys.exit(status)  # a profiler or a debugger is to have its say
+            sys.exit(status)  # a profiler or debugger prints its results at a normal exit
         atexit._run_exitfuncs()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # closed ones are None
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed stream is None
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(status)

@@ -27,10 +27,10 @@ class _TokensPerSecond(ProgressColumn):
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar over `total` bytes on stderr, gone when the work is done; nothing where stderr is no terminal.
+    """Show a bar over `total` bytes on stderr until the block ends; nothing if stderr is no terminal.
 
     Yields:
-        advance: called with the bytes and the tokens that were done since the last call.
+        advance: function to call with the bytes and the tokens done since its last call.
     """
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]

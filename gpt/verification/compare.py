@@ -63,7 +63,7 @@ def compare(reference: RunFolder, resumed: RunFolder) -> Comparison:
     samples = [_read_records(folder.samples) for folder in (reference, resumed)]
     comparison.n_samples = len(samples[0])
     comparison.differences += _compare_records(reference.samples.name, *samples)
-    last = [folder.committed()[-1] for folder in (reference, resumed)]
+    last = [folder.list_checkpoints()[-1] for folder in (reference, resumed)]
     if last[0].name != last[1].name:
         comparison.differences.append(BitDifference("last checkpoint", last[0].name, last[1].name))
         return comparison

@@ -31,7 +31,7 @@ def save(manager: CheckpointManager, state: AppState, step: int, loss: float | N
 
 
 def steps(path: Path) -> list[int]:
-    return [int(found.name.removeprefix("step_")) for found in RunFolder(path).committed()]
+    return [int(found.name.removeprefix("step_")) for found in RunFolder(path).list_checkpoints()]
 
 
 def flip(file: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_newest_are_kept(tmp_path: Path, keep: int, left: list[int], asynchr
 def test_a_synchronous_save_is_told_at_once(tmp_path: Path) -> None:
     manager, state = make_manager(tmp_path, asynchronous=False), trained_state()
     manager.save(state)
-    assert manager.poll() == [(2, RunFolder(tmp_path).checkpoint_at(2))]
+    assert manager.poll() == [(2, RunFolder(tmp_path).checkpoint_path(2))]
     assert manager.poll() == []
 
 
@@ -64,7 +64,7 @@ def test_an_asynchronous_save_is_told_when_it_is_there(tmp_path: Path) -> None:
     while not told:
         told = manager.poll()
         assert not told or steps(tmp_path) == [2]
-    assert told == [(2, RunFolder(tmp_path).checkpoint_at(2))]
+    assert told == [(2, RunFolder(tmp_path).checkpoint_path(2))]
     assert manager.finish() == []
 
 
@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, async
         save(manager, state, 3)
     assert steps(tmp_path) == [2]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
-    verify(RunFolder(tmp_path).checkpoint_at(2))
+    verify(RunFolder(tmp_path).checkpoint_path(2))
     save(manager, state, 4)
     assert steps(tmp_path) == [2, 4]
 
@@ -145,7 +145,7 @@ def test_what_pruning_would_remove_makes_room_but_for_the_newest(
 def test_a_committed_step_is_never_rewritten(tmp_path: Path, asynchronous: bool) -> None:
     manager, state = make_manager(tmp_path, asynchronous=asynchronous), trained_state()
     save(manager, state, 2)
-    path = RunFolder(tmp_path).checkpoint_at(2)
+    path = RunFolder(tmp_path).checkpoint_path(2)
     before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in path.iterdir()}
     state.model.get_parameter("wte.weight").data.zero_()
     save(manager, state, 2)
@@ -157,10 +157,10 @@ def test_a_damaged_step_is_written_anew_when_it_is_reached_again(
 ) -> None:
     state = trained_state()
     save(make_manager(tmp_path), state, 2)
-    flip(RunFolder(tmp_path).checkpoint_at(2) / "model.safetensors")
+    flip(RunFolder(tmp_path).checkpoint_path(2) / "model.safetensors")
     with caplog.at_level(logging.WARNING):
         save(make_manager(tmp_path), state, 2)
-    verify(RunFolder(tmp_path).checkpoint_at(2))
+    verify(RunFolder(tmp_path).checkpoint_path(2))
     assert "damaged" in caplog.text
 
 
@@ -187,13 +187,13 @@ def test_the_best_is_kept_and_known_again_after_a_resume(tmp_path: Path) -> None
     assert (again.improves(2.1), again.improves(1.9), again.improves(float("nan"))) == (False, True, False)
     save(again, state, 5, 2.2)
     assert steps(tmp_path) == [2, 5]
-    assert read_checkpoint_manifest(RunFolder(tmp_path).checkpoint_at(2)).metrics == {"val/loss": 2.0}
+    assert read_checkpoint_manifest(RunFolder(tmp_path).checkpoint_path(2)).metrics == {"val/loss": 2.0}
 
 
 def test_a_damaged_best_does_not_stop_a_run(tmp_path: Path) -> None:
     state = trained_state()
     save(make_manager(tmp_path), state, 1, 2.0)
-    (RunFolder(tmp_path).checkpoint_at(1) / "manifest.json").write_text("[" * 10_000)
+    (RunFolder(tmp_path).checkpoint_path(1) / "manifest.json").write_text("[" * 10_000)
     manager = make_manager(tmp_path, keep_best=True, resumed_at=1)
     assert manager.improves(3.0)
 
@@ -205,10 +205,10 @@ def test_falling_back_takes_the_newest_that_verifies_and_gives_up_what_is_later(
     for step in (1, 2, 3, 4):
         state.model.get_parameter("wte.weight").data.fill_(step)
         save(manager, state, step, loss=10.0 - step)
-    flip(RunFolder(tmp_path).checkpoint_at(3) / "optimizer.safetensors")
+    flip(RunFolder(tmp_path).checkpoint_path(3) / "optimizer.safetensors")
     loaded = make_state(9)
     with caplog.at_level(logging.WARNING):
-        assert manager.load_newest(loaded, at_most=3) == RunFolder(tmp_path).checkpoint_at(2)
+        assert manager.load_newest(loaded, at_most=3) == RunFolder(tmp_path).checkpoint_path(2)
     assert "step_00000003/optimizer.safetensors: damaged: SHA-256" in caplog.text
     assert loaded.progress.step == 2
     assert torch.equal(loaded.model.get_parameter("wte.weight"), torch.full((11, 8), 2.0))
@@ -226,4 +226,4 @@ def test_a_clean_end_and_an_error_wait_for_the_writer(tmp_path: Path) -> None:
         state.progress = Progress(step, step)
         manager.save(state)
         manager.close(error)
-        verify(RunFolder(tmp_path).checkpoint_at(step))
+        verify(RunFolder(tmp_path).checkpoint_path(step))

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint, run_of
+from gpt.checkpoint.run_folder import RunFolder, find_run, locate_checkpoint
 from gpt.errors import UserError
 
 
@@ -12,7 +12,7 @@ def test_an_uncommitted_folder_is_no_checkpoint(tmp_path: Path) -> None:
         (folder.checkpoints / name).mkdir(parents=True)
         (folder.checkpoints / name / "manifest.json").touch()
     (folder.checkpoints / "step_00000009").mkdir()
-    assert folder.committed() == [folder.checkpoint_at(1)]
+    assert folder.list_checkpoints() == [folder.checkpoint_path(1)]
 
 
 def test_what_holds_no_checkpoint_is_named(tmp_path: Path) -> None:
@@ -23,4 +23,4 @@ def test_what_holds_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_knows_its_run(finished_run: Path) -> None:
-    assert run_of(RunFolder(finished_run).checkpoint_at(4)).path == finished_run.resolve()
+    assert find_run(RunFolder(finished_run).checkpoint_path(4)).path == finished_run.resolve()

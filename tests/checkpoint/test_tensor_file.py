@@ -87,7 +87,7 @@ MALICIOUS: dict[str, Callable[[], bytes]] = {
 def test_a_file_that_was_made_to_deceive_is_one_line(tmp_path: Path, case: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(MALICIOUS[case]())
-    with pytest.raises(UserError, match=r"model\.safetensors: not a sound safetensors file: ") as told:
+    with pytest.raises(UserError, match=r"model\.safetensors: not a valid safetensors file: ") as told:
         read_tensors(path)
     assert "\n" not in str(told.value)
     assert len(str(told.value)) < 500

@@ -15,9 +15,9 @@ from gpt.run import Run, open_run
 Configure = Callable[..., TrainConfig]
 
 
-def shown(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    assert main(["data-at", str(run_dir), "--step", str(step)]) == 0
-    return capsys.readouterr().out.splitlines()
+def data_at(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert main(["data-at", str(run_dir), "--step", str(step), *flags]) == 0
+    return capsys.readouterr().out
 
 
 def loader_of(run: Run) -> DataLoader:
@@ -26,10 +26,10 @@ def loader_of(run: Run) -> DataLoader:
     return DataLoader(sequences, plan.batch, rank=0, device=run.dist.device)
 
 
-def test_the_documents_of_a_step_are_those_it_trains_on(
+def test_step_shows_the_documents_it_trains_on(
     finished_run: Path, tiny: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = shown(finished_run, 3, capsys)
+    lines = data_at(finished_run, 3, capsys).splitlines()
     assert lines[0] == "step 3: global batch 2, 8 sequences of 16 tokens"
     assert lines[1:17:2] == [f"sequence {n}" for n in range(8)]
     run = open_run(tiny(finished_run), dry_run=True)
@@ -42,7 +42,7 @@ def test_the_documents_of_a_step_are_those_it_trains_on(
 
 
 @pytest.mark.parametrize("packing", ["stream", "best-fit"])
-def test_documents_are_told_apart_and_cannot_steer_the_terminal(
+def test_documents_are_listed_separately_without_control_characters(
     packing: str, tiny: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [f"document {n} \x1b[31m\u202e\n" + "word " * (n % 5) for n in range(60)]
@@ -54,7 +54,7 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
     build_trainer(
         open_run(tiny(tmp_path / "run", data=data, max_steps=2, model={"block_size": 64}, tokens_per_step=512))
     ).train()
-    lines = [line for step in range(1, 9) for line in shown(tmp_path / "run", step, capsys)]
+    lines = [line for step in range(1, 9) for line in data_at(tmp_path / "run", step, capsys).splitlines()]
     assert all(line.isprintable() for line in lines)
     documents = [line for line in lines if line.startswith("  ")]
     assert any(line.startswith("  other: ") for line in documents)
@@ -66,13 +66,28 @@ def test_documents_are_told_apart_and_cannot_steer_the_terminal(
         assert text.startswith(expected) or expected.startswith(text)
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
-    for arguments, told in (
+def test_json_equals_the_plain_output(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = data_at(finished_run, 2, capsys).splitlines()
+    batch = json.loads(data_at(finished_run, 2, capsys, "--json"))
+    assert list(batch) == ["step", "global_batch", "block_size", "sequences"]
+    count = len(batch["sequences"])
+    sizes = f"{count} sequences of {batch['block_size']} tokens"
+    assert lines[0] == f"step 2: global batch {batch['global_batch']}, {sizes}"
+    documents = [document for sequence in batch["sequences"] for document in sequence]
+    shown = [line.removeprefix("  ") for line in lines if line.startswith("  ")]
+    for document, line in zip(documents, shown, strict=True):
+        last = document["first_token"] + document["tokens"] - 1
+        place = f"{document['shard']} document {document['document']}, tokens {document['first_token']} to {last}"
+        assert line == f"{document['source']}: {place}: " + document["text"].replace("\n", "\\n")
+
+
+def test_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
+    for arguments, message in (
         ([str(tmp_path), "--step", "1"], "name a run's config.json"),
         ([str(finished_run), "--step", "0"], "--step 0: must be at least 1 (nearest: 1)"),
         ([str(finished_run)], "usage: gpt data-at RUN_DIR STEP"),
     ):
         assert main(["data-at", *arguments]) == 2
         error = capsys.readouterr().err
-        assert told in error
+        assert message in error
         assert error.count("\n") == 1

@@ -30,8 +30,8 @@ def prepared(lines: Path) -> Path:
     return out
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """What is said, in one line, by a command that ends with status 2."""
+def prepare_error(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Return the error line of a command that ends with status 2."""
     capsys.readouterr()
     assert main(["prepare", *map(str, argv)]) == 2
     error = capsys.readouterr().err
@@ -41,7 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return error
 
 
-def test_it_shows_what_it_made(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepared_folder_is_described(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--text-field", "body", "--tokenizer", "byte", "--workers", "1"]
     assert main(["prepare", str(lines), str(lines), "--out", str(tmp_path / "new" / "out"), *flags]) == 0
     out = capsys.readouterr().out
@@ -58,6 +58,35 @@ def test_it_shows_what_it_made(lines: Path, tmp_path: Path, capsys: pytest.Captu
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
+def test_json_equals_the_plain_output(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "--inspect", str(prepared)]) == 0
+    plain = capsys.readouterr().out
+    assert main(["prepare", "--inspect", str(prepared), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    manifest = read_corpus_manifest(prepared)
+    for name in "sha256 tokenizer_sha256 vocab_size dtype largest_id tokens documents text_bytes".split():
+        assert facts[name] == getattr(manifest, name)
+        shown = f"{facts[name]:,}" if isinstance(facts[name], int) else facts[name]
+        assert shown in plain
+    (source,) = facts["sources"]
+    for split in ("train", "val"):
+        assert f"{source[split]['documents']} documents, {source[split]['shards']} shard" in plain
+    assert facts["folder"] == str(prepared)
+    assert plain.endswith(facts["excerpt"] + "\n")
+
+
+def test_preparing_with_json_prints_the_same_facts_as_inspecting(
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert run([str(lines), "--out", out, "--text-field", "body", "--tokenizer", "byte", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert run(["--inspect", out, "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    assert inspected.pop("excerpt")
+    assert facts == inspected
+
+
 def test_inspect_shows_the_facts_and_a_text(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--inspect", str(prepared)]) == 0
     out = capsys.readouterr().out
@@ -70,87 +99,88 @@ def test_inspect_finds_a_flipped_bit_in_any_file(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(prepared, tmp_path / "out")
-    draw = random.Random(0)
+    rng = random.Random(0)
     for path in sorted((tmp_path / "out").iterdir()):
-        sound = path.read_bytes()
-        for place in (0, len(sound) - 2, *(draw.randrange(len(sound)) for _ in range(10))):
-            changed = bytearray(sound)
-            changed[place] ^= 1 << draw.randrange(7)
+        original = path.read_bytes()
+        for place in (0, len(original) - 2, *(rng.randrange(len(original)) for _ in range(10))):
+            changed = bytearray(original)
+            changed[place] ^= 1 << rng.randrange(7)
             path.write_bytes(changed)
-            assert str(path) in refused(capsys, "--inspect", tmp_path / "out")
-        path.write_bytes(sound)
+            assert str(path) in prepare_error(capsys, "--inspect", tmp_path / "out")
+        path.write_bytes(original)
     assert main(["prepare", "--inspect", str(tmp_path / "out")]) == 0
     (tmp_path / "out" / "train-000000.safetensors").unlink()
-    assert "train-000000.safetensors: cannot be read: No such file" in refused(capsys, "--inspect", tmp_path / "out")
+    error = prepare_error(capsys, "--inspect", tmp_path / "out")
+    assert "train-000000.safetensors: cannot be read: No such file" in error
 
 
-def test_inspect_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{tmp_path}: no prepared corpus here" in refused(capsys, "--inspect", tmp_path)
+def test_inspect_rejects_a_folder_that_is_not_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{tmp_path}: no prepared corpus here" in prepare_error(capsys, "--inspect", tmp_path)
 
 
-def test_a_mistake_is_one_line_with_the_flags_of_this_command(
+def test_mistake_is_one_line_with_the_flags_of_this_command(
     lines: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--out", tmp_path / "out", "--tokenizer", "byte")
-    assert "usage: gpt prepare SOURCE... --out DIR" in refused(capsys)
-    assert "usage: gpt prepare SOURCE... --out DIR" in refused(capsys, lines)
-    assert "usage: gpt prepare SOURCE... --out DIR" in refused(capsys, *out)
-    error = refused(capsys, lines, *out)
+    assert "usage: gpt prepare SOURCE... --out DIR" in prepare_error(capsys)
+    assert "usage: gpt prepare SOURCE... --out DIR" in prepare_error(capsys, lines)
+    assert "usage: gpt prepare SOURCE... --out DIR" in prepare_error(capsys, *out)
+    error = prepare_error(capsys, lines, *out)
     assert error.startswith(f"gpt: error: {lines}: line 1: no text under 'text'; --text-field names another of: body")
     assert "(--on-error skip leaves such records out)" in error
-    assert refused(capsys, "none.txt", *out).startswith("gpt: error: none.txt: no such file or folder")
-    error = refused(capsys, lines, *out, "--text-field", "body", "--val-source", "none.txt")
+    assert prepare_error(capsys, "none.txt", *out).startswith("gpt: error: none.txt: no such file or folder")
+    error = prepare_error(capsys, lines, *out, "--text-field", "body", "--val-source", "none.txt")
     assert error.startswith("gpt: error: --val-source none.txt: no such file or folder")
-    assert "--tokenizer none.json: no such file" in refused(
+    assert "--tokenizer none.json: no such file" in prepare_error(
         capsys, lines, "--text-field", "body", "--out", tmp_path / "out", "--tokenizer", "none.json"
     )
-    assert f"--out {prepared} is there already; gpt prepare --inspect" in refused(capsys, lines, "--out", prepared)
-    assert f"--out {lines}: cannot write there" in refused(capsys, lines, "--out", lines / "out")
-    assert "unknown flag --text-feild; did you mean --text-field?" in refused(capsys, lines, "--text-feild", "x")
+    assert f"--out {prepared} exists already; gpt prepare --inspect" in prepare_error(capsys, lines, "--out", prepared)
+    assert f"--out {lines}: cannot write there" in prepare_error(capsys, lines, "--out", lines / "out")
+    assert "unknown flag --text-feild; did you mean --text-field?" in prepare_error(capsys, lines, "--text-feild", "x")
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_bad_text_is_told_with_file_and_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_text_is_named_with_file_and_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--out", tmp_path / "out", "--tokenizer", "byte")
     path = tmp_path / "t.txt"
     path.write_bytes(b"good \xff")
-    assert f"{path}: not UTF-8 at byte offset 5 (0xff)" in refused(capsys, path, *flags)
+    assert f"{path}: not UTF-8 at byte offset 5 (0xff)" in prepare_error(capsys, path, *flags)
     path.write_bytes(b"")
-    assert f"{path}: the file is empty; name one with text in it" in refused(capsys, path, *flags)
+    assert f"{path}: the file is empty; name one with text in it" in prepare_error(capsys, path, *flags)
     path.write_text('{"text": "\\ud800"}\n{"text": "b"}\n')
-    assert f"{path}: line 1: not valid Unicode: a lone surrogate" in refused(capsys, path, *flags)
+    assert f"{path}: line 1: not valid Unicode: a lone surrogate" in prepare_error(capsys, path, *flags)
 
 
-def test_a_missing_library_names_its_extra(
+def test_missing_library_names_its_extra(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    error = refused(capsys, tmp_path / "t.parquet", "--out", tmp_path / "out", "--tokenizer", "byte")
+    error = prepare_error(capsys, tmp_path / "t.parquet", "--out", tmp_path / "out", "--tokenizer", "byte")
     assert "t.parquet: needs pyarrow.parquet; pip install 'gpt-training-pipeline[parquet]'" in error
 
 
-def test_bad_records_of_any_part_are_counted(
+def test_bad_records_of_every_part_are_counted(
     lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "PART_BYTES", 1000)
     (tmp_path / "t.jsonl").write_bytes(b"nonsense\n" + lines.read_bytes() + b'{"body": 7}\n')
     flags = ["--out", str(tmp_path / "out"), "--tokenizer", "byte", "--text-field", "body"]
-    error = refused(capsys, tmp_path / "t.jsonl", *flags, "--workers", "1")
+    error = prepare_error(capsys, tmp_path / "t.jsonl", *flags, "--workers", "1")
     assert f"{tmp_path / 't.jsonl'}: line 1: not valid JSON" in error
     assert run([str(tmp_path / "t.jsonl"), *flags, "--on-error", "skip", "--workers", "2"]) == 0
     assert "2 bad records, 0 duplicates" in capsys.readouterr().out
     assert read_corpus_manifest(tmp_path / "out").sources[0].skipped_records == 2
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc; getrusage tells the parent's memory too")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc; getrusage includes the parent's memory")
 def test_one_very_long_line_is_prepared_in_bounded_memory(tmp_path: Path) -> None:
     size = 8_000_000
     (tmp_path / "line.txt").write_text(make_text(1000).replace("\n", " ") * (size // 5000))
     code = (
-        "import re, sys; from gpt.main import main; status = main(); told = open('/proc/self/status').read();"
-        "print(re.search(r'VmHWM:\\s+(\\d+) kB', told)[1], file=sys.stderr); sys.exit(status)"
+        "import re, sys; from gpt.main import main; status = main(); text = open('/proc/self/status').read();"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', text)[1], file=sys.stderr); sys.exit(status)"
     )
     flags = ["--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1"]
     command = [sys.executable, "-c", code, "prepare", str(tmp_path / "line.txt"), *flags]
@@ -197,10 +227,10 @@ def test_on_a_full_disk_the_same_command_finishes_when_there_is_room(lines: Path
     assert (tmp_path / "status").read_text() == "2\n"
     assert "out" not in (tmp_path / "left").read_text().split()
     flags = ["--text-field", "body", "--tokenizer", "byte", "--workers", "1"]
-    assert run([str(source), "--out", str(tmp_path / "whole"), *flags]) == 0
-    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
+    assert run([str(source), "--out", str(tmp_path / "at-once"), *flags]) == 0
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "at-once")
 
 
-def test_the_message_of_another_command_is_not_changed() -> None:
+def test_flag_outside_section_data_keeps_its_name() -> None:
     with pytest.raises(UserError, match=r"^--val-fraction 0.9: must be at most 0.5"):
         run(["x", "--out", "y", "--val-fraction", "0.9"])

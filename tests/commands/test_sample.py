@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ def sample(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_text_begins_with_the_prompt_and_follows_the_seed(
+def test_sample_begins_with_the_prompt_and_depends_on_the_seed(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = str(finished_run)
@@ -22,13 +23,25 @@ def test_the_text_begins_with_the_prompt_and_follows_the_seed(
     assert first != sample(capsys, run_dir, "--prompt", "the model", "--seed", "2", "--max-new-tokens", "20")
 
 
-def test_temperature_zero_is_greedy_whatever_the_seed(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_temperature_zero_is_greedy_with_any_seed(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = (str(finished_run), "--prompt", "a", "--temperature", "0", "--max-new-tokens", "12")
     assert sample(capsys, *flags, "--seed", "1") == sample(capsys, *flags, "--seed", "2")
     assert sample(capsys, *flags) == sample(capsys, *flags[:-4], "--top-k", "1", "--max-new-tokens", "12")
 
 
-def test_a_checkpoint_can_be_named(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_equals_the_plain_output(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (str(finished_run), "--prompt", "the", "--seed", "3", "--max-new-tokens", "9")
+    plain, values = sample(capsys, *flags), json.loads(sample(capsys, *flags, "--json"))
+    assert plain == values["prompt"] + values["completion"] + "\n"
+    assert {name: values[name] for name in ("prompt", "seed", "new_tokens")} == {
+        "prompt": "the",
+        "seed": 3,
+        "new_tokens": 9,
+    }
+    assert set(values) == {"prompt", "completion", "new_tokens", "seed"}
+
+
+def test_run_dir_may_be_a_checkpoint(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = str(finished_run / "checkpoints/step_00000008")
     assert sample(capsys, newest, "--prompt", "a") == sample(capsys, str(finished_run), "--prompt", "a")
 
@@ -43,6 +56,6 @@ def test_a_checkpoint_can_be_named(finished_run: Path, capsys: pytest.CaptureFix
         (["a", "--promt", "x"], "unknown flag --promt; did you mean --prompt"),
     ],
 )
-def test_mistakes_are_one_line(argv: list[str], message: str) -> None:
+def test_mistake_is_one_line(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(argv)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def run_dir(finished_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_sound_run_is_told_in_a_table_and_left_as_it_is(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_run_is_shown_in_a_table_and_not_modified(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = read_files(run_dir)
     assert run([str(run_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -25,7 +26,7 @@ def test_a_sound_run_is_told_in_a_table_and_left_as_it_is(run_dir: Path, capsys:
     assert read_files(run_dir) == before
 
 
-def test_what_is_damaged_is_named_with_both_digests(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoint_is_named_with_both_digests(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = run_dir / "checkpoints/step_00000004/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -41,7 +42,26 @@ def test_what_is_damaged_is_named_with_both_digests(run_dir: Path, capsys: pytes
     assert shown.splitlines()[-1] == "3 checkpoints: 0 ok, 2 damaged, 1 unfinished"
 
 
-def test_what_is_unfinished_is_no_damage(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_equals_the_plain_output(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "checkpoints/step_00000004/manifest.json").unlink()
+    (run_dir / "checkpoints/.step_00000012.tmp").mkdir()
+    assert run([str(run_dir)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert run([str(run_dir), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["ok"], result["damaged"], result["unfinished"]) == (1, 1, 1)
+    assert lines[-1] == "3 checkpoints: 1 ok, 1 damaged, 1 unfinished"
+    for line, checkpoint in zip(lines[1:4], result["checkpoints"], strict=True):
+        assert (line.split()[0], line.split()[-1]) == (checkpoint["name"], checkpoint["state"])
+    valid = next(checkpoint for checkpoint in result["checkpoints"] if checkpoint["state"] == "ok")
+    assert f"{valid['val_loss']:.4f}" in lines[2]
+    size = sum(path.stat().st_size for path in (run_dir / "checkpoints/step_00000008").iterdir())
+    assert valid["size_bytes"] == size
+    reasons = [f"{item['name']}: {item['reason']}" for item in result["checkpoints"] if item["reason"]]
+    assert lines[4:-1] == reasons
+
+
+def test_unfinished_checkpoint_is_not_damaged(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "checkpoints/.step_00000002.gone").mkdir()
     assert run([str(run_dir)]) == 0
     assert "unfinished" in capsys.readouterr().out
@@ -49,9 +69,9 @@ def test_what_is_unfinished_is_no_damage(run_dir: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(False, "RUN_DIR .*/none: no such folder; name the --run-dir"), (True, "is no run: it holds no config.json")],
+    [(False, "RUN_DIR .*/none: no such folder; name the --run-dir"), (True, "not a run: it has no config.json")],
 )
-def test_what_is_no_run_is_told(tmp_path: Path, make: bool, message: str) -> None:
+def test_folder_that_is_not_a_run_is_rejected(tmp_path: Path, make: bool, message: str) -> None:
     if make:
         (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=message):

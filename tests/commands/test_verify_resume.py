@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,75 +23,96 @@ def flags(text_file: Path, cache_dir: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_a_run_killed_again_and_again_differs_in_no_bit(
+def test_run_killed_and_resumed_repeatedly_is_bit_exact(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*flags, "--checkpoint.interval", "12", "--kills", "6", "--kill-seed", "5"]) == 0
-    said = capsys.readouterr().out
-    assert "144 steps instead of 20: 2 checkpoints for each kill" in said
-    assert "reference: 144 steps on 1 rank in " in said
-    assert (
-        said.count("steps lost\n") + said.count("step lost\n") >= 3
-    )  # on a busy machine the end may come before the last
-    assert "0 differing bits in 144 losses, 24 evaluations, 24 samples, and the last checkpoint's " in said
+    output = capsys.readouterr().out
+    assert "144 steps instead of 20: 2 checkpoints for each kill" in output
+    assert "reference: 144 steps on 1 rank in " in output
+    n_kills = output.count("steps lost\n") + output.count("step lost\n")
+    assert n_kills >= 3  # on a busy machine the run may finish before the last kills
+    assert "0 differing bits in 144 losses, 24 evaluations, 24 samples, and the last checkpoint's " in output
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_flipped_bit_in_the_last_weights_is_told_and_the_runs_are_kept(
+def test_flipped_bit_in_the_last_weights_is_reported_and_both_runs_are_kept(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = kills.kill_and_resume
+    original = kills.kill_and_resume
 
     def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[KillRecord]:
-        file = RunFolder(folder.path.with_name("reference")).committed()[-1] / "model.safetensors"
+        file = RunFolder(folder.path.with_name("reference")).list_checkpoints()[-1] / "model.safetensors"
         tensors = load_file(file)
         tensors["wpe.weight"].view(torch.int32)[7, 3] ^= 1
         save_file(tensors, file)
-        return really(start, folder, *arguments)
+        return original(start, folder, *arguments)
 
     monkeypatch.setattr(kills, "kill_and_resume", sabotage)
     assert run([*flags, "--kills", "1", "--max-steps", "6"]) == 1
-    said = capsys.readouterr().out
-    assert "instead of" not in said  # a horizon that is given stands
-    assert "first difference: step_00000006/model.safetensors: wpe.weight[7, 3]: " in said
-    assert "values that differ: 1\n" in said
+    output = capsys.readouterr().out
+    assert "instead of" not in output  # a length that the user sets is not changed
+    assert "first difference: step_00000006/model.safetensors: wpe.weight[7, 3]: " in output
+    assert "values that differ: 1\n" in output
     folder = tmp_path / "runs/mine-verify-resume"
-    assert f"both runs are in {folder}" in said
+    assert f"both runs are in {folder}" in output
     assert {path.name for path in folder.iterdir()} >= {"reference", "resumed", "reference.log", "resumed.log"}
-    with pytest.raises(UserError, match=f"{folder} is there already"):
+    with pytest.raises(UserError, match=f"{folder} exists already"):
         run(flags)
 
 
-def test_another_seed_in_the_second_run_is_told_from_the_first_step_on(
+def test_another_seed_in_the_resumed_run_differs_from_the_first_step_on(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = kills.kill_and_resume
+    original = kills.kill_and_resume
 
     def sabotage(start: Any, folder: RunFolder, *arguments: Any) -> list[KillRecord]:
         config = folder.path.with_name("config.json")
         config.write_text(config.read_text().replace('"seed": 1337', '"seed": 1338'))
-        return really(start, folder, *arguments)
+        return original(start, folder, *arguments)
 
     monkeypatch.setattr(kills, "kill_and_resume", sabotage)
-    assert run([*flags, "--kills", "1", "--max-steps", "6"]) == 1
-    assert "first difference: metrics.jsonl, step 1: " in capsys.readouterr().out
+    assert run([*flags, "--kills", "1", "--max-steps", "6", "--json"]) == 1
+    output, progress = capsys.readouterr()
+    verdict = json.loads(output)
+    assert not verdict["bit_exact"]
+    assert verdict["first_difference"].startswith("metrics.jsonl, step 1: ")
+    assert f"first difference: {verdict['first_difference']}\n" in progress
+    assert f"values that differ: {verdict['differing_values']:,}\n" in progress
+    assert f"both runs are in {verdict['folder']}\n" in progress
 
 
-def test_a_run_that_cannot_go_on_is_told(
+def test_json_equals_the_plain_output(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*flags, "--kills", "2", "--max-steps", "24", "--json"]) == 0
+    output, progress = capsys.readouterr()
+    verdict = json.loads(output)
+    assert (verdict["bit_exact"], verdict["error"], verdict["folder"], verdict["ranks"]) == (True, None, None, 1)
+    assert f"reference: {verdict['steps']} steps on 1 rank in " in progress
+    assert f"most steps lost by a kill: {verdict['max_lost_steps']}; " in progress
+    for number, kill in enumerate(verdict["kills"], 1):
+        assert f"kill {number}: {kill['phase']}, after step {kill['step']}; {kill['lost_steps']} step" in progress
+    assert (
+        f"0 differing bits in {verdict['losses']} losses, {verdict['evaluations']} evaluations, {verdict['samples']} "
+        f"samples, and the last checkpoint's {verdict['tensors']} tensors"
+    ) in progress
+    assert (verdict["differing_values"], verdict["first_difference"]) == (0, None)
+
+
+def test_run_that_cannot_be_resumed_is_reported(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = kills.kill_and_resume
+    original = kills.kill_and_resume
 
     def sabotage(start: Callable[[], Any], folder: RunFolder, *arguments: Any) -> list[KillRecord]:
         folder.path.mkdir()
         folder.metrics.touch()
-        return really(start, folder, *arguments)
+        return original(start, folder, *arguments)
 
     monkeypatch.setattr(kills, "kill_and_resume", sabotage)
     assert run([*flags, "--kills", "1", "--max-steps", "2"]) == 1
-    said = capsys.readouterr().out
-    assert "the killed run does not go on: the run exited with status 2 although nothing killed it" in said
-    assert "holds a run without its config.json" in said
+    output = capsys.readouterr().out
+    assert "the killed run cannot be resumed: the run exited with status 2 although nothing killed it" in output
+    assert "holds a run without its config.json" in output
 
 
 @pytest.mark.parametrize(
@@ -102,10 +124,10 @@ def test_a_run_that_cannot_go_on_is_told(
         (("--tokens-per-step", "1000"), "--tokens-per-step 1000 is not divisible"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(
+def test_mistake_is_one_line_and_leaves_no_files(
     wrong: tuple[str, str], message: str, flags: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         run([*flags, *wrong])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []

@@ -17,11 +17,11 @@ def config_of(line: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_bare_preset_is_that_preset(name: str) -> None:
+def test_preset_without_flags_is_that_preset(name: str) -> None:
     assert config_of(name) == PRESETS[name]()
 
 
-def test_no_arguments_are_quickstart_which_is_the_defaults() -> None:
+def test_no_arguments_give_quickstart_which_has_every_default() -> None:
     assert config_of("") == TrainConfig() == PRESETS["quickstart"]()
 
 
@@ -39,29 +39,29 @@ def test_flags_override_the_preset_in_every_section() -> None:
     assert config.model.n_embd == PRESETS["debug"]().model.n_embd
 
 
-def test_underscores_work_as_hyphens_do() -> None:
+def test_underscores_in_flags_work_like_hyphens() -> None:
     assert config_of("--model.n_layer 3") == config_of("--model.n-layer 3")
 
 
 @pytest.mark.parametrize(("flag", "expected"), [("--max-tokens 99", (0, 99, 0)), ("--epochs 0.5", (0, 0, 0.5))])
-def test_a_horizon_flag_replaces_the_presets_horizon(flag: str, expected: tuple[float, ...]) -> None:
+def test_horizon_flag_replaces_the_presets_horizon(flag: str, expected: tuple[float, ...]) -> None:
     config = config_of(f"debug {flag}")
     assert (config.max_steps, config.max_tokens, config.epochs) == expected
 
 
-def test_several_horizon_flags_are_all_kept() -> None:
+def test_several_horizon_flags_all_apply() -> None:
     config = config_of("debug --max-steps 5 --epochs 2")
     assert (config.max_steps, config.epochs) == (5, 2)
 
 
-def test_none_unsets_what_may_be_absent(tmp_path: Path) -> None:
+def test_none_unsets_optional_fields(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(config_of("debug --init-from a --data.val-source b").model_dump_json())
     config = config_of(f"--config {path} --init-from none --data.val-source none")
     assert (config.init_from, config.data.val_source) == (None, ())
 
 
-def test_dry_run_is_no_part_of_the_configuration() -> None:
+def test_dry_run_is_not_part_of_the_configuration() -> None:
     command = parse_train(["debug", "--dry-run"])
     assert (command.as_train_config(), command.dry_run) == (PRESETS["debug"](), True)
     assert not parse_train(["debug"]).dry_run
@@ -164,14 +164,14 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("debug --config c.json", "--config c.json and the preset debug both set every value"),
     ],
 )
-def test_every_mistake_is_one_line_that_names_flag_and_remedy(line: str, message: str) -> None:
+def test_every_mistake_is_one_line_with_flag_and_remedy(line: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         parse_train(line.split())
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
 
-def test_a_saved_configuration_is_read_back_and_overridden(tmp_path: Path) -> None:
+def test_saved_configuration_is_loaded_and_overridden(tmp_path: Path) -> None:
     saved = config_of("debug --seed 5 --data.val-source some/where")
     path = tmp_path / "config.json"
     path.write_text(saved.model_dump_json())
@@ -192,7 +192,7 @@ def test_a_saved_configuration_is_read_back_and_overridden(tmp_path: Path) -> No
         ('{"data": {"source": []}}', "data.source []: must not be empty"),
     ],
 )
-def test_a_broken_configuration_file_names_file_and_key(tmp_path: Path, content: str, message: str) -> None:
+def test_broken_configuration_file_names_file_and_key(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(UserError, match="^" + str(path)) as error:
@@ -216,18 +216,18 @@ def test_every_field_has_a_help_text() -> None:
     assert undocumented(TrainConfig) == []
 
 
-def test_the_command_line_loads_without_torch() -> None:
+def test_command_line_loads_without_torch() -> None:
     code = "import sys, gpt.main, gpt.configs.cli, gpt.commands.train; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown == "False\n"
 
 
-def test_a_configuration_survives_json() -> None:
+def test_configuration_survives_json() -> None:
     for preset in PRESETS.values():
         assert TrainConfig.model_validate(json.loads(preset().model_dump_json())) == preset()
 
 
-def test_a_number_or_a_word_is_saved_and_read_back_as_that(tmp_path: Path) -> None:
+def test_number_or_word_is_saved_and_loaded_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for given, size in (("auto", "auto"), ("8", 8)):
         path.write_text(config_of(f"debug --micro-batch-size {given}").model_dump_json())
@@ -237,7 +237,7 @@ def test_a_number_or_a_word_is_saved_and_read_back_as_that(tmp_path: Path) -> No
         load_config(path)
 
 
-def test_lists_are_read_as_lists() -> None:
+def test_lists_are_parsed_as_lists() -> None:
     data = config_of("--data.source a b c --data.weights 0.7 0.2 0.1 --data.val-source d e").data
     assert (data.source, data.weights, data.val_source) == (("a", "b", "c"), (0.7, 0.2, 0.1), ("d", "e"))
     assert config_of("--data.source x").data.source == config_of("--data.source=x").data.source == ("x",)
@@ -245,7 +245,7 @@ def test_lists_are_read_as_lists() -> None:
     assert config_of("--data.val-source --seed 3").data.val_source == ()
 
 
-def test_lists_and_switches_of_data_are_saved_and_read_back(tmp_path: Path) -> None:
+def test_lists_and_switches_are_saved_and_loaded(tmp_path: Path) -> None:
     saved = config_of(
         "debug --data.source a b --data.weights 7 3 --data.val-source v --data.packing best-fit --data.document-mask"
     )
@@ -256,7 +256,7 @@ def test_lists_and_switches_of_data_are_saved_and_read_back(tmp_path: Path) -> N
     assert config_of(f"--config {path} --data.source c --data.weights").data.weights == ()
 
 
-def test_a_configuration_with_a_single_source_as_text_is_still_read(tmp_path: Path) -> None:
+def test_configuration_with_a_single_source_as_text_still_loads(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"data": {"source": "some/where", "val_source": null}}')
     data = load_config(path).data

@@ -5,7 +5,7 @@ from gpt.configs.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_runs_in_a_folder_of_its_name_and_its_batch_divides(name: str) -> None:
+def test_preset_has_a_run_folder_of_its_name_and_a_divisible_batch(name: str) -> None:
     config = PRESETS[name]()
     assert config.run_dir.as_posix() == f"runs/{name}"
     plan_batch(config, world_size=1)

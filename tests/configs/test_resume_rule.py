@@ -18,7 +18,7 @@ FIELDS = {
         eval.batches checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
         checkpoint.asynchronous spike.max_skips spike.window spike.threshold spike.least_rise spike.rollback
         spike.max_rollbacks spike.journal sample.max_new_tokens sample.temperature sample.top_k sample.top_p
-        sample.prompts profile.start profile.steps
+        sample.prompts profile.start profile.steps log.grad_norms log.sink_timeout
     """,
     ResumeRule.SAFE_IF_LR_UNCHANGED: """
         max_steps max_tokens epochs lr.decay_steps
@@ -65,11 +65,11 @@ class Example(Config):
     """Name."""
 
 
-def test_a_field_without_a_rule_is_forbidden_and_a_section_prefixes_its_name() -> None:
+def test_field_without_a_rule_is_forbidden_and_section_prefixes_its_name() -> None:
     assert resume_rules(Example) == {"section.size": ResumeRule.SAFE, "name": ResumeRule.FORBIDDEN}
 
 
-def test_a_rule_changes_neither_parsing_nor_bounds() -> None:
+def test_rule_changes_neither_parsing_nor_bounds() -> None:
     assert parse(Example, ["--section.size", "4"], prog="x").section.size == 4
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         Section(size=0)

@@ -16,7 +16,7 @@ def plan(machine: MachineFacts = CPU, corpus: CorpusFacts = CORPUS, **changes: A
     return resolve(TrainConfig.model_validate(config), machine, corpus)
 
 
-def test_accumulation_makes_up_the_step_at_every_world_size() -> None:
+def test_accumulation_keeps_tokens_per_step_at_every_world_size() -> None:
     for world_size, accumulation in ((1, 2), (2, 1)):
         batch = plan(MachineFacts("cpu", "", False, world_size)).batch
         assert (batch.grad_accum_steps, batch.sequences_per_step, batch.tokens_per_step) == (accumulation, 4, 64)
@@ -40,9 +40,7 @@ def test_indivisible_sizes_name_the_nearest(tokens: int, world_size: int, messag
 
 
 @pytest.mark.parametrize(("limit", "world_size", "size"), [(1, 1, 1), (5, 1, 4), (11, 1, 6), (99, 1, 12), (5, 2, 3)])
-def test_an_automatic_micro_batch_is_the_largest_within_its_limit_that_divides(
-    limit: int, world_size: int, size: int
-) -> None:
+def test_auto_micro_batch_is_the_largest_divisor_within_its_limit(limit: int, world_size: int, size: int) -> None:
     machine = MachineFacts("cuda", "", False, world_size, max_micro_batch=limit)
     resolved = plan(machine, micro_batch_size="auto", tokens_per_step=12 * 16)
     assert (resolved.batch.micro_batch_size, resolved.batch.tokens_per_step) == (size, 12 * 16)
@@ -65,13 +63,13 @@ REPRODUCIBLE = {"parallel": {"reproducible": True}}
         ({"micro_batch_size": "auto"}, 1, r"--micro-batch-size auto depends on the machine, .*; set a number$"),
     ],
 )
-def test_reproducible_mode_needs_a_whole_tree(changes: dict[str, Any], world_size: int, message: str) -> None:
+def test_reproducible_mode_needs_powers_of_two(changes: dict[str, Any], world_size: int, message: str) -> None:
     with pytest.raises(UserError, match=f"^--parallel.reproducible.*{message}"):
         plan(MachineFacts("cpu", "", False, world_size), **REPRODUCIBLE | changes)
     plan(MachineFacts("cpu", "", False, 1 if world_size == 2 else world_size), **changes)
 
 
-def test_what_decides_bits_is_part_of_a_reproducible_runs_identity() -> None:
+def test_identity_of_reproducible_run_has_the_settings_that_decide_bits() -> None:
     assert "--runtime.threads" not in plan().identity
     machine = MachineFacts("cpu", "", False, 4, runtime={"threads": 3, "fused_attention": True})
     identity = plan(machine, **REPRODUCIBLE, tokens_per_step=512, dtype="bfloat16").identity
@@ -85,19 +83,19 @@ def test_what_decides_bits_is_part_of_a_reproducible_runs_identity() -> None:
     }
 
 
-def test_an_automatic_micro_batch_of_a_step_that_does_not_divide_names_the_nearest() -> None:
+def test_auto_micro_batch_with_indivisible_step_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"100 is not divisible by .*=1\*16\*1=16 \(nearest: 96 or 112\)$"):
         plan(micro_batch_size="auto", tokens_per_step=100)
 
 
-def test_the_earliest_bound_ends_the_run() -> None:
+def test_earliest_limit_ends_the_run() -> None:
     per_epoch = count_windows(10_000, 16)
     assert plan(max_steps=0, max_tokens=65).max_steps == 2
     assert plan(max_steps=0, epochs=1).max_steps == -(-per_epoch // 4)
     assert plan(max_steps=7, max_tokens=64 * 5, epochs=100).max_steps == 5
 
 
-def test_epochs_are_told() -> None:
+def test_epochs_are_derived() -> None:
     assert plan(max_steps=0, epochs=2).epochs == pytest.approx(2, rel=0.01)
 
 
@@ -108,7 +106,7 @@ def test_decay_steps_are_resolved(schedule: str, decay_steps: int) -> None:
     assert plan(lr={"schedule": schedule, "warmup_steps": 3}).lr.decay_steps == decay_steps
 
 
-def test_warmup_longer_than_the_run_is_said_and_not_changed() -> None:
+def test_warmup_longer_than_the_run_is_noted_and_not_changed() -> None:
     resolved = plan(lr={"warmup_steps": 50})
     assert resolved.lr.warmup_steps == 50
     assert resolved.notes == ("warmup of 50 steps lasts for all 10 steps of the run",)
@@ -118,11 +116,11 @@ def test_warmup_longer_than_the_run_is_said_and_not_changed() -> None:
     ("dtype", "has_bfloat16", "expected"),
     [("auto", True, "bfloat16"), ("auto", False, "float32"), ("float16", True, "float16")],
 )
-def test_dtype(dtype: str, has_bfloat16: bool, expected: str) -> None:
+def test_auto_dtype_is_resolved_by_the_hardware(dtype: str, has_bfloat16: bool, expected: str) -> None:
     assert plan(MachineFacts("cpu", "", has_bfloat16), dtype=dtype).dtype == expected
 
 
-def test_vocabulary_is_the_tokenizers_or_padded_but_never_smaller() -> None:
+def test_vocab_size_is_the_tokenizers_or_padded_but_never_smaller() -> None:
     assert plan().model.vocab_size == 100
     assert plan(model={"block_size": 16, "vocab_size": 128}).model.vocab_size == 128
     with pytest.raises(
@@ -131,12 +129,12 @@ def test_vocabulary_is_the_tokenizers_or_padded_but_never_smaller() -> None:
         plan(model={"block_size": 16, "vocab_size": 99})
 
 
-def test_a_text_shorter_than_a_block_names_the_nearest_block() -> None:
+def test_text_shorter_than_a_block_names_the_nearest_block_size() -> None:
     with pytest.raises(UserError, match=r"16 tokens, too few for --model.block-size 16 \(nearest: 15\)"):
         plan(corpus=CorpusFacts(100, (StreamFacts("text", 16),)))
 
 
-def test_the_last_step_is_reported_evaluated_and_saved_whatever_the_intervals() -> None:
+def test_last_step_is_logged_evaluated_and_saved_at_any_interval() -> None:
     resolved = plan(log={"interval": 4}, eval={"interval": 0}, checkpoint={"interval": 3})
     assert [s for s in range(1, 11) if resolved.evaluates_at(s)] == [10]
     assert [s for s in range(1, 11) if resolved.saves_at(s)] == [3, 6, 9, 10]
@@ -146,7 +144,7 @@ def test_the_last_step_is_reported_evaluated_and_saved_whatever_the_intervals() 
 SOURCES = (StreamFacts("a", 10_000), StreamFacts("b", 1_000), StreamFacts("c", 400))
 
 
-def test_every_source_has_its_share_and_its_epochs() -> None:
+def test_every_source_has_a_share_and_epochs() -> None:
     resolved = plan(corpus=CorpusFacts(100, SOURCES), data={"source": ["a", "b", "c"], "weights": [7, 2, 1]})
     assert [source.name for source in resolved.sources] == ["a", "b", "c"]
     assert [source.share for source in resolved.sources] == pytest.approx([0.7, 0.2, 0.1])
@@ -155,12 +153,12 @@ def test_every_source_has_its_share_and_its_epochs() -> None:
     assert resolved.windows_per_epoch == 624 + 61 + 24
 
 
-def test_without_weights_there_is_one_source_and_its_epochs_are_the_runs() -> None:
+def test_without_weights_there_is_one_source_with_the_epochs_of_the_run() -> None:
     (source,) = plan().sources
     assert (source.name, source.share, source.epochs) == ("text", 1, plan().epochs)
 
 
-def test_an_epoch_of_packed_documents_has_as_many_sequences_as_they_are_packed_in() -> None:
+def test_epoch_of_packed_documents_counts_packed_sequences() -> None:
     corpus = CorpusFacts(100, (StreamFacts("text", 10_000, packed_sequences=700),))
     resolved = plan(corpus=corpus, max_steps=0, epochs=2, data={"packing": "best-fit"})
     assert (resolved.windows_per_epoch, resolved.max_steps) == (700, 350)
@@ -168,12 +166,12 @@ def test_an_epoch_of_packed_documents_has_as_many_sequences_as_they_are_packed_i
 
 
 @pytest.mark.parametrize("weights", [(1,), (1, 2), (1, 2, 3, 4)])
-def test_weights_that_are_not_one_for_each_source_name_the_sources(weights: tuple[float, ...]) -> None:
+def test_wrong_number_of_weights_names_the_sources(weights: tuple[float, ...]) -> None:
     message = rf"^--data.weights: {len(weights)} for 3 sources \(a, b, c\); give one for each$"
     with pytest.raises(UserError, match=message):
         plan(corpus=CorpusFacts(100, SOURCES), data={"weights": weights})
 
 
-def test_a_source_shorter_than_a_block_is_named() -> None:
+def test_source_shorter_than_a_block_is_named() -> None:
     with pytest.raises(UserError, match=r"the training text of c has 12 tokens, too few for .* 16 \(nearest: 11\)"):
         plan(corpus=CorpusFacts(100, (*SOURCES[:2], StreamFacts("c", 12))), data={"weights": [1, 1, 1]})

@@ -1,4 +1,4 @@
-"""The program as a user starts it."""
+"""The program as a user starts it: commands, exit statuses and output streams."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 
 from gpt.configs.train_config import TrainConfig
 from gpt.main import main
+from gpt.utils.helper import format_si
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAIN = REPOSITORY / "gpt" / "main.py"
@@ -30,7 +31,7 @@ def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
 
 
-def test_three_ways_to_start_are_one_program(tmp_path: Path) -> None:
+def test_three_ways_to_start_run_the_same_program(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("gpt")
     ways = [(sys.executable, str(MAIN)), (sys.executable, "-m", "gpt.main"), (str(script),)]
     outputs = {run(*way, "train", "debug", "--help", cwd=tmp_path).stdout for way in ways}
@@ -38,7 +39,7 @@ def test_three_ways_to_start_are_one_program(tmp_path: Path) -> None:
     assert "--model.n-layer" in outputs.pop()
 
 
-def test_the_packages_own_folder_is_not_on_the_import_path(tmp_path: Path) -> None:
+def test_package_folder_is_not_on_the_import_path(tmp_path: Path) -> None:
     code = f"import atexit, runpy, sys; sys.argv = ['main.py', '--help']; sys.path[0] = {str(MAIN.parent)!r}\n"
     code += "atexit.register(lambda: print('', sys.path, sep='\\n'))\n"
     code += f"runpy.run_path({str(MAIN)!r}, run_name='__main__')\n"
@@ -47,7 +48,7 @@ def test_the_packages_own_folder_is_not_on_the_import_path(tmp_path: Path) -> No
     assert repr(str(MAIN.parent)) not in path
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("gpt-training-pipeline 0.")
 
@@ -59,7 +60,7 @@ def test_help_names_verbs_and_presets(capsys: pytest.CaptureFixture[str]) -> Non
         assert word in shown
 
 
-def test_a_run_from_start_to_sample(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_trains_and_samples(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 0
     shown = capsys.readouterr().out
     assert "finished at step 4" in shown
@@ -68,7 +69,7 @@ def test_a_run_from_start_to_sample(flags: list[str], tmp_path: Path, capsys: py
     assert capsys.readouterr().out.startswith("the")
 
 
-def test_the_same_command_again_says_finished_and_a_longer_one_continues(
+def test_same_command_reports_finished_and_a_longer_one_resumes(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags) == 0
@@ -83,7 +84,7 @@ def test_the_same_command_again_says_finished_and_a_longer_one_continues(
     assert "finished at step 6" in shown
 
 
-def test_a_saved_configuration_repeats_the_run(flags: list[str], tmp_path: Path) -> None:
+def test_saved_configuration_repeats_the_run(flags: list[str], tmp_path: Path) -> None:
     assert main(flags) == 0
     config = tmp_path / "run" / "config.json"
     assert main(["train", "--config", str(config), "--run-dir", str(tmp_path / "again")]) == 0
@@ -102,8 +103,50 @@ def test_dry_run_prints_the_plan_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_editing_the_defaults_changes_the_bare_command(tmp_path: Path) -> None:
-    """As users of such a pipeline do: edit a file under gpt/configs/, run `python gpt/main.py`."""
+def test_json_of_a_dry_run_equals_the_plain_output(flags: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(MAIN), *flags, "--dry-run", "--data.cache-dir"]
+    plain = run(*command, str(tmp_path / "plain"))
+    done = run(*command, str(tmp_path / "json"), "--json")  # an empty cache: preparation logs its progress
+    assert (plain.returncode, done.returncode) == (0, 0)
+    plan = json.loads(done.stdout)
+    assert "preparing" in done.stderr
+    assert "preparing" in plain.stdout
+    assert plan["max_steps"] == 4
+    assert f"{plan['max_steps']} steps, " in plain.stdout
+    assert f"{plan['epochs']:.2f} epochs" in plain.stdout
+    batch, corpus, model = plan["batch"], plan["corpus"], plan["model"]
+    assert (
+        f"{batch['tokens_per_step']:,} tokens: {batch['grad_accum_steps']} x {batch['micro_batch_size']}"
+        in plain.stdout
+    )
+    assert plan["tokens"] == plan["max_steps"] * batch["tokens_per_step"]
+    assert f"vocabulary {corpus['vocab_size']:,}" in plain.stdout
+    assert f"{format_si(corpus['train_tokens'])} training tokens" in plain.stdout
+    assert f"{format_si(model['n_parameters'])} parameters: {model['n_layer']} layers" in plain.stdout
+    assert plan["lr"]["schedule"] in plain.stdout
+    assert all(note in plain.stdout for note in plan["notes"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_leaves_errors_on_stderr(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, message in (
+        ([*flags, "--json"], "--json needs --dry-run"),
+        (["verify", str(tmp_path), "--json"], "not a run"),
+        (["sample", str(tmp_path), "--json"], "holds no checkpoint"),
+        (["data-at", str(tmp_path), "--step", "1", "--json"], "config.json: No such file"),
+        (["prepare", "--inspect", str(tmp_path), "--json"], "no prepared corpus"),
+        (["verify-resume", "debug", "--kills", "0", "--json"], "--kills 0: must be at least 1"),
+    ):
+        assert main(command) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("gpt: error: ")
+        assert shown.err.count("\n") == 1
+        assert message in shown.err
+
+
+def test_edited_defaults_change_the_command_without_flags(tmp_path: Path) -> None:
+    """Edit a file under gpt/configs/ and run `python gpt/main.py`, which has to use the edited default."""
     package = tmp_path / "gpt"
     for path in (REPOSITORY / "gpt").rglob("*.py"):
         target = package / path.relative_to(REPOSITORY / "gpt")
@@ -145,7 +188,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_on_stderr_and_status_2(
+def test_bad_input_is_one_line_on_stderr_with_status_2(
     case: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, message = BAD_INPUT[case]
@@ -165,7 +208,7 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(
         (["--lr.max-lr", "0.5"], "another configuration: lr.max_lr"),
     ],
 )
-def test_a_run_is_never_mixed_with_another(
+def test_run_folder_rejects_another_run_and_stays_unchanged(
     extra: list[str], message: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags) == 0
@@ -176,7 +219,7 @@ def test_a_run_is_never_mixed_with_another(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
+def test_signal_finishes_the_step_saves_and_the_same_command_resumes(
     number: signal.Signals, status: int, flags: list[str], tmp_path: Path
 ) -> None:
     endless = [*flags, "--max-steps", "100000", "--checkpoint.interval", "0", "--eval.interval", "0"]
@@ -192,7 +235,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
     assert f"{number.name} at step" in output
-    assert "the same command continues the run" in output
+    assert "the same command resumes the run" in output
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     step = int(saved[0].removeprefix("step_"))
     assert len(saved) == 1
@@ -200,7 +243,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
     assert main([*endless, "--max-steps", str(step + 1)]) == 0
 
 
-def test_a_reader_that_leaves_does_not_end_the_run(flags: list[str], tmp_path: Path) -> None:
+def test_closed_stdout_does_not_end_the_run(flags: list[str], tmp_path: Path) -> None:
     reading, writing = os.pipe()
     process = subprocess.Popen([sys.executable, str(MAIN), *flags], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
@@ -213,11 +256,11 @@ def test_a_reader_that_leaves_does_not_end_the_run(flags: list[str], tmp_path: P
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
-def test_an_output_that_is_full_is_one_line(arguments: list[str]) -> None:
+def test_full_output_device_is_one_line(arguments: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, str(MAIN), *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "gpt: error: output: No space left on device\n")
 
 
-def test_the_defaults_are_quickstart() -> None:
+def test_default_run_folder_is_quickstart() -> None:
     assert TrainConfig().run_dir == Path("runs/quickstart")

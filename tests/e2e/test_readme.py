@@ -120,10 +120,11 @@ def test_files_that_the_readme_tree_names_exist() -> None:
     parents: list[str] = []
     names = []
     for line in tree.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        parents[depth:] = [name]
-        names.append("".join(parents))
-    assert len(names) >= 50
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.match(r"\s*((?:[\w./-]+(?:/|\.py|\.c)(?:\s+|$))+)", line)[1].split():
+            parents[depth:] = [name]
+            names.append("".join(parents))
+    assert len(names) >= 70
     assert [name for name in names if not (REPOSITORY / name).exists()] == []
 
 

@@ -1,7 +1,8 @@
-"""One warm process that forks a child for every save, so that a fault can be injected into that save alone.
+"""Server process that forks a child for every save, so that a fault can be injected into that save alone.
 
-Python and torch take seconds to start, a fork takes milliseconds. The child does nothing before strace is attached to
-it. Orders come as lines of JSON, answers go as lines of JSON; between them stands a line by which the save may begin.
+Python and torch take seconds to start, a fork takes milliseconds. Requests arrive on stdin and answers go to stdout,
+one line of JSON each. For each request the server answers with the child's process id, and the child waits for one more
+line before it saves, so that strace can be attached to it first.
 """
 
 import json
@@ -20,28 +21,28 @@ from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import verify_and_load
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
-from gpt.utils.atomic_io import sweep
+from gpt.utils.atomic_io import remove_leftovers
 from gpt.utils.distributed import DistContext
 from tests.checkpoint.test_store import make_state, trained_state
 
 torch.set_num_threads(1)
 WIDTH = int(sys.argv[1]) if len(sys.argv) > 1 else 8
 STATE, LOADED = trained_state(n_embd=WIDTH), make_state(9, WIDTH)
-TOLD = mmap.mmap(-1, 2**16)
-"""Where a child leaves its message without a system call, which might meet the fault."""
+ERROR_MESSAGE = mmap.mmap(-1, 2**16)
+"""Memory shared with the child, which stores its error there: a system call might meet the injected fault."""
 
 
-def save(order: dict[str, Any]) -> str | None:
-    """Save a state that is made of the step's number; returns what went wrong."""
-    if "largest_file" in order:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"],) * 2)
-    step = order["step"]
-    config = CheckpointConfig(keep=order["keep"], asynchronous=order["asynchronous"])
+def save(request: dict[str, Any]) -> str | None:
+    """Save a state whose weights equal the step's number, and return the error message, if any."""
+    if "max_file_bytes" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"],) * 2)
+    step = request["step"]
+    config = CheckpointConfig(keep=request["keep"], asynchronous=request["asynchronous"])
     STATE.progress = Progress(step, step)
     STATE.model.get_parameter("wte.weight").data.fill_(step)
     try:
         manager = CheckpointManager(
-            RunFolder(Path(order["run_dir"])), config, "{}", DistContext("cpu"), order["resumed_at"]
+            RunFolder(Path(request["run_dir"])), config, "{}", DistContext("cpu"), request["resumed_at"]
         )
         manager.save(STATE)
         manager.finish()
@@ -50,31 +51,31 @@ def save(order: dict[str, Any]) -> str | None:
     return None
 
 
-def fork(order: dict[str, Any]) -> tuple[int, str | None]:
-    """Save in a child; its exit status (negative for a signal), and what it told."""
-    gate, go = os.pipe()
-    TOLD[:] = bytes(len(TOLD))
+def fork_and_save(request: dict[str, Any]) -> tuple[int, str | None]:
+    """Save in a child, and return its exit status (negative for a signal) and its error message, if any."""
+    gate_reader, gate_writer = os.pipe()
+    ERROR_MESSAGE[:] = bytes(len(ERROR_MESSAGE))
     child = os.fork()
     if child == 0:
-        os.close(go)
-        os.read(gate, 1)
-        failure = save(order)
-        if failure is not None:
-            TOLD[: len(failure.encode())] = failure.encode()
-        os._exit(0 if failure is None else 2)
+        os.close(gate_writer)
+        os.read(gate_reader, 1)
+        error = save(request)
+        if error is not None:
+            ERROR_MESSAGE[: len(error.encode())] = error.encode()
+        os._exit(0 if error is None else 2)
     answer(child)
     sys.stdin.readline()
-    os.write(go, b"!")
+    os.write(gate_writer, b"!")
     _, status = os.waitpid(child, 0)
-    os.close(go)
-    os.close(gate)
-    return os.waitstatus_to_exitcode(status), TOLD[:].rstrip(b"\0").decode() or None
+    os.close(gate_writer)
+    os.close(gate_reader)
+    return os.waitstatus_to_exitcode(status), ERROR_MESSAGE[:].rstrip(b"\0").decode() or None
 
 
-def sound(run_dir: Path) -> list[int]:
-    """Steps of the committed checkpoints; every one must verify, and load to what was saved."""
+def read_valid_steps(run_dir: Path) -> list[int]:
+    """Return the steps of the committed checkpoints, and assert that each is valid and holds what was saved."""
     steps = []
-    for path in RunFolder(run_dir).committed():
+    for path in RunFolder(run_dir).list_checkpoints():
         verify_and_load(path, LOADED)
         steps.append(LOADED.progress.step)
         assert bool((LOADED.model.get_parameter("wte.weight") == steps[-1]).all())
@@ -82,29 +83,41 @@ def sound(run_dir: Path) -> list[int]:
 
 
 def answer(value: Any) -> None:
-    """A line of JSON."""
+    """Write one line of JSON to stdout."""
     print(json.dumps(value), flush=True)
 
 
 def main() -> None:
-    """Take orders until there are no more."""
+    """Serve requests until stdin is closed.
+
+    The answer to a save holds the child's exit status and error, the entries of the checkpoints folder and the steps of
+    its valid checkpoints after the fault, and the error of saving the same step again, as the run's next start would.
+    """
     answer("ready")
     for line in sys.stdin:
-        order = json.loads(line)
-        if order.get("prepare"):  # here, so that the children find everything imported
-            assert save(order) is None
+        request = json.loads(line)
+        if request.get("prepare"):  # in this process, so that the children inherit all imports
+            assert save(request) is None
             answer(None)
             continue
-        status, told = fork(order)
-        checkpoints = Path(order["run_dir"]) / "checkpoints"
-        left = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+        status, error_message = fork_and_save(request)
+        checkpoints = Path(request["run_dir"]) / "checkpoints"
+        entries = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
         try:
-            steps: list[int] | str = sound(Path(order["run_dir"]))
+            steps: list[int] | str = read_valid_steps(Path(request["run_dir"]))
         except (UserError, AssertionError) as error:
             steps = f"{type(error).__name__}: {error}"
-        sweep(checkpoints)
-        again = save({**order, "largest_file": resource.RLIM_INFINITY})  # what the next start of the run does
-        answer({"status": status, "told": told, "left": left, "sound": steps, "again": again})
+        remove_leftovers(checkpoints)
+        retry_error = save({**request, "max_file_bytes": resource.RLIM_INFINITY})
+        answer(
+            {
+                "status": status,
+                "error": error_message,
+                "entries": entries,
+                "valid_steps": steps,
+                "retry_error": retry_error,
+            }
+        )
 
 
 if __name__ == "__main__":

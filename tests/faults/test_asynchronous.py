@@ -29,9 +29,10 @@ from gpt.errors import UserError
 from gpt.run import open_run
 from gpt.pipeline import build_trainer
 from gpt.training.events import StepEnd
+from gpt.training.observer import Observer
 
 
-class SmallFiles:
+class SmallFiles(Observer):
     "From the end of step 3 on this process, if it is rank 0, may write no file of more than 2,000 bytes."
 
     steps = 0
@@ -42,9 +43,6 @@ class SmallFiles:
             if event.step == 3 and os.environ["RANK"] == "0":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
         return ()
-
-    def close(self, error):
-        pass
 
 
 trainer = build_trainer(open_run(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text())))
@@ -78,8 +76,8 @@ def test_a_writer_that_fails_is_every_ranks_failure_at_the_same_step(tiny: Confi
     step, told = answers[0]
     assert "the checkpoint of step 4 cannot be saved: File too large; raise the limit" in told
     assert 4 <= step <= 6
-    assert [path.name for path in RunFolder(tmp_path / "run").committed()] == ["step_00000002"]
-    verify(RunFolder(tmp_path / "run").checkpoint_at(2))
+    assert [path.name for path in RunFolder(tmp_path / "run").list_checkpoints()] == ["step_00000002"]
+    verify(RunFolder(tmp_path / "run").checkpoint_path(2))
 
 
 SLOW = """
@@ -129,5 +127,5 @@ def test_a_second_interrupt_does_not_wait_for_the_disk(tiny: Configure, tmp_path
     assert process.returncode == 130, told
     assert time.monotonic() - started < 5
     assert "Traceback" not in told
-    assert [path.name for path in RunFolder(tmp_path / "run").committed()] == ["step_00000002"]
-    verify(RunFolder(tmp_path / "run").checkpoint_at(2))
+    assert [path.name for path in RunFolder(tmp_path / "run").list_checkpoints()] == ["step_00000002"]
+    verify(RunFolder(tmp_path / "run").checkpoint_path(2))

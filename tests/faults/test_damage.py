@@ -167,7 +167,7 @@ def test_a_deceitful_header_with_the_right_digests_is_one_line(tmp_path: Path, c
     (tmp_path / "step" / MODEL).write_bytes(MALICIOUS[case]())
     sign(tmp_path / "step")
     verify(tmp_path / "step")
-    with pytest.raises(UserError, match=r"model\.safetensors: not a sound safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not a valid safetensors file"):
         verify_and_load(tmp_path / "step", make_state(1))
 
 

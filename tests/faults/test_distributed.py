@@ -146,7 +146,7 @@ def test_sigterm_to_one_rank_stops_both_after_one_step_and_resuming_is_exact(run
     assert "exitcode  : 143" in launch.output
     stopped = len(logged_losses(runs.path("one")))
     assert INJECTED_AT <= stopped < STEPS
-    assert RunFolder(runs.path("one")).committed()[-1].name == f"step_{stopped:08d}"
+    assert RunFolder(runs.path("one")).list_checkpoints()[-1].name == f"step_{stopped:08d}"
     with runs.train("one") as launch:
         assert launch.end() == 0, launch.output
     runs.require_same_bits("one")
@@ -194,7 +194,7 @@ def test_a_straggler_is_named_and_a_save_that_outlasts_the_grace_period_is_no_ch
             os.kill(launch.pid, signal.SIGTERM)
             assert launch.end() != 0
             strace.wait(LONG_ENOUGH)
-    committed = RunFolder(runs.path("slow")).committed()
+    committed = RunFolder(runs.path("slow")).list_checkpoints()
     assert committed
     for checkpoint in committed:
         verify(checkpoint)
@@ -209,6 +209,7 @@ from gpt.run import open_run
 from gpt.pipeline import build_trainer
 from gpt.training.evaluator import Evaluator
 from gpt.training.events import StepEnd
+from gpt.training.observer import Observer
 
 def read(path):
     return TrainConfig.model_validate_json(Path(path).read_text())
@@ -220,7 +221,7 @@ class Slow:
         time.sleep(2.5)
         return {"slow": 1.0}
 
-class BitFlip:
+class BitFlip(Observer):
     def __init__(self, model, rank):
         self._model, self._rank = model, rank
 
@@ -229,9 +230,6 @@ class BitFlip:
             weight = self._model.get_submodule("wte").weight
             weight.detach().view(torch.int32)[3, 5] ^= 1
         return ()
-
-    def close(self, error):
-        pass
 
 layout = open_run(read(sys.argv[1]))
 layout.dist.on_main(lambda: time.sleep(2.5))
@@ -257,7 +255,7 @@ def test_what_takes_longer_than_a_step_may_does_not_end_the_run_and_a_flipped_bi
         assert launch.end() != 0
     assert len(logged_losses(runs.path("evaluated"))) == 4, launch.output
     assert "UserError: the weights of rank 1 differ from those of rank 0 after step 8" in launch.output
-    committed = RunFolder(runs.path("flipped")).committed()
+    committed = RunFolder(runs.path("flipped")).list_checkpoints()
     assert [checkpoint.name for checkpoint in committed] == ["step_00000004"]
     verify(committed[0])
 

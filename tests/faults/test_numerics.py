@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 def garbled(config: TrainConfig, *batches: int, factor: float = 10.0) -> Trainer:
     """A run on data of which some global batches are so bad that their loss is `factor` times what it would be."""
     trainer = build_trainer(open_run(config))
-    rows = {tuple(trainer._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
+    rows = {tuple(trainer._train_step._loader._fetch(batch).tensors[0][0].tolist()) for batch in batches}
 
     def spoil(_: object, args: tuple[torch.Tensor, ...], loss: torch.Tensor) -> torch.Tensor:
         return loss * factor if tuple(args[0][0].tolist()) in rows else loss
@@ -56,7 +56,7 @@ def garbled(config: TrainConfig, *batches: int, factor: float = 10.0) -> Trainer
 
 
 def final(run_dir: Path, step: int = 30) -> dict[str, bytes]:
-    checkpoint = RunFolder(run_dir).checkpoint_at(step)
+    checkpoint = RunFolder(run_dir).checkpoint_path(step)
     verify(checkpoint)
     return {
         name: (checkpoint / name).read_bytes()
@@ -188,7 +188,7 @@ def test_a_run_goes_back_from_data_that_stay_bad_only_so_often(tiny: Configure, 
     config = tiny(tmp_path, spike={"window": 16, "rollback": True, "max_rollbacks": 2}, **SETTINGS)
     with pytest.raises(UserError, match=r"went back 2 times already"):
         garbled(config, *range(GARBLED, 40)).train()
-    (last,) = RunFolder(tmp_path).committed()[-1:]
+    (last,) = RunFolder(tmp_path).list_checkpoints()[-1:]
     verify(last)
     assert last.name == "step_00000020"
 
@@ -212,11 +212,11 @@ def test_skips_in_a_row_end_the_run_with_the_last_commit_intact(tiny: Configure,
     assert message.startswith("step 26: ")
     assert "text: train-000000.safetensors document 0, tokens " in message
     assert "\n" not in message
-    last = RunFolder(tmp_path).committed()[-1]
+    last = RunFolder(tmp_path).list_checkpoints()[-1]
     verify(last)
     assert (last.name, read_json(last / "progress.json")["skipped_updates"]) == ("step_00000020", 1)
     build_trainer(open_run(config)).train()  # on sound data
-    assert read_json(RunFolder(tmp_path).committed()[-1] / "progress.json")["skipped_updates"] == 1
+    assert read_json(RunFolder(tmp_path).list_checkpoints()[-1] / "progress.json")["skipped_updates"] == 1
 
 
 def test_the_end_for_too_many_skips_is_one_line_and_exit_status_2(
@@ -231,7 +231,7 @@ def test_the_end_for_too_many_skips_is_one_line_and_exit_status_2(
     assert error.startswith("gpt: error: step 10: the loss or gradient of the last 10 steps was not finite")
     assert error.count("\n") == 1
     assert "step 4, 5, 6: 3 updates skipped: a NaN or inf in the loss or gradient" in output.splitlines()
-    assert not RunFolder(tmp_path / "run").committed()
+    assert not RunFolder(tmp_path / "run").list_checkpoints()
 
 
 TWO_PROCESSES = """
@@ -242,6 +242,7 @@ from gpt.errors import UserError
 from gpt.run import open_run
 from gpt.pipeline import build_trainer
 from gpt.training.events import RolledBack, SpikeSeen, StepEnd
+from gpt.training.observer import Observer
 from gpt.utils.launch import end_process
 
 folder, faults = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -256,7 +257,7 @@ def spoil(_, args, loss):
         handles.append(model.wpe.weight.register_hook(lambda gradient: gradient * math.nan))
     return loss * {"nan loss": math.nan, "spike": 10}.get(found, 1) + (math.inf if found == "inf loss" else 0)
 
-class Watcher:
+class Watcher(Observer):
     def on_event(self, event):
         if isinstance(event, StepEnd):
             while handles:
@@ -275,7 +276,7 @@ class Watcher:
         seen["error"] = str(error)
 
 handles = []
-batches = {tuple(trainer._loader._fetch(int(batch)).tensors[0][0].tolist()): batch for batch in faults}
+batches = {tuple(trainer._train_step._loader._fetch(int(batch)).tensors[0][0].tolist()): batch for batch in faults}
 if layout.dist.rank == 1:
     model.register_forward_hook(spoil)
 trainer.attach(Watcher())
@@ -311,7 +312,7 @@ def test_a_fault_on_one_process_skips_the_update_of_both(tiny: Configure, tmp_pa
     assert unchanged == [3, 6, 9, 12, 13]  # the run ends before the last one is told of
     assert first["error"].startswith("step 15: the loss or gradient of the last 3 steps was not finite")
     assert "text: train-000000.safetensors document 0" in first["error"]
-    (checkpoint,) = RunFolder(tmp_path / "run").committed()
+    (checkpoint,) = RunFolder(tmp_path / "run").list_checkpoints()
     verify(checkpoint)
     assert read_json(checkpoint / "progress.json")["skipped_updates"] == 3
 
@@ -334,7 +335,7 @@ def test_two_processes_roll_back_and_replay_together(tiny: Configure, tmp_path: 
 def test_a_fork_leaves_out_what_its_origin_left_out(
     rolled_back: tuple[Path, list[object]], tiny: Configure, tmp_path: Path
 ) -> None:
-    origin = RunFolder(rolled_back[0]).checkpoint_at(20)
+    origin = RunFolder(rolled_back[0]).checkpoint_path(20)
     garbled(tiny(tmp_path / "fork", resume=str(origin), spike={"window": 16}, **SETTINGS), GARBLED).train()
     assert final(tmp_path / "fork") == final(rolled_back[0])
 

@@ -88,7 +88,7 @@ def lineage(run_dir: Path) -> list[dict[str, object]]:
 def test_a_damaged_checkpoint_is_skipped_aloud_by_auto_and_refused_by_name(
     name: str, damage: str, tiny: Configure, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    newest, older = (RunFolder(run_dir).checkpoint_at(step) for step in (8, 4))
+    newest, older = (RunFolder(run_dir).checkpoint_path(step) for step in (8, 4))
     before = sha256_of_file(newest / name)
     DAMAGES[damage](newest / name)
     for place, named in ((run_dir, run_dir), (run_dir, newest), (tmp_path / "fork", newest)):
@@ -185,7 +185,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         capsys.readouterr()
-    step = RunFolder(run).committed()[-1].name.removeprefix("step_")
+    step = RunFolder(run).list_checkpoints()[-1].name.removeprefix("step_")
     assert main([*here, *ENDLESS, "--max-steps", str(int(step) + 1)]) == 0
     assert "continuing from" in capsys.readouterr().out
 
@@ -372,7 +372,7 @@ def test_a_finished_run_that_is_extended_is_the_longer_run_to_the_bit(tiny: Conf
         train(tiny(tmp_path / "parts", max_steps=steps, **settings))
     for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
         for step in (3, 6, 9):
-            ours, theirs = (RunFolder(tmp_path / run).checkpoint_at(step) / name for run in ("parts", "whole"))
+            ours, theirs = (RunFolder(tmp_path / run).checkpoint_path(step) / name for run in ("parts", "whole"))
             assert ours.read_bytes() == theirs.read_bytes()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert (tmp_path / "parts/samples.jsonl").read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
@@ -389,14 +389,14 @@ def test_a_clock_that_is_off_has_no_effect(years: int, tiny: Configure, run_dir:
     with open_run(config) as layout:
         assert layout.start.checkpoint == run_dir / "checkpoints/step_00000008"
         build_trainer(layout).train()
-    assert [path.name for path in RunFolder(run_dir).committed()] == ["step_00000008", "step_00000009"]
+    assert [path.name for path in RunFolder(run_dir).list_checkpoints()] == ["step_00000008", "step_00000009"]
 
 
 REWRITE = """
 import sys
 from pathlib import Path
-from gpt.utils.atomic_io import keep_jsonl
-keep_jsonl(Path(sys.argv[1]), lambda record: record["step"] <= 500)
+from gpt.utils.atomic_io import filter_jsonl
+filter_jsonl(Path(sys.argv[1]), lambda record: record["step"] <= 500)
 """
 
 

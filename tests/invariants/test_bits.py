@@ -89,13 +89,17 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(tiny: Configure, recor
 def test_watching_changes_no_bit(tiny: Configure, record: Record, tmp_path: Path) -> None:
     settings = {"model": {"dropout": 0.2}, "max_steps": 6}
     often = {"eval": {"interval": 1, "batches": 0}, "checkpoint": {"interval": 1}}
-    busy = tiny(tmp_path / "busy", profile={"start": 2, "steps": 3}, **often, **settings)
+    log = {"interval": 1, "grad_norms": True}
+    busy = tiny(tmp_path / "busy", profile={"start": 2, "steps": 3}, log=log, **often, **settings)
     watched, watched_weights = record(busy, LossRecorder(), LossRecorder())
     assert (tmp_path / "busy" / "trace.json").exists()
     bare = build_trainer(open_run(tiny(tmp_path / "bare", log={"interval": 5}, eval={"interval": 0}, **settings)))
     for observer in tuple(bare._observers):
         bare.detach(observer)
         observer.close(None)
+    for guarded in tuple(bare._logger._sinks):
+        bare.detach(guarded.sink)
+    assert not bare._probes
     recorder = LossRecorder()
     bare.attach(recorder)
     bare.train()

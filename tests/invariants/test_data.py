@@ -57,7 +57,7 @@ def loader_and_model(config: TrainConfig) -> tuple[DataLoader, GPT]:
     with torch.no_grad():  # larger weights than at the start: attention is then far from even
         for name, parameter in model.named_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
-    return trainer._loader, model
+    return trainer._train_step._loader, model
 
 
 def documents_of(batch: MicroBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -161,7 +161,7 @@ def test_the_reported_loss_is_the_mean_over_the_steps_real_targets(
     trainer = build_trainer(open_run(tiny(tmp_path / "plain", data=data, **SIZES)))
     model = trainer._state.model.eval()
     nats, n_targets, n_padding = 0.0, 0, 0
-    with trainer._loader as loader, torch.no_grad():
+    with trainer._train_step._loader as loader, torch.no_grad():
         for batch in loader.get_batch(0).micro_batches:
             targets = batch.targets.flatten()
             n_targets += int((targets != IGNORED).sum())

@@ -5,11 +5,11 @@ import subprocess
 import torch
 
 from gpt.machine import environment as module
-from gpt.machine.environment import environment, git_commit
+from gpt.machine.environment import describe_environment, find_git_commit
 
 
 def test_environment_is_json_and_names_versions() -> None:
-    facts = json.loads(json.dumps(environment({"threads": torch.get_num_threads()})))
+    facts = json.loads(json.dumps(describe_environment({"threads": torch.get_num_threads()})))
     assert facts["libraries"]["torch"] == torch.__version__
     assert facts["python"] == platform.python_version()
     assert facts["threads"] == facts["runtime"]["threads"] == torch.get_num_threads()
@@ -18,6 +18,6 @@ def test_environment_is_json_and_names_versions() -> None:
 def test_git_commit_is_the_checkouts() -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=module.PACKAGE)
     if head.returncode:
-        assert git_commit() is None
+        assert find_git_commit() is None
     else:
-        assert (git_commit() or "").removesuffix("-dirty") == head.stdout.strip()
+        assert (find_git_commit() or "").removesuffix("-dirty") == head.stdout.strip()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.machine.hardware import cpu_has_bfloat16, find_device, machine_facts, peak_memory
+from gpt.machine.hardware import cpu_has_bfloat16, detect_machine, find_device, peak_memory
 
 
 def test_auto_takes_the_best_device_there_is() -> None:
@@ -20,7 +20,7 @@ def test_a_missing_device_names_the_nearest() -> None:
 
 
 def test_machine_facts() -> None:
-    facts = machine_facts("cpu", world_size=2)
+    facts = detect_machine("cpu", world_size=2)
     assert (facts.device, facts.world_size, facts.has_bfloat16) == ("cpu", 2, cpu_has_bfloat16())
     assert f"{torch.get_num_threads()} threads" in facts.device_name
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpt.machine.memory import LiveMemory, max_size_by_measure, max_size_by_trial
+from gpt.machine.memory import LiveMemory, extrapolate_max_size, search_max_size
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_most_by_measure_is_the_largest_that_fits(room: int, most: int) -> None:
         parts = [torch.empty(1000, dtype=torch.uint8), *(torch.empty(400, dtype=torch.uint8) for _ in range(size))]
         del parts
 
-    assert max_size_by_measure(attempt, [1, 2, 3, 4, 6, 12], room) == most
+    assert extrapolate_max_size(attempt, [1, 2, 3, 4, 6, 12], room) == most
 
 
 @pytest.mark.parametrize(("room", "most"), [(0, 0), (1, 1), (5, 4), (11, 6), (12, 12), (99, 12)])
@@ -57,7 +57,7 @@ def test_most_by_trial_is_the_largest_that_does_not_run_out(room: int, most: int
         if size > room:
             raise torch.OutOfMemoryError
 
-    assert max_size_by_trial(attempt, [1, 2, 3, 4, 6, 12], reserved=8, device=CPU) == most
+    assert search_max_size(attempt, [1, 2, 3, 4, 6, 12], reserved=8, device=CPU) == most
     assert len(tried) <= 3
 
 
@@ -66,4 +66,4 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        max_size_by_trial(attempt, [1], reserved=0, device=CPU)
+        search_max_size(attempt, [1], reserved=0, device=CPU)

@@ -7,7 +7,7 @@ import torch
 from gpt.configs.gpt_config import GPTConfig
 from gpt.machine import peak_flops as module
 from gpt.machine.flops import flops_per_token
-from gpt.machine.peak_flops import measure_peak_flops, measured_peak_flops, own_rate
+from gpt.machine.peak_flops import load_or_measure_peak_flops, measure_model_flops, measure_peak_flops
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_peak_is_measured_once(measured: list[float], tmp_path: Path) -> None:
     measured += [2e9]
-    peaks = [measured_peak_flops(CPU, "a CPU", "float32", tmp_path / "cache") for _ in range(3)]
+    peaks = [load_or_measure_peak_flops(CPU, "a CPU", "float32", tmp_path / "cache") for _ in range(3)]
     assert peaks == [2e9] * 3
     (file,) = (tmp_path / "cache").iterdir()
     key = ["a CPU", "float32", torch.get_num_threads(), torch.__version__]
@@ -32,13 +32,15 @@ def test_a_peak_is_measured_once(measured: list[float], tmp_path: Path) -> None:
 def test_devices_types_and_threads_have_peaks_of_their_own(measured: list[float], tmp_path: Path) -> None:
     measured += [4.0, 3.0, 2.0, 1.0]
     peaks = [
-        measured_peak_flops(CPU, name, dtype, tmp_path) for name in ("a", "b") for dtype in ("float32", "bfloat16")
+        load_or_measure_peak_flops(CPU, name, dtype, tmp_path)
+        for name in ("a", "b")
+        for dtype in ("float32", "bfloat16")
     ]
     assert peaks == [4.0, 3.0, 2.0, 1.0]
     torch.set_num_threads(2)
     try:
         measured.append(0.5)
-        assert measured_peak_flops(CPU, "a", "float32", tmp_path) == 0.5
+        assert load_or_measure_peak_flops(CPU, "a", "float32", tmp_path) == 0.5
     finally:
         torch.set_num_threads(1)
 
@@ -46,23 +48,23 @@ def test_devices_types_and_threads_have_peaks_of_their_own(measured: list[float]
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flops_per_second": null}', '{"flops_per_second": NaN}'])
 def test_a_damaged_file_is_measured_anew(measured: list[float], tmp_path: Path, content: str) -> None:
     measured += [1.0, 2.0]
-    measured_peak_flops(CPU, "a", "float32", tmp_path)
+    load_or_measure_peak_flops(CPU, "a", "float32", tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_text(content)
-    assert [measured_peak_flops(CPU, "a", "float32", tmp_path) for _ in range(2)] == [2.0, 2.0]
+    assert [load_or_measure_peak_flops(CPU, "a", "float32", tmp_path) for _ in range(2)] == [2.0, 2.0]
 
 
 def test_a_cache_that_cannot_be_written_to_keeps_nothing(measured: list[float], tmp_path: Path) -> None:
     measured += [1.0]
     (tmp_path / "file").touch()
-    assert measured_peak_flops(CPU, "a", "float32", tmp_path / "file" / "cache") == 1.0
+    assert load_or_measure_peak_flops(CPU, "a", "float32", tmp_path / "file" / "cache") == 1.0
 
 
 @pytest.mark.parametrize(("together", "expected"), [(7.0, 7.0), (3.9, 8.0)])
 def test_threads_that_hold_each_other_up_are_measured_apart(
     monkeypatch: pytest.MonkeyPatch, together: float, expected: float
 ) -> None:
-    monkeypatch.setattr(module, "_square_rate", lambda *_: together if torch.get_num_threads() == 2 else 4.0)
+    monkeypatch.setattr(module, "_measure_square_matmuls", lambda *_: together if torch.get_num_threads() == 2 else 4.0)
     torch.set_num_threads(2)
     try:
         assert measure_peak_flops(CPU, torch.float32) == expected
@@ -72,10 +74,10 @@ def test_threads_that_hold_each_other_up_are_measured_apart(
 
 
 @pytest.mark.parametrize("block_size", [16, 2048])
-def test_the_own_products_are_all_that_a_step_needs(block_size: int) -> None:
+def test_the_model_matmuls_are_all_that_a_step_needs(block_size: int) -> None:
     config = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=block_size, vocab_size=24, mlp="swiglu")
     model = config.resolved()
-    products = [*module._own_products(CPU, torch.float32, model, rows=32)]
+    products = [*module._model_matmuls(CPU, torch.float32, model, rows=32)]
     assert sum(needed for _, _, needed in products) == 32 * flops_per_token(model)
     assert all((a @ b).shape[-2:] == (a.shape[-2], b.shape[-1]) for a, b, _ in products)
 
@@ -86,5 +88,5 @@ def test_measuring_draws_nothing_from_the_runs_generator(monkeypatch: pytest.Mon
     before = torch.get_rng_state()
     assert measure_peak_flops(CPU, torch.float32) > 0
     model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu").resolved()
-    assert own_rate(CPU, torch.bfloat16, model, rows=4) > 0
+    assert measure_model_flops(CPU, torch.bfloat16, model, rows=4) > 0
     assert torch.equal(torch.get_rng_state(), before)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from gpt.machine import resources
-from gpt.machine.resources import cgroup_limit, memory_to_plan_with, usable_cores
+from gpt.machine.resources import cgroup_limit, find_memory_budget, usable_cores
 
 GIB = 2**30
 
@@ -32,19 +32,19 @@ def test_without_limits_the_affinity_counts(machine: Path) -> None:
 
 
 def test_a_share_of_the_machine_or_of_its_container_is_planned_with(machine: Path) -> None:
-    assert memory_to_plan_with() == 8 * GIB
+    assert find_memory_budget() == 8 * GIB
     (machine / "memory.max").write_text("max\n")
-    assert memory_to_plan_with() == 8 * GIB
+    assert find_memory_budget() == 8 * GIB
     (machine / "memory.max").write_text(f"{4 * GIB}\n")
-    assert memory_to_plan_with() == 2 * GIB
+    assert find_memory_budget() == 2 * GIB
 
 
 def test_less_is_planned_with_only_where_others_use_the_rest(machine: Path) -> None:
     for free, planned in ((9, 8), (3, 3)):
         (machine / "meminfo").write_text(f"MemTotal: {16 * 2**20} kB\nMemAvailable: {free * 2**20} kB\n")
-        assert memory_to_plan_with() == planned * GIB
+        assert find_memory_budget() == planned * GIB
 
 
 def test_a_machine_that_has_no_meminfo_knows_its_memory(machine: Path) -> None:
     (machine / "meminfo").unlink()
-    assert memory_to_plan_with() > 0
+    assert find_memory_budget() > 0

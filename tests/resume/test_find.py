@@ -25,8 +25,8 @@ def test_new_folder_starts_at_step_0(tiny: Configure, tmp_path: Path) -> None:
 
 def test_auto_resumes_from_the_newest_checkpoint(tiny: Configure, finished_run: Path) -> None:
     folder = RunFolder(finished_run)
-    assert [path.name for path in folder.committed()] == ["step_00000004", "step_00000008"]
-    assert found_checkpoint(folder, tiny(finished_run, checkpoint={"interval": 4})) == folder.checkpoint_at(8)
+    assert [path.name for path in folder.list_checkpoints()] == ["step_00000004", "step_00000008"]
+    assert found_checkpoint(folder, tiny(finished_run, checkpoint={"interval": 4})) == folder.checkpoint_path(8)
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_run(tiny: Configure, finished_run: Path) -> None:
@@ -47,7 +47,7 @@ def test_named_checkpoint_is_forked_into_another_folder(
     tiny: Configure, finished_run: Path, tmp_path: Path, place: str
 ) -> None:
     named = finished_run / place
-    expected = RunFolder(finished_run).checkpoint_at(4 if place else 8)
+    expected = RunFolder(finished_run).checkpoint_path(4 if place else 8)
     assert found_checkpoint(RunFolder(tmp_path / "new"), tiny(tmp_path / "new", resume=str(named))) == expected
 
 
@@ -66,14 +66,14 @@ def test_folder_of_a_run_with_another_start_is_refused(tiny: Configure, finished
 
 def test_run_may_be_named_by_its_folder_or_its_newest_checkpoint(tiny: Configure, finished_run: Path) -> None:
     folder = RunFolder(finished_run)
-    for named in (finished_run, folder.checkpoint_at(8), os.path.relpath(finished_run)):
-        assert found_checkpoint(folder, tiny(finished_run, resume=str(named))) == folder.checkpoint_at(8)
+    for named in (finished_run, folder.checkpoint_path(8), os.path.relpath(finished_run)):
+        assert found_checkpoint(folder, tiny(finished_run, resume=str(named))) == folder.checkpoint_path(8)
 
 
 def test_run_never_goes_back_over_its_own_steps(tiny: Configure, finished_run: Path) -> None:
     folder = RunFolder(finished_run)
     with pytest.raises(UserError, match=r"is not the newest checkpoint of its run.*; .* use another --run-dir"):
-        found_checkpoint(folder, tiny(finished_run, resume=str(folder.checkpoint_at(4))))
+        found_checkpoint(folder, tiny(finished_run, resume=str(folder.checkpoint_path(4))))
 
 
 def test_named_run_without_a_checkpoint_does_not_start_at_step_0(tiny: Configure, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_configuration_of_the_checkpoint_decides_not_that_of_a_launch_without_st
     folder.config.write_text(tiny(tmp_path, grad_clip=2).model_dump_json())
     with pytest.raises(UserError, match=r"grad_clip is 1\.0 in the run and 2\.0 in this command"):
         found_checkpoint(folder, tiny(tmp_path, grad_clip=2))
-    assert found_checkpoint(folder, tiny(tmp_path)) == folder.checkpoint_at(8)
+    assert found_checkpoint(folder, tiny(tmp_path)) == folder.checkpoint_path(8)
 
 
 def test_checkpoint_of_a_newer_format_is_not_skipped(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
@@ -106,34 +106,34 @@ def test_checkpoint_of_a_newer_format_is_not_skipped(tiny: Configure, finished_r
 def test_fork_killed_before_its_first_checkpoint_starts_at_the_same_checkpoint(
     tiny: Configure, finished_run: Path, tmp_path: Path
 ) -> None:
-    start = RunFolder(finished_run).checkpoint_at(4)
+    start = RunFolder(finished_run).checkpoint_path(4)
     folder = RunFolder(tmp_path)
     folder.config.write_text(tiny(tmp_path, resume=str(start)).model_dump_json())
     config = tiny(tmp_path)
     assert found_checkpoint(folder, config) == start
-    assert folder.to_record(config, start).resume == str(start)
+    assert folder.record_origin(config, start).resume == str(start)
 
 
 def test_forked_checkpoint_is_recorded_and_kept(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
-    folder, start = RunFolder(tmp_path), RunFolder(finished_run).checkpoint_at(8)
+    folder, start = RunFolder(tmp_path), RunFolder(finished_run).checkpoint_path(8)
     for resume, recorded in (("never", "auto"), ("auto", "auto")):
-        assert folder.to_record(tiny(tmp_path, resume=resume), None).resume == recorded
+        assert folder.record_origin(tiny(tmp_path, resume=resume), None).resume == recorded
     fork = tiny(tmp_path, resume=str(finished_run))
-    folder.config.write_text(folder.to_record(fork, start).model_dump_json())
+    folder.config.write_text(folder.record_origin(fork, start).model_dump_json())
     for again in (str(finished_run), f"{finished_run}/", str(start), os.path.relpath(finished_run)):
         assert found_checkpoint(folder, tiny(tmp_path, resume=again)) == start
-    assert folder.to_record(tiny(tmp_path), start).resume == str(start.resolve())
+    assert folder.record_origin(tiny(tmp_path), start).resume == str(start.resolve())
     with pytest.raises(UserError, match="did not start from"):
-        found_checkpoint(folder, tiny(tmp_path, resume=str(RunFolder(finished_run).checkpoint_at(4))))
+        found_checkpoint(folder, tiny(tmp_path, resume=str(RunFolder(finished_run).checkpoint_path(4))))
 
 
 def test_init_from_need_not_be_repeated(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "checkpoints", tmp_path / "checkpoints")
     folder = RunFolder(tmp_path)
     folder.config.write_text(tiny(tmp_path, init_from="/gone").model_dump_json())
-    assert found_checkpoint(folder, tiny(tmp_path)) == folder.checkpoint_at(8)
-    assert found_checkpoint(folder, tiny(tmp_path, init_from="/gone")) == folder.checkpoint_at(8)
-    assert folder.to_record(tiny(tmp_path), None).init_from == Path("/gone")
+    assert found_checkpoint(folder, tiny(tmp_path)) == folder.checkpoint_path(8)
+    assert found_checkpoint(folder, tiny(tmp_path, init_from="/gone")) == folder.checkpoint_path(8)
+    assert folder.record_origin(tiny(tmp_path), None).init_from == Path("/gone")
     with pytest.raises(UserError, match="init_from is /gone in the run and /other in this command"):
         found_checkpoint(folder, tiny(tmp_path, init_from="/other"))
 

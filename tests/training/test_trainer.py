@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from gpt.training.events import (
     TrainEnd,
     TrainStart,
 )
+from gpt.training.observer import Sink
 from tests.conftest import LossRecorder
 
 Configure = Callable[..., TrainConfig]
@@ -162,3 +165,49 @@ def test_compiled_training_is_the_same_run(
     compiled, weights = record(tiny(tmp_path / "compiled", compile=True, **settings))
     assert compiled == pytest.approx(plain, abs=1e-4)
     assert not [name for name in weights if "_orig_mod" in name]
+
+
+class RaisingSink(Sink):
+    """Fails to write the report of step 3."""
+
+    events = (MetricsReady,)
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def write(self, event: Event) -> None:
+        torch.rand(1000)
+        if event.step == 3:
+            raise ConnectionError("the service is down")
+
+
+class SleepingSink(RaisingSink):
+    """Hangs at the report of step 3."""
+
+    def write(self, event: Event) -> None:
+        if event.step == 3:
+            self.released.wait()
+
+
+@pytest.mark.parametrize("kind", [RaisingSink, SleepingSink])
+def test_broken_sink_of_a_user_changes_no_bit_and_delays_the_run_once(
+    kind: type[RaisingSink],
+    tiny: Configure,
+    record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    start = time.monotonic()
+    losses, weights = record(tiny(tmp_path / "without"))
+    reference_seconds, start = time.monotonic() - start, time.monotonic()
+    sink = kind()
+    watched_losses, watched_weights = record(tiny(tmp_path / "with", log={"sink_timeout": 1.5}), sink)
+    seconds = time.monotonic() - start
+    sink.released.set()
+    assert watched_losses == losses
+    assert all(torch.equal(watched_weights[name], weight) for name, weight in weights.items())
+    (message,) = caplog.messages
+    assert message.startswith(f"{kind.__name__} stopped recording at step 3: ")
+    assert seconds < reference_seconds + 2 * 1.5
+    recorded = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("without", "with")]
+    assert [json.loads(line)["step"] for line in recorded[0]] == [json.loads(line)["step"] for line in recorded[1]]

@@ -3,18 +3,26 @@ from pathlib import Path
 import pytest
 
 from gpt.errors import UserError
-from gpt.utils.atomic_io import append_jsonl, keep_jsonl, new_folder, remove_folder, require_writable, sweep, write_json
+from gpt.utils.atomic_io import (
+    append_jsonl,
+    commit_folder,
+    filter_jsonl,
+    remove_folder,
+    remove_leftovers,
+    require_writable,
+    write_json,
+)
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "made") as folder:
+    with pytest.raises(RuntimeError), commit_folder(tmp_path / "made") as folder:
         (folder / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_appears_whole_under_its_name_alone(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "made") as folder:
+    with commit_folder(tmp_path / "made") as folder:
         (folder / "file").write_text("x")
         assert not (tmp_path / "made").exists()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["made", "made/file"]
@@ -23,7 +31,7 @@ def test_a_folder_appears_whole_under_its_name_alone(tmp_path: Path) -> None:
 def test_what_an_earlier_death_left_does_not_get_into_a_folder(tmp_path: Path) -> None:
     (tmp_path / ".made.tmp").mkdir()
     (tmp_path / ".made.tmp" / "stale").touch()
-    with new_folder(tmp_path / "made") as folder:
+    with commit_folder(tmp_path / "made") as folder:
         (folder / "file").touch()
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["file"]
 
@@ -38,7 +46,7 @@ def test_remove_folder(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     for name in (".a.tmp", ".b.gone", "c", ".d"):
         (tmp_path / name / "sub").mkdir(parents=True)
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".d", "c"]
 
 
@@ -56,7 +64,7 @@ def test_keep_jsonl_drops_the_unwanted_and_a_torn_last_line(tmp_path: Path) -> N
         append_jsonl(path, {"step": step})
     with path.open("a") as file:
         file.write('{"step": 1, "text": "a\u2028b\x85c"}\n5\n{"step": 1, "los')
-    keep_jsonl(path, lambda record: record["step"] <= 2)
+    filter_jsonl(path, lambda record: record["step"] <= 2)
     kept = path.read_text(encoding="utf-8").split("\n")
     assert kept == ['{"step": 0}', '{"step": 1}', '{"step": 2}', '{"step": 1, "text": "a\u2028b\x85c"}', ""]
 

@@ -32,7 +32,7 @@ def test_an_error_of_another_kind_goes_through() -> None:
 def test_who_is_lost_is_told(error: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = DistContext("cpu", step_timeout=2)
     dist.world_size = 2
-    monkeypatch.setattr(dist, "_absent", lambda: [1])
+    monkeypatch.setattr(dist, "_find_lost_ranks", lambda: [1])
     with pytest.raises(UserError, match=told), dist.report_lost_ranks():
         raise RuntimeError(error)
 

@@ -54,7 +54,9 @@ class Part:
     role: Role | None = None
     """Where all of it goes; None: some of its documents are held out."""
     continues: bool = False
-    """Its first document is a further piece of the last one of the part before."""
+    """The first document is a further piece of the last one of the part before."""
+    number: int = 0
+    """Position among all parts of the preparation; names the part's files."""
 
     def to_json(self) -> dict[str, Any]:
         """A plain value."""

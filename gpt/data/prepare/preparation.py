@@ -1,10 +1,10 @@
 """Sources -> a prepared folder: split, tokenized and written once, in constant memory and by several processes.
 
-    sources -> files -> tokenizer -> parts -> shards, part by part -> manifest
+    sources -> files -> parts -> [duplicates] -> tokenizer -> shards, part by part -> manifest
 
-All is done in a folder beside the one asked for, which gets its name when it is complete. What is finished there is
-kept when the program is killed, and not done again. The result depends on the sources and the settings alone: not on
-the number of processes, nor on interruptions.
+A preparation works in a folder beside the one asked for, which gets its name when it is complete. If the program is
+killed, the next one keeps what is finished there. The result depends on the sources and the settings alone: not on the
+number of processes, nor on interruptions.
 """
 
 import hashlib
@@ -14,33 +14,30 @@ import lzma
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from gpt.configs.data_config import PreparationConfig
-from gpt.data.manifest import CORPUS_FORMAT_VERSION, CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, SourceEntry
-from gpt.data.prepare.documents import Document, TextDocument
-from gpt.data.prepare.formats import is_compressed
-from gpt.data.prepare.part_worker import (
-    RECORDS,
-    Action,
-    Job,
-    PartRecord,
-    is_deduplicated,
-    kept_documents,
-    split_batches,
-    write_bytes,
+from gpt.data.manifest import (
+    CORPUS_FORMAT_VERSION,
+    CORPUS_MANIFEST,
+    TOKENIZER_FILE,
+    CorpusManifest,
+    SourceEntry,
 )
+from gpt.data.prepare.dedup import write_keep_masks
+from gpt.data.prepare.documents import Document
+from gpt.data.prepare.learn_tokenizer import LEARNED_KINDS, learn_bpe_tokenizer, learn_char_tokenizer
+from gpt.data.prepare.part_worker import PARTS_FOLDER, Action, Job, PartRecord, read_splits
 from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts
 from gpt.data.prepare.sources import Source, find_source
 from gpt.data.prepare.workers import WorkerPool
-from gpt.data.shards import ShardInfo, token_dtype
+from gpt.data.shards import token_dtype
 from gpt.data.tokenizer import Tokenizer
-from gpt.data.tokenizer_builders import build_char_tokenizer, build_tokenizer, train_bpe_tokenizer
+from gpt.data.tokenizer_builders import build_tokenizer
 from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
@@ -50,52 +47,58 @@ from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-SAMPLE_BYTES = 2**26
-"""Bytes of text that bpe is trained on: all of a small corpus, a sample from everywhere of a large one."""
-XZ_LIMIT = 2**21
-"""Bytes of validation text above which xz would keep the user waiting for longer than the number is worth."""
-IDENTITY = "preparation.json"
+MAX_XZ_BYTES = 2**21
+"""Bytes of validation text above which xz takes longer than its number is worth."""
+IDENTITY_FILE = "preparation.json"
+MIN_SECONDS_TO_REPORT_SPEED = 10
 
 
 @dataclass(frozen=True)
-class Found:
-    """The sources of a preparation, looked at."""
+class PreparationPlan:
+    """The sources of a preparation, found and fingerprinted, and how to prepare them."""
 
     sources: tuple[Source, ...]
     roles: tuple[Role | None, ...]
-    """Where each goes; None: some of its documents are held out."""
+    """Split that each source belongs to; None holds out some of its documents."""
     settings: dict[str, Any]
+    """All other settings that decide the content of the folder."""
+    config: PreparationConfig
 
     @property
     def names(self) -> list[str]:
-        """The sources' names, each once."""
+        """Unique names of the sources."""
         return unique_names(source.name for source in self.sources)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the content of the prepared folder."""
+        """Everything that decides the content of the folder."""
         digests = [[source.sha256, role or "both"] for source, role in zip(self.sources, self.roles, strict=True)]
         return {"format": CORPUS_FORMAT_VERSION, "names": self.names, "sources": digests, "settings": self.settings}
 
     @property
-    def is_remote(self) -> bool:
-        """Whether reading may fail for a while without anything being wrong with what is read."""
-        return any(file.kind == "hub" for source in self.sources for file in source.files)
-
-    @property
     def key(self) -> str:
-        """A name for it."""
+        """Name of the folder in a cache."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:20]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for source in self.sources for file in source.files)
 
-def find(sources: Sequence[str], config: PreparationConfig) -> Found:
-    """Look at what is to be prepared.
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading may fail for a while although nothing is wrong with the sources."""
+        return any(file.kind == "hub" for source in self.sources for file in source.files)
+
+
+def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> PreparationPlan:
+    """Find and fingerprint the sources.
 
     Raises:
         UserError: a source is missing, empty or unreadable.
     """
-    training: Role | None = None if config.val_fraction and not config.val_source else "train"
-    found = [(find_source(source), training) for source in sources]
+    train_role: Role | None = None if config.val_fraction and not config.val_source else "train"
+    found = [(find_source(source), train_role) for source in sources]
     found += [(find_source(source, "--data.val-source"), "val") for source in config.val_source]
     settings: dict[str, Any] = {
         "tokenizer": config.tokenizer,
@@ -108,20 +111,19 @@ def find(sources: Sequence[str], config: PreparationConfig) -> Found:
         settings["vocab_size"] = config.vocab_size
     elif Path(config.tokenizer).is_file():
         settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
-    return Found(tuple(source for source, _ in found), tuple(role for _, role in found), settings)
+    return PreparationPlan(tuple(source for source, _ in found), tuple(role for _, role in found), settings, config)
 
 
-def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: str) -> None:
-    """Make `folder`, unless it is there; one process does it while the others wait.
+def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
+    """Prepare `folder` unless it is prepared already; one process does it while the others wait.
 
     Args:
         folder: of the prepared corpus.
-        found: what to prepare.
-        config: how.
+        plan: what to prepare, and how.
         flag: names the folder in messages.
 
     Raises:
-        UserError: a source cannot be read, the folder not written, or what is unfinished there is something else.
+        UserError: a source cannot be read, the folder cannot be written, or it holds another unfinished preparation.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder.with_name(f".{folder.name}.lock")):
@@ -129,14 +131,14 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
             return
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         try:
-            if folder.exists():  # somebody deleted its manifest
+            if folder.exists():  # its manifest was deleted
                 remove_folder(folder)
-            preparation = _Preparation(unfinished, found, config)
+            preparation = _Preparation(unfinished, plan)
             preparation.claim()
             try:
                 preparation.run()
-            except UserError:  # once its source is mended it is another preparation
-                if not found.is_remote:
+            except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation
+                if not plan.is_remote:
                     shutil.rmtree(unfinished)
                 raise
             unfinished.rename(folder)
@@ -149,95 +151,70 @@ def prepare_into(folder: Path, found: Found, config: PreparationConfig, flag: st
 
 
 class _Preparation:
-    """One preparation in its unfinished folder."""
+    """A preparation in its unfinished folder.
 
-    def __init__(self, folder: Path, found: Found, config: PreparationConfig):
-        self._folder, self._found, self._config = folder, found, config
-        self._workers = config.workers or usable_cores()
+    Args:
+        folder: the unfinished folder.
+        plan: what to prepare, and how.
+    """
+
+    def __init__(self, folder: Path, plan: PreparationPlan):
+        self._folder, self._plan = folder, plan
         self._job = Job(
             folder=str(folder),
-            text_field=config.text_field,
-            skip_bad=config.on_error == "skip",
-            val_fraction=config.val_fraction,
-            size=sum(file.size for source in found.sources for file in source.files),
-            deduplicate=config.deduplicate,
+            text_field=plan.config.text_field,
+            skip_bad=plan.config.on_error == "skip",
+            val_fraction=plan.config.val_fraction,
+            corpus_bytes=plan.size,
+            deduplicate=plan.config.deduplicate,
         )
 
     def claim(self) -> None:
-        """Make the folder, or find what was done in it.
+        """Make the folder, or find in it what an interrupted run of the same preparation has finished.
 
         Raises:
-            UserError: what was begun there is another preparation.
+            UserError: it holds another preparation.
         """
-        identity = self._folder / IDENTITY
-        if not identity.exists():
-            shutil.rmtree(self._folder, ignore_errors=True)  # killed before it said what it was, or just before its end
-            (self._folder / RECORDS).mkdir(parents=True)
-            write_json(identity, self._found.identity)
-        elif json.loads(identity.read_text(encoding="utf-8")) != self._found.identity:
+        identity = self._folder / IDENTITY_FILE
+        if not identity.exists():  # killed before it was written, or just before the end
+            shutil.rmtree(self._folder, ignore_errors=True)
+            (self._folder / PARTS_FOLDER).mkdir(parents=True)
+            write_json(identity, self._plan.identity)
+        elif json.loads(identity.read_text(encoding="utf-8")) != self._plan.identity:
             raise UserError(
                 f"{self._folder} holds an unfinished preparation of other sources or settings; "
                 "finish it with the same command, or delete it"
             )
 
     def run(self) -> None:
-        """Leave in the folder what a prepared corpus consists of, all of it on the disk."""
+        """Write everything that a prepared corpus consists of, down to the disk."""
         if not (self._folder / CORPUS_MANIFEST).exists():
-            log.info("preparing %s: %s, %sB", *self._size())
-            with WorkerPool(self._job, self._n_workers()) as pool:  # they start while the tokenizer is built
-                given = self._given_tokenizer()
-                parts = [self._parts_of(source, role, given) for source, role in self._in_turn()]
-                tasks = list(enumerate(part for group in parts for part in group))
-                if self._config.deduplicate:
-                    self._find_duplicates(pool, tasks)
-                tokenizer = given or self._saved(lambda: self._learn_tokenizer(tasks))
-                self._make_shards(pool, tasks)
-            self._finish(tokenizer, parts, tasks)
-        shutil.rmtree(self._folder / RECORDS, ignore_errors=True)
-        for file in self._folder.iterdir():
-            if file.suffix in (".tokens", ".tmp"):  # of a worker that was killed
-                file.unlink()
-            else:
-                fsync(file)
-        (self._folder / IDENTITY).unlink()  # the last: without it nobody knows what else is here
-        fsync(self._folder)
+            n_files = sum(len(source.files) for source in self._plan.sources)
+            names, files = ", ".join(self._plan.names), plural(n_files, "file")
+            log.info("preparing %s: %s, %sB", names, files, format_si(self._plan.size))
+            with WorkerPool(self._job, self._count_workers()) as pool:  # they start while the tokenizer is built
+                tokenizer = self._build_tokenizer()
+                parts_of_sources = self._cut_into_parts(tokenizer)
+                parts = [part for of_source in parts_of_sources for part in of_source]
+                self._find_duplicates(pool, parts)
+                tokenizer = tokenizer or self._save_tokenizer(lambda: self._learn_tokenizer(parts))
+                self._write_shards(pool, parts)
+            self._write_manifest(tokenizer, parts_of_sources)
+        self._clean_up()
 
-    def _n_workers(self) -> int:
-        """As many as are wanted, and no more than there will be parts, where files tell."""
-        files = [file for source in self._found.sources for file in source.files]
-        if any(file.kind in ("dataset", "hub") for file in files):
-            return self._workers
-        return min(self._workers, -(-self._job.size // PART_BYTES))
+    def _count_workers(self) -> int:
+        """Return the number of workers: as configured, and no more than parts, if sizes of files give their number."""
+        n_workers = self._plan.config.workers or usable_cores()
+        if any(file.kind in ("dataset", "hub") for source in self._plan.sources for file in source.files):
+            return n_workers
+        return min(n_workers, -(-self._plan.size // PART_BYTES))
 
-    def _in_turn(self) -> Iterator[tuple[Source, Role | None]]:
-        return zip(self._found.sources, self._found.roles, strict=True)
-
-    def _size(self) -> tuple[str, str, str]:
-        files = [file for source in self._found.sources for file in source.files]
-        return ", ".join(self._found.names), plural(len(files), "file"), format_si(sum(f.size for f in files))
-
-    def _parts_of(self, source: Source, role: Role | None, tokenizer: Tokenizer | None) -> list[Part]:
-        fraction = self._config.val_fraction
-        return cut_into_parts(source.files, self._job.records(), val_fraction=fraction, role=role, tokenizer=tokenizer)
-
-    def _documents(self, index: int, part: Part) -> Iterator[tuple[list[Document], list[Document]]]:
-        """(training, validation) documents of a part, as its worker has them."""
-        return split_batches(self._job, part, kept_documents(self._job, index, part, self._job.records(), None)[0])
-
-    def _saved(self, build: Callable[[], Tokenizer]) -> Tokenizer:
-        path = self._folder / TOKENIZER_FILE
-        if path.exists():
-            return Tokenizer.from_file(path)
-        tokenizer = build()
-        write_text(path, tokenizer.definition)
-        return tokenizer
-
-    def _given_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that is asked for; None if it is to be learnt."""
-        kind = self._config.tokenizer
-        if kind not in ("char", "bpe"):
-            return self._saved(lambda: build_tokenizer(kind))
-        for file in (file for source in self._found.sources for file in source.files):
+    def _build_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer that the settings name; None if it is learned from the corpus."""
+        kind = self._plan.config.tokenizer
+        if kind not in LEARNED_KINDS:
+            return self._save_tokenizer(lambda: build_tokenizer(kind))
+        for file in (file for source in self._plan.sources for file in source.files):
             if file.kind == "tokens":
                 raise UserError(
                     f"{file.path} holds tokens, of which no tokenizer can be learnt; "
@@ -245,109 +222,89 @@ class _Preparation:
                 )
         return None
 
-    def _learn_tokenizer(self, tasks: Sequence[tuple[int, Part]]) -> Tokenizer:
-        if self._config.tokenizer == "char":
-            return self._char_tokenizer(tasks)
-        total = min(SAMPLE_BYTES, sum(part.size for _, part in tasks))
-        with progress_bar("learning the tokenizer", total) as advance:
-            return train_bpe_tokenizer(_with_progress(self._sample(tasks), advance), self._config.vocab_size)
+    def _save_tokenizer(self, build: Callable[[], Tokenizer]) -> Tokenizer:
+        """Return the tokenizer that is saved in the folder, built and saved first if there is none."""
+        path = self._folder / TOKENIZER_FILE
+        if path.exists():
+            return Tokenizer.from_file(path)
+        tokenizer = build()
+        write_text(path, tokenizer.definition)
+        return tokenizer
 
-    def _char_tokenizer(self, tasks: Sequence[tuple[int, Part]]) -> Tokenizer:
-        """Every character of the corpus; end-of-text too, if either split has several documents to separate."""
-        characters: set[str] = set()
-        counts = [0, 0]
-        with progress_bar("finding the characters", total=sum(part.size for _, part in tasks)) as advance:
-            for number, part in tasks:
-                for split in self._documents(number, part):
-                    for index, documents in enumerate(split):
-                        counts[index] += 0 if part.continues else len(documents)
-                        for document in documents:
-                            assert isinstance(document, TextDocument)
-                            characters.update(document.text)
-                            advance(document.size, 0)
-        if not characters:
-            raise UserError(_no_text(", ".join(self._found.names)))
-        return build_char_tokenizer(characters, has_documents=max(counts) > 1)
+    def _cut_into_parts(self, tokenizer: Tokenizer | None) -> list[list[Part]]:
+        """Return the parts of each source, numbered through all sources."""
+        groups, number = [], 0
+        for source, role in zip(self._plan.sources, self._plan.roles, strict=True):
+            parts = cut_into_parts(
+                source.files,
+                self._job.new_records(),
+                val_fraction=self._job.val_fraction,
+                role=role,
+                tokenizer=tokenizer,
+            )
+            groups.append([replace(part, number=number + index) for index, part in enumerate(parts)])
+            number += len(parts)
+        return groups
 
-    def _sample(self, tasks: Sequence[tuple[int, Part]]) -> Iterator[str]:
-        """Training texts: all, or the beginnings of parts so that together they make up SAMPLE_BYTES."""
-        tasks = [(index, part) for index, part in tasks if part.role != "val"]
-        each = max(2**20, SAMPLE_BYTES // max(1, len(tasks)))
-        chosen = tasks[:: max(1, -(-len(tasks) * each // SAMPLE_BYTES))]
-        unlimited = sum(part.size for _, part in tasks) <= SAMPLE_BYTES and all(_tells_size(part) for _, part in tasks)
-        for index, part in chosen:
-            taken = 0
-            for train, _ in self._documents(index, part):
-                for document in train:
-                    assert isinstance(document, TextDocument)
-                    taken += document.size
-                    yield document.text if unlimited else document.text[:each]
-                    if taken >= each and not unlimited:
-                        break
-                if taken >= each and not unlimited:
-                    break
+    def _find_duplicates(self, pool: WorkerPool, parts: Sequence[Part]) -> None:
+        """Write, for each part, the mask of the documents that equal none before them."""
+        parts = [part for part in parts if self._job.is_deduplicated(part)]
+        if not parts:
+            return
+        remaining = [part for part in parts if not self._job.digests_path(part).exists()]
+        self._run(pool, "looking for duplicates", "digests", remaining)
+        write_keep_masks(
+            [self._job.digests_path(part) for part in parts], [self._job.keep_mask_path(part) for part in parts]
+        )
 
-    def _find_duplicates(self, pool: WorkerPool, tasks: Sequence[tuple[int, Part]]) -> None:
-        """Of documents that are equal the first is kept, in the order of the sources."""
-        tasks = [(index, part) for index, part in tasks if is_deduplicated(part)]
-        todo = [(index, part) for index, part in tasks if not self._job.digests_path(index).exists()]
-        self._run(pool, "looking for duplicates", "digests", todo)
-        digests = [np.fromfile(self._job.digests_path(index), np.uint64).reshape(-1, 2) for index, _ in tasks]
-        together = np.concatenate([np.zeros((0, 2), np.uint64), *digests])
-        order = np.lexsort((together[:, 0], together[:, 1]))  # stable: equal ones stay in the order of the documents
-        repeats = (together[order[1:]] == together[order[:-1]]).all(axis=1)
-        kept = np.ones(len(together), dtype=np.bool_)
-        kept[order[1:][repeats]] = False
-        start = 0
-        for (index, _), digest in zip(tasks, digests, strict=True):
-            write_bytes(self._job.kept_path(index), kept[start : start + len(digest)])
-            start += len(digest)
+    def _learn_tokenizer(self, parts: Sequence[Part]) -> Tokenizer:
+        if self._plan.config.tokenizer == "bpe":
+            return learn_bpe_tokenizer(parts, self._read_splits, self._plan.config.vocab_size)
+        tokenizer = learn_char_tokenizer(parts, self._read_splits)
+        if tokenizer is None:
+            raise _no_text_error(", ".join(self._plan.names))
+        return tokenizer
 
-    def _make_shards(self, pool: WorkerPool, tasks: Sequence[tuple[int, Part]]) -> None:
-        todo = [(index, part) for index, part in tasks if not self._is_done(index)]
-        if 0 < len(todo) < len(tasks):
-            log.info("%d of %d parts are prepared already", len(tasks) - len(todo), len(tasks))
-        self._run(pool, "tokenizing", "shards", todo)
+    def _read_splits(self, part: Part) -> Iterator[tuple[list[Document], list[Document]]]:
+        return read_splits(self._job, part)
 
-    def _run(self, pool: WorkerPool, what: str, action: Action, tasks: Sequence[tuple[int, Part]]) -> None:
+    def _write_shards(self, pool: WorkerPool, parts: Sequence[Part]) -> None:
+        remaining = [part for part in parts if not self._job.is_done(part)]
+        if 0 < len(remaining) < len(parts):
+            log.info("%d of %d parts are prepared already", len(parts) - len(remaining), len(parts))
+        self._run(pool, "tokenizing", "shards", remaining)
+
+    def _run(self, pool: WorkerPool, description: str, action: Action, parts: Sequence[Part]) -> None:
+        """Do `action` to every part, with a progress bar."""
         started, done = time.perf_counter(), np.zeros(2, dtype=np.int64)
-        with progress_bar(what, total=sum(part.size for _, part in tasks)) as advance:
+        with progress_bar(description, total=sum(part.size for part in parts)) as advance:
 
             def count(size: int, tokens: int) -> None:
                 done[:] += (size, tokens)
                 advance(size, tokens)
 
-            pool.run(action, tasks, count)
+            pool.run(action, parts, count)
         seconds = time.perf_counter() - started
-        if done[1] and seconds > 10:
+        if done[1] and seconds > MIN_SECONDS_TO_REPORT_SPEED:
             log.info("tokenized %sB/s, %s tokens/s", format_si(done[0] / seconds), format_si(done[1] / seconds))
 
-    def _record(self, index: int) -> PartRecord:
-        return PartRecord.model_validate_json(self._job.record_path(index).read_text(encoding="utf-8"))
-
-    def _is_done(self, index: int) -> bool:
-        try:
-            record = self._record(index)
-            shards = [shard for shard in (record.train, record.val) if shard]
-            return all((self._folder / shard.file).stat().st_size == shard.size for shard in shards)
-        except (OSError, ValidationError):
-            return False
-
-    def _finish(self, tokenizer: Tokenizer, parts: Sequence[Sequence[Part]], tasks: Sequence[tuple[int, Part]]) -> None:
-        entries, rest = [], iter([self._record(index) for index, _ in tasks])
-        for source, name, group in zip(self._found.sources, self._found.names, parts, strict=True):
-            entries.append(_source_entry(name, source.sha256, [next(rest) for _ in group]))
+    def _write_manifest(self, tokenizer: Tokenizer, parts_of_sources: Sequence[Sequence[Part]]) -> None:
+        entries = [
+            _source_entry(name, source.sha256, [self._job.read_record(part) for part in parts])
+            for name, source, parts in zip(self._plan.names, self._plan.sources, parts_of_sources, strict=True)
+        ]
         for entry in entries:
             if not any(shard.text_bytes for shard in (*entry.train, *entry.val)) and not entry.duplicates:
-                raise UserError(_no_text(entry.name))
+                raise _no_text_error(entry.name)
             if entry.skipped_records:
                 log.warning("%s: left out %s", entry.name, plural(entry.skipped_records, "bad record"))
             if entry.duplicates:
                 log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
         shards = [shard for entry in entries for shard in (*entry.train, *entry.val)]
+        val_bytes = sum(shard.text_bytes for entry in entries for shard in entry.val)
         CorpusManifest(
             format_version=CORPUS_FORMAT_VERSION,
-            settings=self._found.settings,
+            settings=self._plan.settings,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             special_ids=tokenizer.special_ids,
@@ -357,47 +314,46 @@ class _Preparation:
             tokens=sum(shard.tokens for shard in shards),
             text_bytes=sum(shard.text_bytes for shard in shards),
             sources=tuple(entries),
-            xz_bits_per_byte=self._xz_bits_per_byte(entries, tasks),
+            xz_bits_per_byte=self._xz_bits_per_byte([part for parts in parts_of_sources for part in parts], val_bytes),
         ).write(self._folder)
 
-    def _xz_bits_per_byte(self, entries: Sequence[SourceEntry], tasks: Sequence[tuple[int, Part]]) -> float | None:
-        """Bits per byte of `xz -9e` on the validation texts as one stream: what a compressor has without learning."""
-        size = sum(shard.text_bytes for entry in entries for shard in entry.val)
-        is_simple = all(part.kind not in ("tokens", "hub") for _, part in tasks)
-        if not (is_simple and 0 < size <= XZ_LIMIT):
+    def _xz_bits_per_byte(self, parts: Sequence[Part], val_bytes: int) -> float | None:
+        """Compress the validation texts as one stream by `xz -9e`: the bits per byte of a compressor without learning.
+
+        None if there is no text, or more than MAX_XZ_BYTES, or if it would have to be decoded or downloaded.
+        """
+        has_local_text = all(part.kind not in ("tokens", "hub") for part in parts)
+        if not (has_local_text and 0 < val_bytes <= MAX_XZ_BYTES):
             return None
         compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
         compressed = 0
-        for index, part in ((index, part) for index, part in tasks if part.role != "train"):
-            for _, val in self._documents(index, part):
+        for part in (part for part in parts if part.role != "train"):
+            for _, val in self._read_splits(part):
                 compressed += sum(len(compressor.compress(document.content)) for document in val)
-        return 8 * (compressed + len(compressor.flush())) / size
+        return 8 * (compressed + len(compressor.flush())) / val_bytes
+
+    def _clean_up(self) -> None:
+        """Remove all that is no part of a prepared corpus; the identity last, for it claims the folder."""
+        shutil.rmtree(self._folder / PARTS_FOLDER, ignore_errors=True)
+        for file in self._folder.iterdir():
+            if file.suffix in (".tokens", ".tmp"):  # of a worker that was killed
+                file.unlink()
+            else:
+                fsync(file)
+        (self._folder / IDENTITY_FILE).unlink()
+        fsync(self._folder)
 
 
 def _source_entry(name: str, sha256: str, records: Sequence[PartRecord]) -> SourceEntry:
-    def shards(found: Iterator[ShardInfo | None]) -> tuple[ShardInfo, ...]:
-        return tuple(shard for shard in found if shard is not None)
-
     return SourceEntry(
         name=name,
         sha256=sha256,
-        train=shards(record.train for record in records),
-        val=shards(record.val for record in records),
+        train=tuple(record.train for record in records if record.train is not None),
+        val=tuple(record.val for record in records if record.val is not None),
         skipped_records=sum(record.skipped_records for record in records),
         duplicates=sum(record.duplicates for record in records),
     )
 
 
-def _no_text(name: str) -> str:
-    return f"{name}: no document has any text; name a source with text in it"
-
-
-def _tells_size(part: Part) -> bool:
-    """Whether the part's size is that of its texts."""
-    return part.size > 0 and not any(is_compressed(Path(path)) for _, path in part.files)
-
-
-def _with_progress(texts: Iterator[str], advance: Any) -> Iterator[str]:
-    for text in texts:
-        yield text
-        advance(len(text), 0)
+def _no_text_error(name: str) -> UserError:
+    return UserError(f"{name}: no document has any text; name a source with text in it")

@@ -1,17 +1,29 @@
-"""Processes that prepare parts, as many as there are cores.
+"""Which process works on which part.
 
-A worker is `gpt.data.prepare.part_worker` as a program of its own, spoken to in lines of JSON: it needs no guard in the
-user's main module, inherits no threads, and imports no torch.
+    this process                                    worker process, one of n
+    ------------                                    ------------------------
+    WorkerPool.run(action, parts)
+      a thread for each worker takes the next part,
+      sends {"action", "part"}            --->      main -> _serve -> PartWorker.do(action, part)
+      reads   {"advance": [bytes, tokens]} <---       progress, some times a second
+              {"done": number}             <---       its result is in the folder
+              {"mistake"} or {"failure"}   <---       a UserError or an OSError, raised in this process
+
+With one worker, this process does the work itself. A worker is a program of its own, `main` below, that speaks lines of
+JSON: it needs no guard in the user's main module, inherits no threads, and imports no torch. It ends when this process
+ends, and this process kills it when there is no more work.
 """
 
 import contextlib
 import errno
 import json
+import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -20,21 +32,21 @@ from gpt.data.prepare.part_worker import Action, Advance, Job, PartWorker
 from gpt.data.prepare.parts import Part
 from gpt.errors import UserError
 
-Task = tuple[int, Part]
-"""A part and its number."""
+REPORT_BYTES = 2**20
+"""Bytes of text between two reports of progress."""
 
 
 class WorkerPool:
-    """Carries out tasks, several at a time.
+    """Works on parts, several at a time.
 
     Args:
-        job: what all tasks have in common.
-        n_workers: processes; they start at once. With one, this process does the work itself.
+        job: what all parts have in common.
+        n_workers: processes, which start at once; with one, this process does the work itself.
     """
 
     def __init__(self, job: Job, n_workers: int):
-        self._here = PartWorker(job) if n_workers <= 1 else None
-        self._processes = [_Process(job) for _ in range(n_workers)] if n_workers > 1 else []
+        self._own_worker = PartWorker(job) if n_workers <= 1 else None
+        self._processes = [_WorkerProcess(job) for _ in range(n_workers)] if n_workers > 1 else []
 
     def __enter__(self) -> Self:
         return self
@@ -44,72 +56,76 @@ class WorkerPool:
         for process in self._processes:
             process.end()
 
-    def run(self, action: Action, tasks: Sequence[Task], advance: Advance) -> None:
+    def run(self, action: Action, parts: Sequence[Part], advance: Advance) -> None:
         """Do `action` to every part.
 
         Raises:
             UserError, OSError: what the first failing part raised.
         """
-        if self._here is not None:
-            for index, part in tasks:
-                self._here.do(action, index, part, advance)
+        if self._own_worker is not None:
+            for part in parts:
+                self._own_worker.do(action, part, advance)
             return
-        queue = iter(tasks)
+        remaining = iter(parts)
         lock = threading.Lock()
         failures: list[BaseException] = []
 
-        def serve(process: _Process) -> None:
+        def feed(process: _WorkerProcess) -> None:
             try:
                 while not failures:
                     with lock:
-                        task = next(queue, None)
-                    if task is None:
+                        part = next(remaining, None)
+                    if part is None:
                         return
-                    process.do(action, *task, advance)
+                    process.do(action, part, advance)
             except BaseException as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=serve, args=(process,), daemon=True) for process in self._processes]
+        threads = [threading.Thread(target=feed, args=(process,), daemon=True) for process in self._processes]
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive() and not failures:  # so that Ctrl-C is heard, and a failure ends the others
+            while thread.is_alive() and not failures:  # a short wait, so that Ctrl-C and failures end the others
                 thread.join(0.1)
         if failures:
             raise failures[0]
 
 
-# Ctrl-C reaches the whole group, also while a worker is still starting; who started it ends it.
+# A worker ignores Ctrl-C, which reaches the whole process group, also while it starts: this process ends it.
 _START = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path.insert(0, sys.argv[1])
-from gpt.data.prepare.part_worker import main
+from gpt.data.prepare.workers import main
 main()
 """
 
 
-class _Process:
-    """A worker process, on the side of those who give it tasks."""
+class _WorkerProcess:
+    """A worker process as this process sees it."""
 
     def __init__(self, job: Job):
-        root = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[3])
         command = [sys.executable, "-P", "-c", _START, root]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self._send(asdict(job))
 
     def end(self) -> None:
-        """Leave no process behind."""
-        self._process.kill()  # what it was doing is done again, or was done
+        """Kill the process: an unfinished part is done again by the next preparation."""
+        self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 assert stream is not None
                 stream.close()
 
-    def do(self, action: Action, index: int, part: Part, advance: Advance) -> None:
-        """One task; raises what it raised, and ChildProcessError if the process ends instead of answering."""
-        self._send({"action": action, "index": index, "part": part.to_json()})
+    def do(self, action: Action, part: Part, advance: Advance) -> None:
+        """Have the process work on one part.
+
+        Raises:
+            UserError, OSError: what the work raised; ChildProcessError if the process ended without an answer.
+        """
+        self._send({"action": action, "part": part.to_json()})
         assert self._process.stdout is not None
         for line in self._process.stdout:
             match json.loads(line):
@@ -127,6 +143,64 @@ class _Process:
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its status is told where its answer is awaited
+        with contextlib.suppress(BrokenPipeError):  # `do` reports the status of a process that ended
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
+
+
+class _Reporter:
+    """Sends progress once for many small documents."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]):
+        self._send = send
+        self._size = self._tokens = 0
+
+    def advance(self, size: int, tokens: int) -> None:
+        self._size += size
+        self._tokens += tokens
+        if self._size >= REPORT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        self._send({"advance": [self._size, self._tokens]})
+        self._size = self._tokens = 0
+
+
+def main() -> None:
+    """Run a worker process: read a job, then tasks, as lines on stdin; answer on stdout until stdin ends."""
+    messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(messages,), daemon=True).start()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # so that nothing a library prints looks like an answer
+
+    def send(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    with contextlib.suppress(BrokenPipeError):  # the process that started this one has ended
+        _serve(messages, send)
+
+
+def _listen(messages: "queue.SimpleQueue[str]") -> None:
+    """Pass messages on; end this process when stdin ends, for another preparation may write the same files next."""
+    for line in sys.stdin:
+        messages.put(line)
+    os._exit(0)
+
+
+def _serve(messages: "queue.SimpleQueue[str]", send: Callable[[dict[str, Any]], None]) -> None:
+    worker = PartWorker(Job(**json.loads(messages.get())))
+    while True:
+        task = json.loads(messages.get())
+        part = Part.from_json(task["part"])
+        reporter = _Reporter(send)
+        try:
+            worker.do(task["action"], part, reporter.advance)
+            reporter.flush()
+            send({"done": part.number})
+        except UserError as error:
+            send({"mistake": str(error)})
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            send({"failure": [error.errno, error.strerror, str(error.filename or "")]})

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from gpt.checkpoint.manifest import VAL_LOSS
 from gpt.configs.run_plan import RunPlan
 from gpt.training.events import Command, EvalEnd, Event, Save
+from gpt.training.observer import Observer
 
 
-class EvalSaver:
+class EvalSaver(Observer):
     """Hands metrics to a checkpoint that is due at the same step, and asks for one where an evaluation is the best.
 
     Args:
@@ -24,6 +25,3 @@ class EvalSaver:
             return ()
         is_best = self._improves is not None and self._improves(event.metrics[VAL_LOSS])
         return [Save(event.metrics)] if is_best or self._plan.saves_at(event.step) else ()
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""

@@ -8,11 +8,12 @@ from torch.profiler import profile
 
 from gpt.configs.observer_config import ProfileConfig
 from gpt.training.events import Command, Event, StepEnd, TrainStart
+from gpt.training.observer import Observer
 
 log = logging.getLogger(__name__)
 
 
-class Profiler:
+class Profiler(Observer):
     """Traces the steps that were asked for, on CPU and GPU, and writes them as a Chrome trace.
 
     A run that ends, or is stopped, within them leaves the trace of those that it took.

@@ -9,6 +9,7 @@ from torch import nn
 from gpt.configs.run_plan import RunPlan
 from gpt.errors import UserError
 from gpt.training.events import Command, Event, StepEnd, TrainStart
+from gpt.training.observer import Observer
 from gpt.utils.distributed import DistContext
 
 CHUNK = 2**20
@@ -19,7 +20,7 @@ ODD = 0x5851F42D4C957F2D
 """Knuth's multiplier (MMIX); any odd number is invertible modulo 2^64."""
 
 
-class ReplicaGuard:
+class ReplicaGuard(Observer):
     """Compares digests of all weights, before the first step, on the steps that are due and before the plan's saves.
 
     A flipped bit stays in one process's weights and spoils the gradients of all, silently. Where the weights differ the
@@ -27,7 +28,7 @@ class ReplicaGuard:
 
     Args:
         model: the bare module.
-        interval: steps between two comparisons.
+        interval: steps between two comparisons; 0 never compares.
         plan: says when a checkpoint is written.
         dist: the processes whose weights are compared.
     """
@@ -41,10 +42,7 @@ class ReplicaGuard:
         Raises:
             UserError: names the ranks that differ.
         """
-        due = isinstance(event, TrainStart) or (
-            isinstance(event, StepEnd) and (event.step % self._interval == 0 or self._plan.saves_at(event.step))
-        )
-        if due:
+        if self._is_due(event):
             digests = self._dist.gather(int(digest(self._model.parameters())))
             differing = odd_ones_out(digests)
             if differing:
@@ -56,8 +54,12 @@ class ReplicaGuard:
                 )
         return ()
 
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""
+    def _is_due(self, event: Event) -> bool:
+        if self._interval == 0 or self._dist.world_size == 1:
+            return False
+        if isinstance(event, StepEnd):
+            return event.step % self._interval == 0 or self._plan.saves_at(event.step)
+        return isinstance(event, TrainStart)
 
 
 @torch.no_grad()

@@ -10,12 +10,13 @@ from gpt.configs.observer_config import SpikeConfig
 from gpt.errors import UserError
 from gpt.resume.journal import Journal
 from gpt.training.events import Command, Event, MetricsReady, RollBack, Save, SpikeSeen, TrainStart
+from gpt.training.observer import Observer
 
 TO_DEVIATIONS = 1.4826
 """Median absolute deviation -> standard deviation, where losses scatter normally (Rousseeuw and Croux 1993)."""
 
 
-class SpikeGuard:
+class SpikeGuard(Observer):
     """Compares each loss with the median of those before it, and counts the updates that were skipped.
 
     Median and median absolute deviation, and no spike ever among the losses that they are of: so neither a spike nor a
@@ -65,9 +66,6 @@ class SpikeGuard:
             )
         bad_steps = faults | {spike.step: f"spike: loss {spike.loss:.4f}" for spike in spikes}
         return [*spikes, RollBack(reason, dict(sorted(bad_steps.items())))]
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""
 
     def state_json(self) -> dict[str, Any]:
         """The losses that are compared with, and the skips in a row."""

@@ -8,10 +8,11 @@ from types import FrameType
 from typing import Any
 
 from gpt.training.events import Command, Event, StepEnd, Stop, TrainStart
+from gpt.training.observer import Observer
 from gpt.utils.distributed import DistContext
 
 
-class StopSignal:
+class StopSignal(Observer):
     """A signal sets a flag; at the end of a step the ranks agree on it, and all stop after the same step.
 
     With several ranks the flag is reduced without waiting and read one step later, so that no step is held up. A

@@ -10,10 +10,11 @@ from gpt.configs.run_plan import RunPlan
 from gpt.data.tokenizer import Tokenizer
 from gpt.inference.generate import generate
 from gpt.training.events import Command, Event, TextSampled, is_evaluated
+from gpt.training.observer import Observer
 from gpt.utils.helper import Purpose, random_bits
 
 
-class TextSampler:
+class TextSampler(Observer):
     """Continues each prompt when the model is evaluated.
 
     Args:
@@ -47,9 +48,6 @@ class TextSampler:
             )
             for index, (prompt, tokens) in enumerate(self._prompts.items())
         ]
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""
 
     def _continue(self, tokens: list[int], seed: int) -> str:
         new = generate(

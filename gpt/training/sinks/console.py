@@ -22,6 +22,7 @@ from gpt.training.events import (
     TrainEnd,
     TrainStart,
 )
+from gpt.training.observer import Sink
 from gpt.utils.helper import format_si, plural, printable
 
 
@@ -33,14 +34,26 @@ class RunConsole(Console):
         raise
 
 
-class ConsoleSink:
-    """Shows step, loss, rate, tokens per second and time to go; evaluations, texts and checkpoints above the bar.
+class ConsoleSink(Sink):
+    """Shows step, loss, learning rate, tokens per second and ETA; evaluations, samples and checkpoints above the bar.
 
     Args:
-        console: where to.
-        plan: of the run.
-        run_dir: named in what is said at the end.
+        console: of the terminal, or of the file that stdout goes to.
+        plan: shown at the start.
+        run_dir: named in the last line.
     """
+
+    events: tuple[type[Event], ...] = (
+        TrainStart,
+        StepEnd,
+        MetricsReady,
+        SpikeSeen,
+        RolledBack,
+        EvalEnd,
+        TextSampled,
+        CheckpointSaved,
+        TrainEnd,
+    )
 
     def __init__(self, console: Console, plan: RunPlan, run_dir: Path):
         self._console, self._plan, self._run_dir = console, plan, run_dir
@@ -55,6 +68,8 @@ class ConsoleSink:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("train", numbers="", start=False)
+        if not console.is_terminal:  # no bar, which alone shows every step
+            self.events = tuple(event for event in self.events if event is not StepEnd)
 
     def write(self, event: Event) -> None:
         """Show an event."""
@@ -118,7 +133,7 @@ class ConsoleSink:
 
     def _next_command(self, step: int) -> str:
         if step < self._plan.max_steps:
-            return "the same command continues the run"
+            return "the same command resumes the run"
         return f"try gpt sample {self._run_dir} --prompt TEXT"
 
     def _say(self, line: str) -> None:

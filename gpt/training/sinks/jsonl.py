@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpt.training.events import EvalEnd, Event, MetricsReady, RolledBack, SpikeSeen, TextSampled
-from gpt.utils.atomic_io import append_jsonl, keep_until
+from gpt.training.observer import Sink
+from gpt.utils.atomic_io import append_jsonl, truncate_jsonl
 
 
-class JsonlSink:
-    """Appends metrics and texts; a number that JSON has no name for (NaN, inf) is written as null."""
+class JsonlSink(Sink):
+    """Appends metrics and samples; a number that JSON lacks (NaN, inf) is written as null."""
+
+    events: tuple[type[Event], ...] = (MetricsReady, EvalEnd, SpikeSeen, RolledBack, TextSampled)
 
     def __init__(self, metrics: Path, samples: Path):
         self._metrics, self._samples = metrics, samples
@@ -24,13 +27,10 @@ class JsonlSink:
                 self._append(step, numbers)
             case RolledBack(to_step=to_step):
                 for records in (self._metrics, self._samples):
-                    keep_until(records, to_step)
+                    truncate_jsonl(records, to_step)
             case TextSampled(step=step, prompt=prompt, text=text):
                 append_jsonl(self._samples, {"step": step, "prompt": prompt, "text": text})
 
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         append_jsonl(self._metrics, {"step": step, **numbers})
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is held open."""

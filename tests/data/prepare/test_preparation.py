@@ -22,8 +22,8 @@ from safetensors.numpy import load_file
 
 from gpt.configs.data_config import PreparationConfig
 from gpt.data.manifest import CorpusManifest, read_corpus_manifest
-from gpt.data.prepare import part_worker, parts, preparation
-from gpt.data.prepare.preparation import Found, find, prepare_into
+from gpt.data.prepare import learn_tokenizer, part_worker, parts, preparation
+from gpt.data.prepare.preparation import plan_preparation, prepare_folder
 from gpt.data.shards import TokenStream
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import train_bpe_tokenizer
@@ -33,7 +33,7 @@ from tests.conftest import limit_file_size, make_text, read_files
 
 def prepare(out: Path, sources: Sequence[Path | str], **settings: Any) -> CorpusManifest:
     config = PreparationConfig(**{"tokenizer": "byte", "workers": 1, **settings})
-    prepare_into(out, find([str(source) for source in sources], config), config, "--out")
+    prepare_folder(out, plan_preparation([str(source) for source in sources], config), "--out")
     return read_corpus_manifest(out)
 
 
@@ -178,7 +178,7 @@ def learnt_from(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.extend(texts)
         return train_bpe_tokenizer(seen, vocab_size)
 
-    monkeypatch.setattr(preparation, "train_bpe_tokenizer", spy)
+    monkeypatch.setattr(learn_tokenizer, "train_bpe_tokenizer", spy)
     return seen
 
 
@@ -198,7 +198,7 @@ def test_bpe_is_trained_on_a_bounded_sample_from_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt_from: list[str]
 ) -> None:
     monkeypatch.setattr(parts, "PART_BYTES", 2**20)
-    monkeypatch.setattr(preparation, "SAMPLE_BYTES", 2**21)
+    monkeypatch.setattr(learn_tokenizer, "SAMPLE_BYTES", 2**21)
     source = tmp_path / "t.jsonl"
     with source.open("w") as file:
         for index in range(600):
@@ -216,7 +216,7 @@ def test_a_compressed_source_is_no_larger_a_sample(
 ) -> None:
     import gzip
 
-    monkeypatch.setattr(preparation, "SAMPLE_BYTES", 2**20)
+    monkeypatch.setattr(learn_tokenizer, "SAMPLE_BYTES", 2**20)
     lines = "".join(json.dumps({"text": f"document {index:04d} " * 800}) + "\n" for index in range(300))
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     prepare(tmp_path / "out", [tmp_path / "t.jsonl.gz"], tokenizer="bpe", vocab_size=300)
@@ -380,7 +380,7 @@ def test_a_complete_folder_without_its_name_is_not_given_to_another_preparation(
 ) -> None:
     """Killed between the manifest and the rename."""
     config = PreparationConfig(tokenizer="byte", workers=1)
-    found = find([str(sources[3])], config)
+    plan = plan_preparation([str(sources[3])], config)
 
     def killed(path: Path, *_: object, **__: object) -> None:
         if path.exists():
@@ -388,14 +388,14 @@ def test_a_complete_folder_without_its_name_is_not_given_to_another_preparation(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*((preparation.shutil, "rmtree") if has_identity else (Path, "rename")), killed)
-        prepare_into(tmp_path / "out", found, config, "--out")
+        prepare_folder(tmp_path / "out", plan, "--out")
     unfinished = tmp_path / ".out.unfinished"
     assert (unfinished / "corpus.json").exists()
     assert (unfinished / "preparation.json").exists() == has_identity
     if has_identity:
         with pytest.raises(UserError, match="unfinished preparation of other"):
             prepare(tmp_path / "out", sources[:1])
-        prepare_into(tmp_path / "out", found, config, "--out")
+        prepare_folder(tmp_path / "out", plan, "--out")
     else:
         prepare(tmp_path / "out", sources[:1])
     prepare(tmp_path / "whole", [sources[3]] if has_identity else sources[:1])
@@ -520,20 +520,19 @@ def test_whatever_is_killed_and_when_the_same_command_finishes_what_is_left(tmp_
     config = PreparationConfig(tokenizer="byte", workers=1, deduplicate=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "PART_BYTES", 30_000)
-        prepare_into(whole, find([str(lines)], config), config, "--out")
+        prepare_folder(whole, plan_preparation([str(lines)], config), "--out")
     assert read_files(out) == read_files(whole)
     assert read_corpus_manifest(whole).sources[0].duplicates == 100
 
 
 def test_a_worker_imports_no_torch() -> None:
-    code = "import sys, gpt.data.prepare.part_worker; sys.exit('torch' in sys.modules)"
+    code = "import sys, gpt.data.prepare.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_key_says_what_decides_the_content(sources: list[Path]) -> None:
     def key(*names: Path, **settings: Any) -> str:
-        found: Found = find([str(name) for name in names], PreparationConfig(**settings))
-        return found.key
+        return plan_preparation([str(name) for name in names], PreparationConfig(**settings)).key
 
     keys = [
         key(*sources),

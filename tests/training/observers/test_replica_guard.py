@@ -45,6 +45,7 @@ def test_it_compares_at_the_start_when_due_and_before_saves() -> None:
     class Others(DistContext):
         def __init__(self) -> None:
             super().__init__("cpu")
+            self.world_size = 3
             self.asked = 0
 
         def gather(self, value):  # type: ignore[no-untyped-def]

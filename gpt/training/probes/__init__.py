@@ -1,0 +1,1 @@
+"""Measurements of parameters and gradients inside the training step."""
