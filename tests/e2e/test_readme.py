@@ -138,3 +138,11 @@ def test_files_that_documents_name_exist(name: str) -> None:
     assert [file for file in files if not (REPOSITORY / file).exists()] == []
     links = {link.split("#")[0] for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", text)} - {""}
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_decision_is_listed_by_its_title() -> None:
+    folder = REPOSITORY / "docs" / "adr"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    for path in sorted(folder.glob("0*.md")):
+        number, title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").split(". ", 1)
+        assert f"| [{number}]({path.name}) | {title} |" in index
