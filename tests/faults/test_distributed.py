@@ -163,7 +163,7 @@ def test_killed_rank_is_restarted_and_the_run_is_bit_exact(runs: Runs) -> None:
         launch.wait_for(lambda: runs.count_logged_steps("killed") >= INJECTION_STEP)
         os.kill(launch.find_worker(1), signal.SIGKILL)
         assert launch.wait() == 0, launch.output
-    assert "continuing from" in launch.output
+    assert "resuming from" in launch.output
     runs.assert_bit_exact("killed")
 
 
@@ -175,7 +175,7 @@ def test_hung_rank_is_named_at_the_step_timeout_and_restarted(runs: Runs) -> Non
         launch.wait_for_text("closing signal SIGTERM")
         os.kill(stopped_rank, signal.SIGKILL)  # as torchrun does half a minute later
         assert launch.wait() == 0, launch.output
-    assert "continuing from" in launch.output
+    assert "resuming from" in launch.output
     runs.assert_bit_exact("hung")
 
 

@@ -188,7 +188,7 @@ def test_spike_is_only_logged_without_rollback(tiny: Configure, tmp_path: Path) 
 
 def test_max_rollbacks_ends_a_run_whose_data_stay_bad(tiny: Configure, tmp_path: Path) -> None:
     config = tiny(tmp_path, spike={"window": 16, "rollback": True, "max_rollbacks": 2}, **SETTINGS)
-    with pytest.raises(UserError, match=r"went back 2 times already"):
+    with pytest.raises(UserError, match=r"was rolled back 2 times before"):
         build_trainer_on_bad_data(config, *range(BAD_BATCH, 40)).train()
     (last,) = RunFolder(tmp_path).list_checkpoints()[-1:]
     verify(last)
@@ -353,7 +353,7 @@ def test_rollback_without_a_valid_checkpoint_is_one_line(tiny: Configure, tmp_pa
 
     trainer = build_trainer_on_bad_data(tiny(tmp_path, spike={"window": 16, "rollback": True}, **SETTINGS), BAD_BATCH)
     trainer.attach(CheckpointRemover())
-    with pytest.raises(UserError, match="there is no sound checkpoint up to step 24 to go back to"):
+    with pytest.raises(UserError, match="no valid checkpoint up to step 24 is left to roll back to"):
         trainer.train()
 
 

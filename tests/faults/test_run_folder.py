@@ -187,7 +187,7 @@ def test_second_run_is_refused_while_the_first_is_running(
         capsys.readouterr()
     step = RunFolder(run).list_checkpoints()[-1].name.removeprefix("step_")
     assert main([*command, *ENDLESS, "--max-steps", str(int(step) + 1)]) == 0
-    assert "continuing from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
 
 
 def torchrun_command(*arguments: str) -> list[str]:
@@ -244,12 +244,12 @@ def test_rank_0_chooses_the_checkpoint_if_ranks_see_different_ones(
     )  # fmt: skip
     if works:
         assert done.returncode == 0, done.stderr
-        assert "continuing from run/checkpoints/step_00000002" in done.stdout
+        assert "resuming from run/checkpoints/step_00000002" in done.stdout
         assert [step for step, _ in read_losses(tmp_path / "0/run")] == [1, 2, 3, 4, 5]
     else:
         assert done.returncode != 0
         assert done.stderr.count("gpt: error: ") == 1
-        assert "rank 1 failed, and says why; all ranks must see the same files" in done.stderr
+        assert "rank 1 failed (its own message says why); all ranks must see the same files" in done.stderr
         assert read_losses(tmp_path / "0/run") == read_losses(tmp_path / "1/run")
 
 
@@ -274,7 +274,7 @@ def test_read_only_folder_is_refused_before_any_work(place: str, flags: list[str
     done = subprocess.run([*read_only_command(tmp_path / place), *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"gpt: error: --run-dir {tmp_path / 'run'}")
-    assert done.stderr.endswith("cannot write there: Read-only file system; name another folder\n")
+    assert done.stderr.endswith("cannot write there: Read-only file system; use another folder\n")
     assert done.stderr.count("\n") == 1
 
 
