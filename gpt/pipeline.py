@@ -187,7 +187,7 @@ def build_evaluation_tasks(run: Run) -> list[EvaluationTask]:
         block_size=run.plan.batch.block_size,
         batch_size=run.plan.batch.micro_batch_size,
         batches=run.plan.eval_batches,
-        masked=run.config.data.document_mask,
+        document_mask=run.config.data.document_mask,
         autocast=build_autocast(run.plan),
         dist=run.dist,
     )

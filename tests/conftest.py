@@ -162,7 +162,7 @@ def read_documents(
     """Read all documents of a source in order."""
     records = records or Records("text", skip_bad=False)
     files = find_source(str(source)).files
-    parts = cut_into_parts(files, records, val_fraction=0.0, role="train", tokenizer=tokenizer)
+    parts = cut_into_parts(files, records.text_field, val_fraction=0.0, role="train", tokenizer=tokenizer)
     return [document for part in parts for document in read_part(part, records, tokenizer)]
 
 

@@ -1,13 +1,16 @@
 """Opening a run: at step 0, from a checkpoint, or from another run's weights."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt.checkpoint import manifest
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
@@ -240,7 +243,7 @@ def test_fork_past_the_horizon_is_refused(tiny: Configure, finished_run: Path, t
 
 
 def test_dry_run_reports_a_run_folder_that_cannot_be_made(tiny: Configure, text_file: Path) -> None:
-    with pytest.raises(UserError, match="is no writable folder"):
+    with pytest.raises(UserError, match="is not a writable folder"):
         open_run(tiny(text_file / "run"), dry_run=True)
 
 
@@ -249,3 +252,26 @@ def test_environment_and_config_describe_the_run(tiny: Configure, finished_run: 
     assert environment["libraries"]["torch"] == torch.__version__
     saved = TrainConfig.model_validate_json((finished_run / "config.json").read_text())
     assert saved == tiny(finished_run, checkpoint={"interval": 4})
+
+
+def test_resumed_start_reads_config_and_manifest_once_and_verifies_once(
+    tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_trainer(open_run(tiny(tmp_path, max_steps=2))).train()
+    checkpoint = tmp_path / "checkpoints/step_00000002"
+    reads: Counter[Path] = Counter()
+    hashed: Counter[Path] = Counter()
+
+    def count(path: Path, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        reads[path] += 1
+        return read(path, *args, **options)
+
+    for name in ("read_text", "read_bytes"):
+        read = getattr(Path, name)
+        monkeypatch.setattr(Path, name, lambda path, *args, read=read, **options: count(path, read, *args, **options))
+    sha256 = manifest._sha256
+    monkeypatch.setattr(manifest, "_sha256", lambda path: hashed.update([path]) or sha256(path))
+    build_trainer(open_run(tiny(tmp_path, max_steps=3)))
+    assert reads[checkpoint / "config.json"] == 1
+    assert reads[checkpoint / "manifest.json"] == 1
+    assert hashed == Counter({checkpoint / name: 1 for name in manifest.FILES})

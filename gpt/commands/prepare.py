@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.base import FilePath
-from gpt.configs.cli import POSITIONAL, JsonOutput, parse
+from gpt.configs.base import POSITIONAL, FilePath
+from gpt.configs.cli import JsonOutput, parse
 from gpt.configs.data_config import PreparationConfig
 from gpt.errors import UserError
 

@@ -7,13 +7,15 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
+POSITIONAL = "positional"
+"""`Annotated[..., POSITIONAL]` makes a field of a command an argument without a flag."""
 MAX_COUNT = 10**15
 """Upper bound for counts of steps or tokens, far above any real run."""
 
 
 def _require_path(value: object) -> object:
     if value == "":
-        raise ValueError("names no path")
+        raise ValueError("an empty path; name a file or folder")
     return value
 
 

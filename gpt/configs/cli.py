@@ -22,7 +22,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from gpt.configs.base import Config, section_of
+from gpt.configs.base import POSITIONAL, Config, section_of
 from gpt.configs.explain import explain_unknown_argument, explain_usage_error, explain_validation_error, suggest_name
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
@@ -30,9 +30,6 @@ from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
 C = TypeVar("C", bound=Config)
-
-POSITIONAL = "positional"
-"""`Annotated[..., POSITIONAL]` makes a field an argument without a flag."""
 
 VERBS = {
     "train": "train a model, or resume a run",
@@ -92,7 +89,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
     """
     for word in argv:
         if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
-            raise UserError(f"{word!r} is not valid text")
+            raise UserError(f"{word!r} is not valid text: remove NUL and bytes that are not UTF-8")
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -124,6 +121,7 @@ def has_flag(argv: Sequence[str], name: str) -> bool:
 
 
 _registry = ConstructorRegistry()
+_VALUE_TYPES = (int, float, str, Path)
 
 
 @_registry.struct_rule
@@ -134,7 +132,7 @@ def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
     fields = tuple(
         StructFieldSpec(
             name=field.alias or name,
-            type=_mark_positional(kind) if POSITIONAL in field.metadata else kind,
+            type=_mark_positional(kind, name) if POSITIONAL in field.metadata else kind,
             default=_members_as_text(getattr(info.default, name, tyro.MISSING)),
             helptext=_join_lines(field.description or getattr(section_of(field), "__doc__", None)),
         )
@@ -149,11 +147,9 @@ def _build_value_spec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] 
     """Keep a single value as the text that was typed; switches and lists are left to tyro's own rules."""
     alternatives = _get_alternatives(info.type)
     kinds = [kind for kind in alternatives if kind is not NoneType]
-    if not all(kind in (int, float, str, Path) or _get_choices(kind) for kind in kinds):
+    if alternatives == [bool] or not all(kind in _VALUE_TYPES or _get_choices(kind) for kind in kinds):
         return None
-    names = [
-        "{" + ",".join(_get_choices(kind)) + "}" if _get_choices(kind) else kind.__name__.upper() for kind in kinds
-    ]
+    names = [f"{{{','.join(_get_choices(kind))}}}" if _get_choices(kind) else kind.__name__.upper() for kind in kinds]
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="|".join(names),
@@ -168,8 +164,9 @@ def _join_lines(text: str | None) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
 
 
-def _mark_positional(annotation: Any) -> Any:
-    return Annotated[annotation, tyro.conf.Positional]
+def _mark_positional(annotation: Any, name: str) -> Any:
+    metavar = f"[{name.upper()} ...]" if get_origin(annotation) is tuple else name.upper()
+    return Annotated[annotation, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)]
 
 
 def _list_as_text(annotation: Any) -> Any:
@@ -187,6 +184,8 @@ def _get_alternatives(annotation: Any) -> list[Any]:
 
 
 def _get_choices(annotation: Any) -> tuple[str, ...]:
+    if annotation is bool:
+        return ("true", "false")
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from gpt.configs.base import Config, walk_fields
+from gpt.configs.base import POSITIONAL, Config, walk_fields
 from gpt.configs.presets import PRESETS
 
 
@@ -52,8 +52,12 @@ def explain_usage_error(message: str, argv: Sequence[str], model: type[Config], 
     flag = re.search(r"Missing value for argument\W+(--[a-z][\w.-]*)", message)
     if flag:
         return f"{flag[1]} needs a value"
-    required = " ".join(name.upper() for name, field in model.model_fields.items() if field.is_required())
-    return f"usage: {prog} {required} [--flags]; see {prog} --help"
+    required = [
+        name.upper() if POSITIONAL in field.metadata else f"--{name} {name.upper()}"
+        for name, field in model.model_fields.items()
+        if field.is_required()
+    ]
+    return f"usage: {prog} {' '.join(required)} [--flags]; see {prog} --help"
 
 
 def explain_unknown_argument(word: str, argv: Sequence[str], model: type[Config], prog: str) -> str:
@@ -111,6 +115,7 @@ _EXPECTED = {
     "int_parsing": "expected a whole number",
     "int_from_float": "expected a whole number",
     "int_type": "expected a whole number",
+    "bool_parsing": "expected true, false or none",
     "float_parsing": "expected a number",
     "float_type": "expected a number",
     "finite_number": "expected a finite number",

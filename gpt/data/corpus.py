@@ -1,8 +1,8 @@
-"""Prepared corpora: found in the cache or made, opened, and what they hold."""
+"""A run's corpus: prepared into the cache or named as prepared folders, then opened as token streams."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from gpt.configs.data_config import DataConfig
 from gpt.configs.run_plan import CorpusFacts, StreamFacts
 from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
-from gpt.data.packing import Packing, packing_of
+from gpt.data.packing import Packing, load_or_pack
 from gpt.data.prepare.preparation import plan_preparation, prepare_folder
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
@@ -20,6 +20,9 @@ from gpt.utils.atomic_io import require_writable
 from gpt.utils.distributed import DistContext
 from gpt.utils.helper import unique_names
 
+ShardsByName = Mapping[str, list[tuple[Path, ShardInfo]]]
+"""Name of a stream -> its shards: the folder and the entry in the manifest there."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -27,14 +30,14 @@ class Corpus:
 
     tokenizer: Tokenizer
     train: Mapping[str, TokenStream]
-    """What is trained on: each source by its name where they have weights, else all of them as one."""
+    """Training streams by name: one for each source if sources have weights, else one for all together."""
     val: Mapping[str, TokenStream]
-    """What is validated on, by source."""
+    """Validation streams by the name of their source."""
     packings: Mapping[str, Packing]
-    """How the documents of each training stream are packed; empty where windows are cut."""
+    """Packing of each training stream; empty without packing."""
     facts: CorpusFacts
     source_of: Mapping[Path, str]
-    """The source that each shard was made of."""
+    """Source that each training shard was prepared from."""
 
 
 def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpus:
@@ -77,76 +80,95 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
 
 
 def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) -> Corpus:
-    """Map prepared folders; nothing of their shards is read yet, but for packing.
+    """Open prepared folders. Shards are mapped when they are first read, which only packing does here.
 
     Args:
         folders: from `prepare_corpus`.
-        config: how sequences are made of them.
+        config: weights and packing.
         block_size: length of a sequence.
 
     Raises:
         UserError: a file is missing or was changed, or the folders have different tokenizers.
     """
     manifests = [read_corpus_manifest(folder) for folder in folders]
-    tokenizer = _tokenizer(folders[0], manifests[0])
+    tokenizer = _read_tokenizer(folders, manifests)
+    in_folders = [
+        (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
+    ]
+    names = unique_names(entry.name for _, entry in in_folders)
+    train_shards = {
+        name: [(folder, shard) for shard in entry.train]
+        for name, (folder, entry) in zip(names, in_folders, strict=True)
+        if entry.train
+    }
+    val_shards = {
+        name: [(folder, shard) for shard in entry.val]
+        for name, (folder, entry) in zip(names, in_folders, strict=True)
+        if sum(shard.tokens for shard in entry.val) > 1
+    }
+    train = _open_streams(_join_unless_weighted(train_shards, config.weights), tokenizer)
+    val = _open_streams(val_shards, tokenizer)
+    digests = [manifest.sha256 for manifest in manifests]
+    packings = _load_packings(train, tokenizer, digests, config, block_size) if config.packing == "best-fit" else {}
+    return Corpus(
+        tokenizer,
+        train,
+        val,
+        packings,
+        facts=CorpusFacts(
+            vocab_size=tokenizer.vocab_size,
+            streams=tuple(
+                StreamFacts(name, len(stream), packings[name].n_sequences if packings else 0)
+                for name, stream in train.items()
+            ),
+            sha256=" ".join(digests),
+            tokenizer_sha256=tokenizer.sha256,
+            val_tokens=sum(len(stream) for stream in val.values()),
+            val_bytes=sum(stream.text_bytes for stream in val.values()),
+            val_documents=sum(stream.n_documents for stream in val.values()),
+            xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
+        ),
+        source_of={folder / shard.file: name for name, shards in train_shards.items() for folder, shard in shards},
+    )
+
+
+def _read_tokenizer(folders: Sequence[Path], manifests: Sequence[CorpusManifest]) -> Tokenizer:
+    """Read the tokenizer that all folders share."""
+    path = folders[0] / TOKENIZER_FILE
+    tokenizer = Tokenizer.from_file(path)
+    if tokenizer.sha256 != manifests[0].tokenizer_sha256:
+        raise UserError(
+            f"{path}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
+            f"{manifests[0].tokenizer_sha256}; restore it, or delete the folder and prepare it again"
+        )
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"{folder} was prepared with another tokenizer than {folders[0]}; prepare it with the same")
-    entries = [
-        (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
-    ]
-    names = unique_names(entry.name for _, entry in entries)
-
-    def stream(shards: Iterable[tuple[Path, ShardInfo]]) -> TokenStream:
-        return TokenStream(list(shards), tokenizer.vocab_size)
-
-    each = {
-        name: stream((folder, shard) for shard in entry.train)
-        for name, (folder, entry) in zip(names, entries, strict=True)
-        if entry.train
-    }
-    together = {", ".join(each): stream((folder, shard) for folder, entry in entries for shard in entry.train)}
-    if config.weights and len(config.weights) != len(each):
-        raise UserError(f"--data.weights: {len(config.weights)} for the sources {', '.join(each)}; give one for each")
-    train = each if config.weights else together
-    val = {
-        name: stream((folder, shard) for shard in entry.val)
-        for name, (folder, entry) in zip(names, entries, strict=True)
-        if sum(shard.tokens for shard in entry.val) > 1
-    }
-    digests = [manifest.sha256 for manifest in manifests]
-    packings = _packings(train, tokenizer, digests, config, block_size)
-    facts = CorpusFacts(
-        vocab_size=tokenizer.vocab_size,
-        streams=tuple(
-            StreamFacts(name, len(stream), packings[name].n_sequences if packings else 0)
-            for name, stream in train.items()
-        ),
-        sha256=" ".join(digests),
-        tokenizer_sha256=tokenizer.sha256,
-        val_tokens=sum(len(stream) for stream in val.values()),
-        val_bytes=sum(stream.text_bytes for stream in val.values()),
-        val_documents=sum(stream.n_documents for stream in val.values()),
-        xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
-    )
-    source_of = {
-        folder / shard.file: name for name, (folder, entry) in zip(names, entries, strict=True) for shard in entry.train
-    }
-    return Corpus(tokenizer, train, val, packings, facts, source_of)
+    return tokenizer
 
 
-def _packings(
+def _join_unless_weighted(shards: ShardsByName, weights: Sequence[float]) -> ShardsByName:
+    """Join the shards of all sources, unless each source has a weight."""
+    if not weights:
+        return {", ".join(shards): [shard for of_source in shards.values() for shard in of_source]}
+    if len(weights) != len(shards):
+        raise UserError(f"--data.weights: {len(weights)} for the sources {', '.join(shards)}; give one for each")
+    return shards
+
+
+def _open_streams(shards: ShardsByName, tokenizer: Tokenizer) -> dict[str, TokenStream]:
+    return {name: TokenStream(of_stream, tokenizer.vocab_size) for name, of_stream in shards.items()}
+
+
+def _load_packings(
     train: Mapping[str, TokenStream], tokenizer: Tokenizer, digests: Sequence[str], config: DataConfig, block_size: int
 ) -> dict[str, Packing]:
-    """How the documents of each stream are packed; nothing where windows are cut."""
-    if config.packing == "stream":
-        return {}
-    require_writable(config.cache_dir, "--data.cache-dir")
+    """Return the packing of each training stream, from the cache."""
     packings = {}
     for index, (name, stream) in enumerate(train.items()):
         settings = json.dumps([list(digests), bool(config.weights), index, block_size]).encode()
         path = config.cache_dir / f"{hashlib.sha256(settings).hexdigest()[:20]}-best-fit.safetensors"
-        packings[name] = packing_of(stream, block_size, ends_are_targets=tokenizer.end_of_text is not None, path=path)
+        packings[name] = load_or_pack(stream, block_size, ends_are_targets=tokenizer.end_of_text is not None, path=path)
     return packings
 
 
@@ -169,9 +191,9 @@ def build_sequences(corpus: Corpus, config: DataConfig, block_size: int, seed: i
 
 
 def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
-    """What to tell where a folder prepared before brings another tokenizer than the configuration names.
+    """Return a note for the user if a prepared folder has another tokenizer than the configuration names.
 
-    A preset names a kind of tokenizer for those who prepare; a file is named by someone who means that one.
+    A kind of tokenizer may come from a preset, so a note is enough; a file is always named on purpose.
 
     Raises:
         UserError: the configuration names a tokenizer.json, and the folder was prepared with another, if only by one
@@ -190,13 +212,3 @@ def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
     if config.tokenizer in (named, DataConfig().tokenizer):
         return None
     return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"
-
-
-def _tokenizer(folder: Path, manifest: CorpusManifest) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise UserError(
-            f"{folder / TOKENIZER_FILE}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
-            f"{manifest.tokenizer_sha256}; restore it, or delete the folder and prepare it again"
-        )
-    return tokenizer

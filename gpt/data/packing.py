@@ -1,9 +1,9 @@
 """Best-fit packing: whole documents in sequences of one length, with little padding.
 
-Documents longer than a sequence are cut into full ones and a rest. Rests are packed by best fit, longest first, which
-wastes the least of the simple rules (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"): each goes where
-the least room remains after it. Some thousands of documents are packed at a time, so memory is bounded and a document
-is packed with neighbours.
+Documents longer than a sequence are cut into full sequences and a rest. The rests are packed by best fit, longest
+first: each goes into the sequence in which the least room remains. Of the simple rules this wastes the least (Ding et
+al. 2024, "Fewer Truncations Improve Language Modeling"). Documents are packed in groups, so memory is bounded and a
+document is packed with its neighbours.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from gpt.utils.atomic_io import fsync
 from gpt.utils.folder_lock import hold_lock
 from gpt.utils.helper import first_line
 
-GROUP = 2**16
+DOCUMENTS_PER_GROUP = 2**16
 """Documents that are packed together."""
 
 Int64s = npt.NDArray[np.int64]
@@ -30,38 +30,44 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pieces of a token stream make up each sequence.
+    """The pieces of a token stream that make up each sequence.
 
-    Sequence r consists of the pieces row_offsets[r] ... row_offsets[r + 1] - 1. A piece predicts `targets` tokens: each
-    of its own but the first, and the one after it; after a document's last token that is end-of-text, if there is one.
+    Sequence r consists of the pieces row_offsets[r] ... row_offsets[r + 1] - 1, each of them a document or a part of
+    one. The arrays have the names of the tensors in the file.
     """
 
     starts: Int64s
+    """(pieces,): position of the first token."""
     lengths: Int64s
+    """(pieces,): tokens."""
     targets: Int64s
+    """(pieces,): tokens to predict: all of the piece but the first, and the one after it. After the last token of a
+    document comes end-of-text, if there is one."""
     row_offsets: Int64s
+    """(sequences + 1,): number of the first piece of each sequence."""
     target_sums: Int64s
-    """(rows + 1,): targets in all sequences before each."""
+    """(sequences + 1,): targets in all sequences before each."""
 
     @property
     def n_sequences(self) -> int:
-        """Sequences."""
+        """Packed sequences."""
         return len(self.row_offsets) - 1
 
 
-def packing_of(stream: TokenStream, block_size: int, *, ends_are_targets: bool, path: Path) -> Packing:
-    """The packing kept in `path`, made first if it is not there.
+def load_or_pack(stream: TokenStream, block_size: int, *, ends_are_targets: bool, path: Path) -> Packing:
+    """Load the packing that is saved in `path`, packed and saved first if there is none.
 
     Args:
         stream: the documents.
         block_size: length of a sequence.
         ends_are_targets: an end-of-text token follows each document.
-        path: a safetensors file; its name stands for all of the above.
+        path: a safetensors file whose name stands for all of the above.
 
     Raises:
-        UserError: the file cannot be read or written, or is not what was written.
+        UserError: the file cannot be read or written, or was changed.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with hold_lock(path.with_suffix(".lock")):
             if not path.exists():
                 _save(pack(stream, block_size, ends_are_targets=ends_are_targets), path)
@@ -83,9 +89,10 @@ def _save(packing: Packing, path: Path) -> None:
 def _load(path: Path) -> Packing:
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        claimed = (file.metadata() or {}).get("sha256")
-    if (found := _digest(tensors)) != claimed:
-        raise UserError(f"{path}: changed since it was made: its SHA-256 is {found}, not {claimed}; delete it")
+        saved = (file.metadata() or {}).get("sha256")
+    actual = _digest(tensors)
+    if actual != saved:
+        raise UserError(f"{path}: changed since it was packed: its SHA-256 is {actual}, not {saved}; delete it")
     return Packing(**tensors)
 
 
@@ -98,14 +105,13 @@ def _digest(tensors: Mapping[str, Int64s]) -> str:
 
 
 def pack(stream: TokenStream, block_size: int, *, ends_are_targets: bool) -> Packing:
-    """Pack all documents of a stream."""
-    groups: list[_Rows] = []
-    for borders in _borders_in_groups(stream):
-        starts, ends = borders[:-1], borders[1:]
-        groups.append(_pack_group(starts, ends, block_size, ends_are_targets))
-    row_lengths = np.concatenate([np.zeros(1, np.int64), *(group.row_lengths for group in groups)])
+    """Pack all documents of a stream; the arguments are those of `load_or_pack`."""
+    groups = [
+        _pack_group(borders[:-1], borders[1:], block_size, ends_are_targets) for borders in _group_borders(stream)
+    ]
+    pieces_per_row = np.concatenate([np.zeros(1, np.int64), *(group.pieces_per_row for group in groups)])
     targets = np.concatenate([np.zeros(0, np.int64), *(group.targets for group in groups)])
-    row_offsets = np.cumsum(row_lengths)
+    row_offsets = np.cumsum(pieces_per_row)
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(targets)])
     return Packing(
         starts=np.concatenate([np.zeros(0, np.int64), *(group.starts for group in groups)]),
@@ -117,58 +123,71 @@ def pack(stream: TokenStream, block_size: int, *, ends_are_targets: bool) -> Pac
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Some sequences: their pieces, and how many pieces each has."""
+class _PackedGroup:
+    """The sequences of one group of documents."""
 
     starts: Int64s
     lengths: Int64s
     targets: Int64s
-    row_lengths: Int64s
+    pieces_per_row: Int64s
+    """Pieces of each sequence."""
 
 
-def _borders_in_groups(stream: TokenStream) -> Iterator[Int64s]:
-    """Beginnings of documents, about GROUP at a time, each group closed by the beginning of the next one."""
-    held = np.zeros(0, np.int64)
+def _group_borders(stream: TokenStream) -> Iterator[Int64s]:
+    """Yield the positions where documents begin, in groups; the last of a group is where its last document ends."""
+    pending = np.zeros(0, np.int64)
     for borders in stream.document_borders():
-        held = np.concatenate([held, borders])
-        while len(held) > GROUP + 1:
-            yield held[: GROUP + 1]
-            held = held[GROUP:]
-    if len(held) > 1:
-        yield held
+        pending = np.concatenate([pending, borders])
+        while len(pending) > DOCUMENTS_PER_GROUP + 1:
+            yield pending[: DOCUMENTS_PER_GROUP + 1]
+            pending = pending[DOCUMENTS_PER_GROUP:]
+    if len(pending) > 1:
+        yield pending
 
 
-def _pack_group(starts: Int64s, ends: Int64s, block_size: int, ends_are_targets: bool) -> _Rows:
+def _pack_group(starts: Int64s, ends: Int64s, block_size: int, ends_are_targets: bool) -> _PackedGroup:
     full = (ends - starts) // block_size
     rests = (ends - starts) % block_size
-    within = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)  # which full piece of its document
+    within = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)  # number of the piece in its document
     full_starts = np.repeat(starts, full) + within * block_size
-    full_ends = full_starts + block_size == np.repeat(ends, full)
+    ends_document = full_starts + block_size == np.repeat(ends, full)
     rest_starts, rest_lengths = (ends - rests)[rests > 0], rests[rests > 0]
 
     order = np.argsort(-rest_lengths, kind="stable")
     rows = _best_fit(rest_lengths[order].tolist(), block_size)
     packed = order[[piece for row in rows for piece in row]] if rows else order
-    loss = 0 if ends_are_targets else 1
-    return _Rows(
+    missing = 0 if ends_are_targets else 1  # targets of a document's last token
+    return _PackedGroup(
         starts=np.concatenate([full_starts, rest_starts[packed]]),
         lengths=np.concatenate([np.full(len(full_starts), block_size), rest_lengths[packed]]),
-        targets=np.concatenate([block_size - loss * full_ends, rest_lengths[packed] - loss]),
-        row_lengths=np.array([1] * len(full_starts) + [len(row) for row in rows], dtype=np.int64),
+        targets=np.concatenate([block_size - missing * ends_document, rest_lengths[packed] - missing]),
+        pieces_per_row=np.array([1] * len(full_starts) + [len(row) for row in rows], dtype=np.int64),
     )
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Rows of indices; `lengths` descend. A set bit r of `rooms` says that some row has room for exactly r more."""
+    """Pack items of the given lengths, longest first, each into the row where the least room remains.
+
+    >>> _best_fit([5, 4, 3, 2, 2], capacity=8)
+    [[0, 2], [1, 3, 4]]
+
+    Args:
+        lengths: of the items, descending.
+        capacity: of a row.
+
+    Returns:
+        rows of indices into `lengths`.
+    """
+    # Bit r of `rooms` is set if some row has room for exactly r more, so the best fit is the lowest set bit above.
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
     for index, length in enumerate(lengths):
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
                 rooms ^= 1 << room
         else:
             room, row = capacity, len(rows)
@@ -176,6 +195,6 @@ def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
         rows[row].append(index)
         left = room - length
         if left:
-            with_room[left].append(row)
+            rows_with_room[left].append(row)
             rooms |= 1 << left
     return rows

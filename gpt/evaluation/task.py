@@ -1,4 +1,4 @@
-"""What can be evaluated during a run."""
+"""The protocol of evaluation tasks."""
 
 from typing import Protocol
 
@@ -6,10 +6,13 @@ from torch import nn
 
 
 class EvaluationTask(Protocol):
-    """A score of the model; every process runs it, and all get the same numbers."""
+    """Scores a model; every rank runs it and returns the same metrics.
+
+    To add one: docs/extending.md, "An evaluation task".
+    """
 
     name: str
 
     def run(self, model: nn.Module) -> dict[str, float]:
-        """Metrics by their full names, such as `val/loss`; `model` is in evaluation mode."""
+        """Return metrics by their full names, such as `val/loss`; `model` is in evaluation mode."""
         ...

@@ -1,4 +1,4 @@
-"""Continue a sequence of tokens."""
+"""Generation of tokens after a prompt."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gpt.configs.observer_config import SampleConfig
-from gpt.inference.sampling import next_token
+from gpt.inference.sampling import sample_next_token
 
 
 @torch.no_grad()
@@ -20,18 +20,18 @@ def generate(
     seed: int,
     end_of_text: int | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens one by one, at most `config.max_new_tokens`; end-of-text ends earlier and is not yielded.
+    """Yield new tokens one by one, at most `config.max_new_tokens`.
 
-    So does a model whose logits are not finite: there is nothing to draw from.
+    Generation ends before the end-of-text token, and when the logits of a diverged model are not finite.
 
     Args:
-        model: maps (B, T) tokens to (B, T, V) logits; it is in evaluation mode while tokens are drawn.
-        prompt: at least one token; of a longer one the last `block_size` are seen.
-        config: temperature and filters.
-        block_size: longest context of the model.
-        vocab_size: the tokenizer's size: rows that pad the embedding are never drawn.
-        seed: of the draws, which no other generator sees.
-        end_of_text: id of the token that ends a text.
+        model: maps (B, T) tokens to (B, T, V) logits; in evaluation mode meanwhile.
+        prompt: at least one token id; the model sees the last `block_size` of them.
+        config: length, temperature and filters.
+        block_size: context length of the model.
+        vocab_size: of the tokenizer; ids above it, which pad the embedding, are never sampled.
+        seed: of a generator that is used for nothing else.
+        end_of_text: id of the end-of-text token; None if there is none.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -43,7 +43,7 @@ def generate(
             logits = model(tokens[:, -block_size:])[:, -1, :vocab_size].float()  # (1, V)
             if not logits.isfinite().all():
                 return
-            token = next_token(
+            token = sample_next_token(
                 logits,
                 temperature=config.temperature,
                 top_k=config.top_k,

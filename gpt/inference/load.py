@@ -1,4 +1,4 @@
-"""Load a trained model and its tokenizer."""
+"""Loading of a trained model for inference."""
 
 from pathlib import Path
 
@@ -16,10 +16,14 @@ from gpt.utils.helper import format_si
 
 
 def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
-    """A trained model and its tokenizer, from a run's folder (its newest checkpoint) or from a checkpoint.
+    """Load a trained model and its tokenizer from a run folder (its newest checkpoint) or a checkpoint.
+
+    Args:
+        path: run folder or checkpoint.
+        device: auto, cpu, cuda or mps.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged.
     """
     checkpoint = locate_checkpoint(path, "RUN_DIR")
     tokenizer = Tokenizer.from_file(find_run(checkpoint).tokenizer)
@@ -27,9 +31,11 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     config = load_config(checkpoint / "config.json").model
     embedding = weights.get("wte.weight", torch.empty(0))
     config = config.model_copy(update={"vocab_size": len(embedding)})
-    if config.n_parameters != sum(tensor.numel() for tensor in weights.values()):  # before memory for them is asked for
+    n_weights = sum(tensor.numel() for tensor in weights.values())
+    if config.n_parameters != n_weights:  # before the model is allocated
         raise UserError(
-            f"{checkpoint}: config.json is of a model of {format_si(config.n_parameters)} parameters, not of this one"
+            f"{checkpoint}: config.json describes a model of {format_si(config.n_parameters)} parameters, but the "
+            f"weights have {format_si(n_weights)}; use a checkpoint as it was saved"
         )
     model = GPT(config, seed=0)
     load_model_tensors(model, weights)

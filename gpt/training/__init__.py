@@ -1,1 +1,1 @@
-"""The Trainer (a Subject), the step it repeats, and the Observers that watch it."""
+"""The Trainer (a Subject), the training step that it repeats, and its observers, sinks and probes."""

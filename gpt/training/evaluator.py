@@ -1,4 +1,4 @@
-"""The observer that decides when to evaluate."""
+"""The observer that evaluates the model during a run."""
 
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
@@ -12,19 +12,19 @@ from gpt.training.observer import Observer
 
 
 class Evaluator(Observer):
-    """Runs its tasks on the plan's steps and publishes each one's metrics.
+    """Runs tasks on the steps that the plan evaluates, and publishes the metrics of each.
 
     Args:
-        model: the bare module; in evaluation mode during a task, and put back after it.
-        tasks: run in this order, by every rank.
-        plan: says when.
+        model: the bare module; in evaluation mode while a task runs.
+        tasks: run in this order, on every rank.
+        plan: names the steps to evaluate.
     """
 
     def __init__(self, model: nn.Module, tasks: Sequence[EvaluationTask], plan: RunPlan):
         self._model, self._tasks, self._plan = model, tasks, plan
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Evaluate after a step that is due."""
+        """Evaluate if this step is due."""
         if not is_evaluated(event, self._plan):
             return ()
         was_training = self._model.training

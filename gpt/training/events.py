@@ -1,6 +1,7 @@
-"""What happens in a run, and what an observer may ask for.
+"""Events of a run, and the commands that observers return.
 
-Events are frozen and hold no tensor, no model and no trainer; every field is equal on every rank.
+Events are frozen and hold no tensor, model or trainer; every field is equal on every rank. To add one, write a
+dataclass here and publish it from `Trainer` or from an observer.
 """
 
 from collections.abc import Mapping
@@ -11,37 +12,37 @@ from gpt.configs.run_plan import RunPlan
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened after `step` global batches were consumed."""
+    """Something that happened after `step` global batches were consumed."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class TrainStart(Event):
-    """Once, before the first step."""
+    """Published once, before the first step."""
 
     plan: RunPlan
     resumed_from: str | None
-    """Checkpoint that the run continues from."""
+    """Checkpoint that the run resumes from."""
 
 
 @dataclass(frozen=True)
 class StepEnd(Event):
-    """After every step; on steps that report metrics, after MetricsReady."""
+    """Published after every step; on steps that report metrics, after MetricsReady."""
 
     tokens_seen: int
 
 
 @dataclass(frozen=True)
 class MetricsReady(Event):
-    """At each log interval."""
+    """Published at each log interval."""
 
     metrics: Mapping[str, float]
-    """Host numbers, reduced over the processes."""
+    """Metric -> value, reduced over all ranks."""
     losses: tuple[float, ...]
-    """train/loss of every step since the last report, this one's last."""
+    """train/loss of every step since the last report, in order, up to `step`."""
     skipped: tuple[int, ...] = ()
-    """Those of these steps whose update was skipped: a NaN or inf in a loss or gradient."""
+    """Numbers of these steps whose update was skipped for a NaN or inf in the loss or gradient."""
 
 
 @dataclass(frozen=True)
@@ -58,30 +59,30 @@ class TextSampled(Event):
 
     prompt: str
     text: str
-    """What the model wrote after the prompt."""
+    """Sample, without the prompt."""
 
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """After the commit."""
+    """Published once a checkpoint is committed to the disk."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class SpikeSeen(Event):
-    """Published by the SpikeGuard; `step` is the spike's own."""
+    """Published by the SpikeGuard; `step` is the step of the spike."""
 
     loss: float
     median: float
-    """Of the losses before it."""
+    """Median of the losses before it."""
     deviations: float
-    """How many robust deviations lie between the two."""
+    """Distance from the median in robust standard deviations."""
 
 
 @dataclass(frozen=True)
 class RolledBack(Event):
-    """After the state of `to_step` was loaded; `step` is the one that was left."""
+    """Published after a rollback from `step` to the checkpoint of `to_step`."""
 
     to_step: int
     reason: str
@@ -89,14 +90,14 @@ class RolledBack(Event):
 
 @dataclass(frozen=True)
 class TrainEnd(Event):
-    """On a clean end only."""
+    """Published at a clean end only."""
 
     reason: str
-    """`finished`, or the reason that a Stop gave."""
+    """`finished`, or the reason of the Stop that ended the run."""
 
 
 def is_evaluated(event: Event, plan: RunPlan) -> bool:
-    """Whether the model is evaluated on `event`: after steps that are due, at the start where the last one still is."""
+    """Return whether the model is evaluated on `event`: a step that is due, or the start if it still is."""
     match event:
         case StepEnd(step=step):
             return plan.evaluates_at(step)
@@ -107,7 +108,7 @@ def is_evaluated(event: Event, plan: RunPlan) -> bool:
 
 @dataclass(frozen=True)
 class Stop:
-    """Command: end the run after this step; the state is saved."""
+    """Command: save the state and end the run after this step."""
 
     reason: str
 
@@ -117,16 +118,16 @@ class Save:
     """Command: write a checkpoint of this step."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the model at this step; recorded in the checkpoint."""
+    """Metrics of the model at this step; recorded in the checkpoint."""
 
 
 @dataclass(frozen=True)
 class RollBack:
-    """Command: go back to the newest checkpoint before all bad steps, and on without their batches."""
+    """Command: load the newest checkpoint before all bad steps, and train on without their batches."""
 
     reason: str
     bad_steps: Mapping[int, str]
-    """Number of a step -> what was wrong with it."""
+    """Number of a bad step -> what was wrong with it."""
 
 
 Command = Stop | Save | RollBack

@@ -147,7 +147,7 @@ class Trainer(Subject):
         self._announce(self._checkpoints.finish())
         last_good = min(command.bad_steps) - 1
         if self._checkpoints.load_newest(self._state, at_most=last_good) is None:
-            raise UserError(f"{command.reason}, and there is no sound checkpoint up to step {last_good} to go back to")
+            raise UserError(f"{command.reason}, and no valid checkpoint up to step {last_good} is left to roll back to")
         self._journal.add_rollback(command.bad_steps, self._step, command.reason)
         commands = self.notify(RolledBack(left, self._step, command.reason))
         assert not commands, "no observer returns a command after a rollback"

@@ -36,7 +36,7 @@ def test_verify_returns_the_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json", "config.json"])
-def test_a_flipped_bit_is_found_in_every_file(tmp_path: Path, name: str) -> None:
+def test_verify_finds_a_flipped_bit_in_every_file(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     path = tmp_path / "step" / name
     content = bytearray(path.read_bytes())
@@ -46,7 +46,7 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path: Path, name: str) -> None
         verify(tmp_path / "step")
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -54,7 +54,7 @@ def _halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _newer(path: Path) -> None:
+def _make_newer(path: Path) -> None:
     path.write_text(json.dumps({"format_version": 99, "files": {}}))
 
 
@@ -62,14 +62,18 @@ def _newer(path: Path) -> None:
     ("name", "damage", "message"),
     [
         (MODEL, Path.unlink, "missing from the checkpoint"),
-        (MODEL, _cut, r"model.safetensors: damaged: \d+ bytes instead of \d+"),
+        (MODEL, _truncate, r"model.safetensors: damaged: \d+ bytes instead of \d+"),
         (CHECKPOINT_MANIFEST, Path.unlink, "No such file"),
-        (CHECKPOINT_MANIFEST, _cut, "damaged: it does not end with its digest"),
+        (CHECKPOINT_MANIFEST, _truncate, "damaged: it does not end with its digest"),
         (CHECKPOINT_MANIFEST, _halve, "damaged: not valid JSON"),
-        (CHECKPOINT_MANIFEST, _newer, "checkpoint format 99; this version reads formats 1 to 3, a newer one"),
+        (
+            CHECKPOINT_MANIFEST,
+            _make_newer,
+            "checkpoint format 99, but this version reads formats 1 to 3; use a newer gpt-training-pipeline",
+        ),
     ],
 )
-def test_a_missing_cut_or_newer_file_is_named(
+def test_verify_names_a_missing_truncated_or_newer_file(
     tmp_path: Path, name: str, damage: Callable[[Path], None], message: str
 ) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
@@ -78,7 +82,7 @@ def test_a_missing_cut_or_newer_file_is_named(
         verify(tmp_path / "step")
 
 
-def test_a_manifest_that_names_no_files_vouches_for_none(tmp_path: Path) -> None:
+def test_a_manifest_that_names_no_files_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     for content in ({}, {"format_version": 1}, {"format_version": 1, "files": []}, {"format_version": 1, "files": {}}):
         (tmp_path / "step" / CHECKPOINT_MANIFEST).write_text(json.dumps(content))
@@ -86,7 +90,7 @@ def test_a_manifest_that_names_no_files_vouches_for_none(tmp_path: Path) -> None
             verify(tmp_path / "step")
 
 
-def test_the_manifest_says_what_the_bits_depend_on(tmp_path: Path) -> None:
+def test_the_manifest_records_environment_identity_and_finite_metrics(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}", {"val/loss": 1.5, "broken": float("nan")})
     content = json.loads((tmp_path / "step" / CHECKPOINT_MANIFEST).read_text())
     assert content["environment"] == {
@@ -110,7 +114,7 @@ def test_environment_mismatch_is_reported_in_one_line(tmp_path: Path) -> None:
         mismatch = environment_mismatch(tmp_path / "step", manifest)
     finally:
         torch.set_num_threads(threads)
-    assert mismatch == f"not bitwise: step was written with threads per process {threads} there and {threads + 1} here"
+    assert mismatch == f"not bit-exact: step was written with threads per process {threads} (now {threads + 1})"
 
 
 def as_version_1(content: dict[str, Any]) -> str:
@@ -177,19 +181,19 @@ def test_a_digest_of_another_version_is_refused(tmp_path: Path, encode: Callable
         verify(tmp_path / "step")
 
 
-def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
+def test_a_newer_format_is_not_damage(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     (tmp_path / "step" / CHECKPOINT_MANIFEST).write_text(json.dumps({"format_version": CHECKPOINT_FORMAT_VERSION + 1}))
-    with pytest.raises(NewerFormatError, match="a newer one of gpt-training-pipeline may read it"):
+    with pytest.raises(NewerFormatError, match="use a newer gpt-training-pipeline"):
         verify(tmp_path / "step")
 
 
 @pytest.mark.parametrize("bit", range(8))
-def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path: Path, bit: int) -> None:
+def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path, bit: int) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}", {"val/loss": 1.5})
     path = tmp_path / "step" / CHECKPOINT_MANIFEST
-    whole = path.read_bytes()
-    for at in range(len(whole)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    valid = path.read_bytes()
+    for at in range(len(valid)):
+        path.write_bytes(valid[:at] + bytes([valid[at] ^ 1 << bit]) + valid[at + 1 :])
         with pytest.raises(UserError, match=r"manifest\.json: (damaged|not valid JSON)|checkpoint format"):
             read_checkpoint_manifest(tmp_path / "step")

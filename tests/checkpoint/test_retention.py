@@ -15,14 +15,14 @@ from gpt.checkpoint.retention import steps_to_keep
         (3, True, {2, 3, 4}),
     ],
 )
-def test_the_newest_and_the_best_are_kept(keep: int, keep_best: bool, expected: set[int]) -> None:
+def test_steps_to_keep_are_the_newest_and_the_best(keep: int, keep_best: bool, expected: set[int]) -> None:
     losses = {1: 3.0, 2: 1.5, 3: 2.0, 9: 0.1}  # of 9 there is no checkpoint any more
     assert steps_to_keep([1, 2, 3, 4], losses, keep=keep, keep_best=keep_best) == expected
 
 
-def test_of_equals_the_newest_is_the_best() -> None:
+def test_the_best_of_equal_losses_is_the_newest() -> None:
     assert steps_to_keep([1, 2, 3], {1: 1.0, 2: 1.0}, keep=1, keep_best=True) == {2, 3}
 
 
-def test_without_any_evaluation_there_is_no_best() -> None:
+def test_without_an_evaluation_no_step_is_the_best() -> None:
     assert steps_to_keep([1, 2], {}, keep=1, keep_best=True) == {2}

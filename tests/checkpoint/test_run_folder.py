@@ -15,12 +15,12 @@ def test_an_uncommitted_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert folder.list_checkpoints() == [folder.checkpoint_path(1)]
 
 
-def test_what_holds_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--resume {tmp_path}: holds no checkpoint"):
         locate_checkpoint(tmp_path, "--resume")
     with pytest.raises(UserError, match="no such folder"):
         locate_checkpoint(tmp_path / "none", "--resume")
 
 
-def test_a_checkpoint_knows_its_run(finished_run: Path) -> None:
+def test_find_run_returns_the_run_of_a_checkpoint(finished_run: Path) -> None:
     assert find_run(RunFolder(finished_run).checkpoint_path(4)).path == finished_run.resolve()

@@ -37,7 +37,7 @@ def write_checkpoint(path: Path, state: AppState, config_json: str, metrics: dic
     store.write_checkpoint(path, take_snapshot(state, metrics or {}), config_json)
 
 
-def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_a_state_loads_bit_exactly(tmp_path: Path) -> None:
     saved, loaded = trained_state(scaled=True), make_state(9, scaled=True)
     write_checkpoint(tmp_path / "step", saved, "{}")
     verify_and_load(tmp_path / "step", loaded)
@@ -75,9 +75,9 @@ def test_loading_without_verification_does_not_read_the_manifest(tmp_path: Path)
         read_weights(tmp_path / "step")
 
 
-def test_another_architecture_is_one_line(tmp_path: Path) -> None:
+def test_another_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     with pytest.raises(
-        UserError, match=r"another architecture: h.0.attn.c_attn.bias has shape \(24,\) there and \(48,\)"
+        UserError, match=r"another architecture: h.0.attn.c_attn.bias has shape \(24,\) in the checkpoint and \(48,\)"
     ):
         verify_and_load(tmp_path / "step", make_state(1, n_embd=16))

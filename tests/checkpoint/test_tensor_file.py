@@ -27,7 +27,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("tensors", [TENSORS, {}, {"one": torch.zeros(())}])
-def test_the_bytes_are_the_librarys_own(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_bytes_equal_those_of_the_library(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     record = write_tensors(tmp_path / "ours", tensors)
     save_file(tensors, tmp_path / "theirs")
     content = (tmp_path / "theirs").read_bytes()
@@ -37,7 +37,7 @@ def test_the_bytes_are_the_librarys_own(tmp_path: Path, tensors: dict[str, torch
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_tensor_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_longer_than_a_chunk_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_file, "CHUNK_BYTES", 64)
     tensors = {"long": torch.randn(1000), "short": torch.randn(3)}
     write_tensors(tmp_path / "ours", tensors)
@@ -84,10 +84,10 @@ MALICIOUS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("case", MALICIOUS)
-def test_a_file_that_was_made_to_deceive_is_one_line(tmp_path: Path, case: str) -> None:
+def test_a_malicious_file_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(MALICIOUS[case]())
-    with pytest.raises(UserError, match=r"model\.safetensors: not a valid safetensors file: ") as told:
+    with pytest.raises(UserError, match=r"model\.safetensors: not a valid safetensors file: ") as error:
         read_tensors(path)
-    assert "\n" not in str(told.value)
-    assert len(str(told.value)) < 500
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500

@@ -85,7 +85,7 @@ def test_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     for arguments, message in (
         ([str(tmp_path), "--step", "1"], "name a run's config.json"),
         ([str(finished_run), "--step", "0"], "--step 0: must be at least 1 (nearest: 1)"),
-        ([str(finished_run)], "usage: gpt data-at RUN_DIR STEP"),
+        ([str(finished_run)], "usage: gpt data-at RUN_DIR --step STEP [--flags]"),
     ):
         assert main(["data-at", *arguments]) == 2
         error = capsys.readouterr().err

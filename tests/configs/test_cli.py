@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt.commands.train import parse_train
+from gpt.commands.train import TrainCommand, parse_train
+from gpt.configs.explain import list_flags
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
@@ -61,6 +62,15 @@ def test_none_unsets_optional_fields(tmp_path: Path) -> None:
     assert (config.init_from, config.data.val_source) == (None, ())
 
 
+def test_optional_switch_takes_true_false_or_none() -> None:
+    assert [config_of(f"--model.qkv-bias {value}").model.qkv_bias for value in ("true", "false", "none")] == [
+        True,
+        False,
+        None,
+    ]
+    assert config_of("").model.qkv_bias is None
+
+
 def test_dry_run_is_not_part_of_the_configuration() -> None:
     command = parse_train(["debug", "--dry-run"])
     assert (command.as_train_config(), command.dry_run) == (PRESETS["debug"](), True)
@@ -76,7 +86,7 @@ REQUIRED_FLAGS = """
     --optimizer.weight-decay --optimizer.beta1 --optimizer.beta2 --log.interval --eval.interval --eval.batches
     --parallel.activation-checkpointing --parallel.reproducible --parallel.check-replicas --parallel.step-timeout
     --runtime.threads --runtime.keep-freed-memory --runtime.flush-denormals --runtime.fused-attention
-    --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run
+    --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run --json
     --profile.start --profile.steps
 """.split()
 
@@ -86,7 +96,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         parse_train(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert [flag for flag in REQUIRED_FLAGS if flag not in shown] == []
+    assert [flag for flag in [*REQUIRED_FLAGS, *list_flags(TrainCommand)] if flag not in shown] == []
     assert "(default: 1337)" in shown
 
 
@@ -114,18 +124,22 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
             "model: position=rotary needs an even head_dim: n_embd=36 over n_head=4 makes it 9 "
             "(nearest n_embd: 32 or 40)",
         ),
+        ("--model.qkv-bias maybe", "--model.qkv-bias maybe: expected true, false or none"),
         ("--model.mlp swigl", "--model.mlp swigl: did you mean swiglu? one of gelu, gelu_erf, relu2, swiglu"),
         ("--optimizer.name moun", "--optimizer.name moun: did you mean muon? one of adamw, muon"),
-        ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr="),
-        ("--lr.schedule constant --lr.decay-steps 5", "lr: decay_steps=5 means nothing for schedule=constant"),
-        ("--max-steps 0", "max_steps, max_tokens and epochs are all 0"),
-        ("--resume a --init-from b", "init_from=b and resume=a both name a start"),
+        ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr=0.002 (nearest: 0.002)"),
+        (
+            "--lr.schedule constant --lr.decay-steps 5",
+            "lr: decay_steps=5 has no effect with schedule=constant; set it to 0",
+        ),
+        ("--max-steps 0", "max_steps, max_tokens and epochs are all 0, so the run would never end; set one of them"),
+        ("--resume a --init-from b", "init_from=b and resume=a both set where the run starts; remove one"),
         ("--model.n-layer", "--model.n-layer needs a value"),
         ("--config", "--config needs a value"),
         ("--micro-batch-size atuo", "--micro-batch-size atuo: expected a whole number or auto"),
         ("--micro-batch-size 2.5", "--micro-batch-size 2.5: expected a whole number or auto"),
         ("--micro-batch-size 0", "--micro-batch-size 0: must be at least 1 (nearest: 1 or auto)"),
-        ("--micro-batch-size auto --tokens-per-step 0", "micro_batch_size=auto cuts up tokens_per_step, and that is 0"),
+        ("--micro-batch-size auto --tokens-per-step 0", "micro_batch_size=auto divides tokens_per_step, which is 0"),
         (
             "--parallel.activation-checkpointing blocks",
             "--parallel.activation-checkpointing blocks: did you mean block? one of none, block, selective",
@@ -140,7 +154,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--model.bias True", "--model.bias takes no value: write --model.bias or --model.no-bias"),
         ("--device npu", "--device npu: did you mean cpu? one of auto, cpu, cuda, mps"),
         ("--dtype x", "--dtype x: one of auto, float32, bfloat16, float16"),
-        ("--run-dir=", "--run-dir '': names no path"),
+        ("--run-dir=", "--run-dir '': an empty path; name a file or folder"),
         ("--data.source=", "--data.source : must not be empty"),
         ("--data.source", "--data.source (): must not be empty"),
         ("--data.source none", "--data.source (): must not be empty"),

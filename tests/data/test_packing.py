@@ -1,3 +1,4 @@
+import doctest
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from gpt.configs.data_config import DataConfig
 from gpt.data import packing
 from gpt.data.corpus import open_corpus, prepare_corpus
-from gpt.data.packing import Packing, pack, packing_of
+from gpt.data.packing import Packing, load_or_pack, pack
 from gpt.data.sequences import PackedDocuments
 from gpt.data.shards import ShardWriter, TokenStream
 from gpt.errors import UserError
@@ -36,14 +37,19 @@ def equal(ours: Packing, theirs: Packing) -> bool:
     return all(np.array_equal(value, getattr(theirs, name)) for name, value in vars(ours).items())
 
 
+def test_worked_example() -> None:
+    results = doctest.testmod(packing)
+    assert (results.attempted, results.failed) == (1, 0)
+
+
 @pytest.mark.parametrize("group", [2, 7, 2**16])
 @pytest.mark.parametrize("per_shard", [1, 40])
 @pytest.mark.parametrize("block_size", [1, 8, 50])
 @pytest.mark.parametrize("has_end", [True, False])
-def test_an_epoch_has_every_token_once(
+def test_epoch_has_every_token_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, per_shard: int, block_size: int, has_end: bool
 ) -> None:
-    monkeypatch.setattr(packing, "GROUP", group)
+    monkeypatch.setattr(packing, "DOCUMENTS_PER_GROUP", group)
     stream = numbered(tmp_path / "shards", LENGTHS, per_shard)
     packed = pack(stream, block_size, ends_are_targets=has_end)
     end = 0 if has_end else None
@@ -66,7 +72,7 @@ def test_an_epoch_has_every_token_once(
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 50])
-def test_documents_are_whole_where_they_fit_and_else_cut_into_full_sequences(tmp_path: Path, block_size: int) -> None:
+def test_only_documents_longer_than_a_sequence_are_cut(tmp_path: Path, block_size: int) -> None:
     packed = pack(numbered(tmp_path / "shards", LENGTHS), block_size, ends_are_targets=True)
     expected = []
     for first, length in zip(firsts(LENGTHS), LENGTHS, strict=True):
@@ -91,7 +97,7 @@ def plain_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("capacity", [5, 64, 200])
-def test_it_is_best_fit(capacity: int) -> None:
+def test_best_fit_fills_rows_as_the_plain_algorithm_does(capacity: int) -> None:
     draw = random.Random(capacity)
     for n in (0, 1, 10, 200):
         lengths = sorted((draw.randint(1, capacity - 1) for _ in range(n)), reverse=True)
@@ -102,7 +108,7 @@ def test_it_is_best_fit(capacity: int) -> None:
         assert fills[0] == fills[1]
 
 
-def test_documents_without_tokens_and_streams_without_documents(tmp_path: Path) -> None:
+def test_empty_documents_and_empty_streams(tmp_path: Path) -> None:
     packed = pack(numbered(tmp_path / "some", [3, 0, 5, 0]), 8, ends_are_targets=True)
     assert (packed.n_sequences, sorted(packed.lengths.tolist())) == (1, [3, 5])
     assert pack(TokenStream([], 10), 8, ends_are_targets=True).n_sequences == 0
@@ -110,7 +116,7 @@ def test_documents_without_tokens_and_streams_without_documents(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("has_end", [True, False])
-def test_a_document_that_goes_on_in_other_shards_is_one_document(tmp_path: Path, has_end: bool) -> None:
+def test_document_that_continues_in_other_shards_is_one_document(tmp_path: Path, has_end: bool) -> None:
     shards = []
     pieces = [([4, 10], False), ([7], True), ([9, 3], True), ([2, 30], False)]  # 4, 10+7+9, 3, 2, 30
     at = 1
@@ -128,56 +134,56 @@ def test_a_document_that_goes_on_in_other_shards_is_one_document(tmp_path: Path,
 
 
 @pytest.fixture
-def steps_to_keep(tmp_path: Path) -> Callable[[], Packing]:
-    """The packing of some documents, kept in tmp_path/kept.safetensors."""
+def load_packing(tmp_path: Path) -> Callable[[], Packing]:
+    """The packing of some documents, saved in tmp_path/packing.safetensors."""
     stream = numbered(tmp_path / "shards", [3, 7, 20, 5, 5, 1])
-    return lambda: packing_of(stream, 8, ends_are_targets=True, path=tmp_path / "kept.safetensors")
+    return lambda: load_or_pack(stream, 8, ends_are_targets=True, path=tmp_path / "packing.safetensors")
 
 
-def test_a_kept_packing_is_read_and_not_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_to_keep: Callable[[], Packing]
+def test_saved_packing_is_loaded_and_not_packed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_packing: Callable[[], Packing]
 ) -> None:
-    made = steps_to_keep()
-    assert equal(made, pack(numbered(tmp_path / "again", [3, 7, 20, 5, 5, 1]), 8, ends_are_targets=True))
+    packed = load_packing()
+    assert equal(packed, pack(numbered(tmp_path / "again", [3, 7, 20, 5, 5, 1]), 8, ends_are_targets=True))
     monkeypatch.setattr(packing, "pack", None)
-    assert equal(steps_to_keep(), made)
-    assert sorted(p.name for p in tmp_path.glob("kept*")) == ["kept.safetensors"]
+    assert equal(load_packing(), packed)
+    assert sorted(p.name for p in tmp_path.glob("packing*")) == ["packing.safetensors"]
 
 
-def test_a_damaged_packing_is_one_line_that_names_it(tmp_path: Path, steps_to_keep: Callable[[], Packing]) -> None:
-    steps_to_keep()
-    path = tmp_path / "kept.safetensors"
-    sound = path.read_bytes()
-    places = [0, 7, 8, 60, len(sound) - 1, *random.Random(0).sample(range(len(sound)), 60)]
+def test_damaged_packing_is_reported_in_one_line(tmp_path: Path, load_packing: Callable[[], Packing]) -> None:
+    load_packing()
+    path = tmp_path / "packing.safetensors"
+    intact = path.read_bytes()
+    places = [0, 7, 8, 60, len(intact) - 1, *random.Random(0).sample(range(len(intact)), 60)]
     for place in places:
-        changed = bytearray(sound)
+        changed = bytearray(intact)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
         with pytest.raises(UserError, match=rf"^{path}: .*; delete it") as error:
-            steps_to_keep()
+            load_packing()
         assert "\n" not in str(error.value)
-    for content in (b"", b"{}", sound[:-8], sound + b"\0"):
+    for content in (b"", b"{}", intact[:-8], intact + b"\0"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"^{path}: .*; delete it"):
-            steps_to_keep()
-    path.write_bytes(sound)
+            load_packing()
+    path.write_bytes(intact)
     tensors = load_file(path)
     del tensors["starts"]
     save_file(tensors, path)
-    with pytest.raises(UserError, match=rf"^{path}: changed since it was made: .*; delete it"):
-        steps_to_keep()
+    with pytest.raises(UserError, match=rf"^{path}: changed since it was packed: .*; delete it"):
+        load_packing()
 
 
-def test_a_packing_that_cannot_be_kept_is_one_line(tmp_path: Path) -> None:
+def test_packing_that_cannot_be_saved_is_reported_in_one_line(tmp_path: Path) -> None:
     stream = numbered(tmp_path / "shards", [3, 7])
     with pytest.raises(UserError, match=r"no/folder/x.safetensors: .*; delete it if it is there, or name another"):
-        packing_of(
+        load_or_pack(
             stream, 8, ends_are_targets=True, path=tmp_path / "shards/train-000000.safetensors/no/folder/x.safetensors"
         )
 
 
 @pytest.mark.parametrize("block_size", [128, 1024])
-def test_pythons_library_is_packed_with_little_padding(cache_dir: Path, block_size: int) -> None:
+def test_packing_pythons_library_leaves_little_padding(cache_dir: Path, block_size: int) -> None:
     data = DataConfig(packing="best-fit", cache_dir=cache_dir, tokenizer="bpe", vocab_size=512)
     corpus = open_corpus(prepare_corpus(data), data, block_size)
     (stream,), (packed,) = corpus.train.values(), corpus.packings.values()

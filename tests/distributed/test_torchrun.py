@@ -1,4 +1,4 @@
-"""Real processes under torchrun, on CPU with gloo."""
+"""Training under torchrun, on CPU with gloo."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FLAGS = [
 ]
 
 
-def torchrun(*flags: str, processes: int = 2, script: Path | None = None) -> subprocess.Popen[str]:
+def start_torchrun(*flags: str, processes: int = 2, script: Path | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -33,58 +33,58 @@ def torchrun(*flags: str, processes: int = 2, script: Path | None = None) -> sub
     )  # fmt: skip
 
 
-def records(run_dir: Path, key: str) -> dict[int, float]:
+def read_metric(run_dir: Path, key: str) -> dict[int, float]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
 
 
 @pytest.fixture(scope="module")
 def runs(text_file: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
-    """A hundred steps on one and on two processes, in float32."""
-    done = {}
+    """Train for 100 steps in float32 with one and with two ranks, and return each run's folder and output."""
+    results = {}
     for processes in (1, 2):
         run_dir = tmp_path_factory.mktemp("world") / str(processes)
-        process = torchrun(
+        process = start_torchrun(
             *("--run-dir", str(run_dir), "--max-steps", "100", "--eval.interval", "50"),
             *("--data.source", str(text_file), "--data.cache-dir", str(cache_dir), "--lr.decay-steps", "95"),
             processes=processes,
         )
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-        done[processes] = run_dir, output
-    return done
+        results[processes] = run_dir, output
+    return results
 
 
-def test_two_processes_train_as_one_does(runs: dict[int, tuple[Path, str]]) -> None:
-    one, two = (records(runs[n][0], "train/loss") for n in (1, 2))
+def test_two_ranks_train_like_one(runs: dict[int, tuple[Path, str]]) -> None:
+    one, two = (read_metric(runs[n][0], "train/loss") for n in (1, 2))
     assert list(one) == list(range(1, 101))
     assert one.keys() == two.keys()
     assert max(abs(one[step] - two[step]) for step in one) < 2e-6
     assert one[100] < one[1] - 0.5
 
 
-def test_two_processes_evaluate_as_one_does(runs: dict[int, tuple[Path, str]]) -> None:
-    one, two = (records(runs[n][0], "val/loss") for n in (1, 2))
+def test_two_ranks_evaluate_like_one(runs: dict[int, tuple[Path, str]]) -> None:
+    one, two = (read_metric(runs[n][0], "val/loss") for n in (1, 2))
     assert one.keys() == two.keys() == {50, 100}
     assert two[100] == pytest.approx(one[100], abs=2e-6)
 
 
-def test_resuming_is_exact_on_two_processes_and_close_on_one(
+def test_resume_is_bit_exact_with_two_ranks_and_close_with_one(
     runs: dict[int, tuple[Path, str]], text_file: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     data = ("--data.source", str(text_file), "--data.cache-dir", str(cache_dir), "--lr.decay-steps", "95")
-    whole = records(runs[2][0], "train/loss")
+    expected = read_metric(runs[2][0], "train/loss")
     for steps, processes in ((10, 2), (20, 2), (30, 1)):
-        process = torchrun("--run-dir", str(tmp_path), "--max-steps", str(steps), *data, processes=processes)
+        process = start_torchrun("--run-dir", str(tmp_path), "--max-steps", str(steps), *data, processes=processes)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-    parts = records(tmp_path, "train/loss")
-    assert [parts[step] for step in range(1, 21)] == [whole[step] for step in range(1, 21)]
-    assert max(abs(parts[step] - whole[step]) for step in range(21, 31)) < 1e-5
+    actual = read_metric(tmp_path, "train/loss")
+    assert [actual[step] for step in range(1, 21)] == [expected[step] for step in range(1, 21)]
+    assert max(abs(actual[step] - expected[step]) for step in range(21, 31)) < 1e-5
 
 
-def test_two_processes_train_on_a_packed_mixture_as_one_does(cache_dir: Path, tmp_path: Path) -> None:
-    """Rows are padded differently, so that the processes have unequal shares of a step's targets."""
+def test_two_ranks_train_on_a_packed_mixture_like_one(cache_dir: Path, tmp_path: Path) -> None:
+    """Use sequences with different padding, so that the ranks have unequal numbers of targets."""
     for seed, name in enumerate(("books", "code")):
         (tmp_path / name).mkdir()
         for index in range(30):
@@ -95,37 +95,37 @@ def test_two_processes_train_on_a_packed_mixture_as_one_does(cache_dir: Path, tm
         *("--model.block-size", "64", "--tokens-per-step", "512", "--max-steps", "6", "--eval.interval", "3"),
         *("--data.val-fraction", "0.2", "--data.workers", "1", "--model.dropout", "0", "--sample.prompts"),
     ]
-    lean = ("--micro-batch-size", "auto", "--parallel.activation-checkpointing", "selective")
-    process = torchrun(*flags, *lean, "--run-dir", str(tmp_path / "two"))
+    memory_flags = ("--micro-batch-size", "auto", "--parallel.activation-checkpointing", "selective")
+    process = start_torchrun(*flags, *memory_flags, "--run-dir", str(tmp_path / "two"))
     config = parse_train([*FLAGS[1:], *flags, "--run-dir", str(tmp_path / "one")]).as_train_config()
     build_trainer(open_run(config)).train()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     for key, steps in (("train/loss", range(1, 7)), ("val/loss", (3, 6)), ("val/loss/code", (3, 6))):
-        one, two = (records(tmp_path / run, key) for run in ("one", "two"))
+        one, two = (read_metric(tmp_path / run, key) for run in ("one", "two"))
         assert list(one) == list(two) == list(steps)
         assert [two[step] for step in steps] == pytest.approx([one[step] for step in steps], abs=1e-5)
-    assert records(tmp_path / "two", "train/loss")[1] == pytest.approx(
-        records(tmp_path / "one", "train/loss")[1], abs=1e-6
+    assert read_metric(tmp_path / "two", "train/loss")[1] == pytest.approx(
+        read_metric(tmp_path / "one", "train/loss")[1], abs=1e-6
     )
 
 
-def test_rank_0_alone_talks(runs: dict[int, tuple[Path, str]]) -> None:
+def test_only_rank_0_prints(runs: dict[int, tuple[Path, str]]) -> None:
     output = runs[2][1]
     assert output.count("finished at step 100") == 1
     assert "2 processes" in output
 
 
-def test_a_users_mistake_is_told_once(tmp_path: Path) -> None:
-    output, _ = (process := torchrun("--run-dir", str(tmp_path), "--data.source", "/no/such/text")).communicate(
+def test_user_error_is_printed_once(tmp_path: Path) -> None:
+    output, _ = (process := start_torchrun("--run-dir", str(tmp_path), "--data.source", "/no/such/text")).communicate(
         timeout=120
     )
     assert process.returncode != 0
     assert output.count("gpt: error: --data.source /no/such/text: no such file or folder") == 1
 
 
-def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(text_file: Path, cache_dir: Path, tmp_path: Path) -> None:
-    process = torchrun(
+def test_signal_to_one_rank_stops_both_with_a_checkpoint(text_file: Path, cache_dir: Path, tmp_path: Path) -> None:
+    process = start_torchrun(
         *("--run-dir", str(tmp_path), "--max-steps", "100000", "--checkpoint.interval", "0", "--eval.interval", "0"),
         *("--data.source", str(text_file), "--data.cache-dir", str(cache_dir)),
     )
@@ -144,7 +144,7 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(text_file: Path, cach
     assert "SIGTERM at step" in output
 
 
-MUON = """
+DIGEST_SCRIPT = """
 import hashlib, os, sys
 from pathlib import Path
 from gpt.configs.train_config import TrainConfig
@@ -152,28 +152,28 @@ from gpt.run import open_run
 from gpt.pipeline import build_trainer
 from gpt.utils.launch import end_process
 
-layout = open_run(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
-trainer = build_trainer(layout)
+run = open_run(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+trainer = build_trainer(run)
 trainer.train()
 digest = hashlib.sha256()
 for tensor in trainer._state.model.state_dict().values():
     digest.update(tensor.numpy().tobytes())
 Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(digest.hexdigest())
-layout.dist.close()
+run.dist.close()
 end_process()
 """
 
 
-def test_every_process_makes_muons_update_to_the_same_bit(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(MUON)
+def test_muon_update_is_bit_exact_on_every_rank(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(DIGEST_SCRIPT)
     config = tiny(tmp_path / "run", optimizer={"name": "muon"}, micro_batch_size=2, dtype="bfloat16")
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    process = torchrun(str(tmp_path / "config.json"), script=tmp_path / "script.py")
+    process = start_torchrun(str(tmp_path / "config.json"), script=tmp_path / "script.py")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     first, second = (Path(f"{tmp_path}/config.json.{rank}").read_text() for rank in (0, 1))
     assert first == second
     build_trainer(open_run(config.model_copy(update={"run_dir": tmp_path / "alone"}))).train()
     for key in ("train/loss", "grad_norm"):
-        two, one = (records(tmp_path / name, key)[1] for name in ("run", "alone"))
+        two, one = (read_metric(tmp_path / name, key)[1] for name in ("run", "alone"))
         assert two == pytest.approx(one, abs=1e-6)

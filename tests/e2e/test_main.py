@@ -80,7 +80,7 @@ def test_same_command_reports_finished_and_a_longer_one_resumes(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     assert main([*flags, "--max-steps", "6"]) == 0
     shown = capsys.readouterr().out
-    assert "continuing from" in shown
+    assert "resuming from" in shown
     assert "finished at step 6" in shown
 
 

@@ -20,7 +20,7 @@ MODEL = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=BLOCK, vocab_si
 
 
 class Rank(DistContext):
-    """A rank of several, whose sums are gathered by the test."""
+    """One of several ranks, whose sums the test collects."""
 
     def __init__(self, rank: int, world_size: int):
         super().__init__("cpu")
@@ -46,13 +46,13 @@ def task(
 ) -> ValLoss:  # fmt: skip
     return ValLoss(
         {"text": stream} if isinstance(stream, TokenStream) else stream,
-        block_size=BLOCK, batch_size=batch_size, batches=batches, masked=masked,
+        block_size=BLOCK, batch_size=batch_size, batches=batches, document_mask=masked,
         autocast=nullcontext, dist=dist or DistContext("cpu"),
     )  # fmt: skip
 
 
 def reference(stream: TokenStream) -> float:
-    """Window by window, no batch, no padding."""
+    """Return the loss computed window by window, without batches or padding."""
     tokens = torch.from_numpy(stream.read(0, N_TOKENS).astype("int64"))
     nats = 0.0
     for start in range(0, N_TOKENS - 1, BLOCK):
@@ -63,7 +63,7 @@ def reference(stream: TokenStream) -> float:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_every_token_counts_once_however_it_is_batched(stream: TokenStream, batch_size: int) -> None:
+def test_loss_is_the_same_at_every_batch_size(stream: TokenStream, batch_size: int) -> None:
     metrics = task(stream, batch_size=batch_size).run(MODEL)
     assert metrics["val/loss"] == pytest.approx(reference(stream), abs=1e-6)
 
@@ -76,7 +76,7 @@ def test_perplexity_and_bits_per_byte_follow_from_the_loss(stream: TokenStream) 
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 16])
-def test_ranks_share_the_work_and_their_sums_are_the_whole(stream: TokenStream, world_size: int) -> None:
+def test_ranks_share_the_batches_and_get_the_result_of_one_rank(stream: TokenStream, world_size: int) -> None:
     ranks = [Rank(rank, world_size) for rank in range(world_size)]
     for rank in ranks:
         task(stream, dist=rank).run(MODEL)
@@ -85,10 +85,10 @@ def test_ranks_share_the_work_and_their_sums_are_the_whole(stream: TokenStream, 
     assert task(stream, dist=ranks[0]).run(MODEL) == task(stream).run(MODEL)
 
 
-def test_fewer_batches_are_spread_over_the_set_and_fixed(stream: TokenStream) -> None:
+def test_fewer_batches_are_spread_evenly_and_always_the_same(stream: TokenStream) -> None:
     some = task(stream, batches=4)
     read: list[int] = []
-    some._batch = lambda stream, index: read.append(index) or ValLoss._batch(some, stream, index)  # type: ignore
+    some._get_batch = lambda stream, index: read.append(index) or ValLoss._get_batch(some, stream, index)  # type: ignore
     some.run(MODEL)
     assert read == [0, 2, 4, 6]
     assert some.run(MODEL) == some.run(MODEL) != task(stream).run(MODEL)
@@ -109,7 +109,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStream]:
 
 
 def nats_of_windows(stream: TokenStream, *, masked: bool) -> float:
-    """Window by window, and with `masked` document by document: each alone in the model."""
+    """Return the nats computed window by window; with `masked`, document by document."""
     tokens = torch.from_numpy(stream.read(0, len(stream)).astype("int64"))
     begins = set(stream.document_starts(0, len(stream)).tolist())
     nats = 0.0
@@ -124,7 +124,7 @@ def nats_of_windows(stream: TokenStream, *, masked: bool) -> float:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_several_sources_are_told_apart_and_together(
+def test_each_source_and_all_together_have_a_loss(
     several: dict[str, TokenStream], masked: bool, batch_size: int
 ) -> None:
     metrics = task(several, batch_size=batch_size, masked=masked).run(MODEL)
@@ -138,20 +138,20 @@ def test_several_sources_are_told_apart_and_together(
     assert metrics["val/bpb"] == pytest.approx(sum(nats.values()) / math.log(2) / n_bytes, abs=1e-6)
 
 
-def test_the_mask_changes_the_loss_of_all_but_a_single_document(several: dict[str, TokenStream]) -> None:
+def test_document_mask_changes_the_loss_unless_there_is_one_document(several: dict[str, TokenStream]) -> None:
     plain, masked = (task(several, masked=flag).run(MODEL) for flag in (False, True))
     assert plain["val/loss/books"] != masked["val/loss/books"]
     assert plain["val/loss/web"] == pytest.approx(masked["val/loss/web"], abs=1e-6)
 
 
-def test_one_source_has_no_loss_by_name(several: dict[str, TokenStream]) -> None:
+def test_single_source_has_no_loss_by_name(several: dict[str, TokenStream]) -> None:
     metrics = task({"web": several["web"]}).run(MODEL)
     assert metrics.keys() == {"val/loss", "val/perplexity", "val/bpb"}
     assert metrics["val/loss"] == task(several).run(MODEL)["val/loss/web"]
 
 
-def test_a_few_batches_of_each_source_are_weighted_by_the_sources_sizes(several: dict[str, TokenStream]) -> None:
-    """A source's part in the total is that of its tokens, not that of what was read of it."""
+def test_sources_are_weighted_by_their_sizes_when_few_batches_are_read(several: dict[str, TokenStream]) -> None:
+    """A source counts by its tokens, not by those that were evaluated."""
     metrics = task(several, batches=1, batch_size=1).run(MODEL)
     sizes = {name: len(stream) - 1 for name, stream in several.items()}
     expected = sum(metrics[f"val/loss/{name}"] * size for name, size in sizes.items()) / sum(sizes.values())

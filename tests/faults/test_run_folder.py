@@ -1,4 +1,4 @@
-"""A run's folder under real faults: damage, a full or read-only disk, a second run, ranks that disagree."""
+"""Faults in a run folder: damaged checkpoints, full and read-only disks, a second run, ranks that see other files."""
 
 import json
 import os
@@ -33,7 +33,7 @@ MAIN = Path(__file__).resolve().parents[2] / "gpt" / "main.py"
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "config.json", "manifest.json")
 
 
-def flip_a_bit(file: Path) -> None:
+def flip_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
@@ -43,21 +43,21 @@ def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def empty(file: Path) -> None:
+def truncate_to_zero(file: Path) -> None:
     os.truncate(file, 0)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "bit": flip_a_bit,
+    "bit": flip_bit,
     "truncated": truncate,
-    "empty": empty,
+    "empty": truncate_to_zero,
     "missing": Path.unlink,
 }
 
 
 @pytest.fixture
 def run_dir(finished_run: Path, tmp_path: Path) -> Path:
-    """A run of eight steps with checkpoints of the fourth and the eighth, to do harm to."""
+    """Return a copy of a finished run of eight steps, with checkpoints of steps 4 and 8, that tests may damage."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
@@ -70,61 +70,61 @@ def flags(text_file: Path, cache_dir: Path) -> list[str]:
 
 
 def train(config: TrainConfig) -> None:
-    with open_run(config) as layout:
-        build_trainer(layout).train()
+    with open_run(config) as run:
+        build_trainer(run).train()
 
 
-def losses(run_dir: Path) -> list[tuple[int, float]]:
+def read_losses(run_dir: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
 
 
-def lineage(run_dir: Path) -> list[dict[str, object]]:
+def read_lineage(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_dir / "lineage.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_skipped_aloud_by_auto_and_refused_by_name(
+def test_damaged_checkpoint_is_skipped_with_a_warning_by_auto_and_refused_by_name(
     name: str, damage: str, tiny: Configure, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest, older = (RunFolder(run_dir).checkpoint_path(step) for step in (8, 4))
     before = sha256_of_file(newest / name)
     DAMAGES[damage](newest / name)
-    for place, named in ((run_dir, run_dir), (run_dir, newest), (tmp_path / "fork", newest)):
+    for target_dir, named in ((run_dir, run_dir), (run_dir, newest), (tmp_path / "fork", newest)):
         with pytest.raises(UserError, match=str(newest)) as error:
-            open_run(tiny(place, resume=str(named), max_steps=9))
+            open_run(tiny(target_dir, resume=str(named), max_steps=9))
         if damage == "bit" and name != "manifest.json":
             assert before in str(error.value)
             assert sha256_of_file(newest / name) in str(error.value)
-    with open_run(tiny(run_dir)) as layout:
-        assert (layout.start.checkpoint, layout.finished_at) == (older, None)
-    aside = newest.with_name("step_00000008.damaged")
-    assert layout.start.moved_aside == (aside,)
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [older.name, aside.name]
+    with open_run(tiny(run_dir)) as run:
+        assert (run.start.checkpoint, run.finished_at) == (older, None)
+    moved_to = newest.with_name("step_00000008.damaged")
+    assert run.start.moved_aside == (moved_to,)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [older.name, moved_to.name]
     skipped, chosen = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert f"skipped step_00000008, moved aside to {aside}: {newest}" in skipped
+    assert f"skipped step_00000008, moved aside to {moved_to}: {newest}" in skipped
     assert chosen == f"resuming from {older}, the newest valid checkpoint"
 
 
-def test_the_step_of_a_damaged_checkpoint_is_saved_again_with_the_same_bits(
+def test_step_of_a_damaged_checkpoint_is_saved_again_bit_exactly(
     tiny: Configure, run_dir: Path, finished_run: Path
 ) -> None:
     config = tiny(run_dir, checkpoint={"interval": 4})
-    for aside in ("step_00000008.damaged", "step_00000008.damaged-2"):
-        flip_a_bit(run_dir / "checkpoints/step_00000008/model.safetensors")
+    for damaged_name in ("step_00000008.damaged", "step_00000008.damaged-2"):
+        flip_bit(run_dir / "checkpoints/step_00000008/model.safetensors")
         train(config)
-        assert (run_dir / "checkpoints" / aside).is_dir()
-        assert lineage(run_dir)[-1]["step"] == 4
-        assert lineage(run_dir)[-1]["moved_aside"] == [str(run_dir / "checkpoints" / aside)]
+        assert (run_dir / "checkpoints" / damaged_name).is_dir()
+        assert read_lineage(run_dir)[-1]["step"] == 4
+        assert read_lineage(run_dir)[-1]["moved_aside"] == [str(run_dir / "checkpoints" / damaged_name)]
     for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
-        ours, theirs = (path / "checkpoints/step_00000008" / name for path in (run_dir, finished_run))
-        assert ours.read_bytes() == theirs.read_bytes()
-    assert losses(run_dir) == losses(finished_run)
+        actual, expected = (path / "checkpoints/step_00000008" / name for path in (run_dir, finished_run))
+        assert actual.read_bytes() == expected.read_bytes()
+    assert read_losses(run_dir) == read_losses(finished_run)
 
 
-def test_where_no_checkpoint_is_whole_none_is_started_from_zero(tiny: Configure, run_dir: Path) -> None:
-    flip_a_bit(run_dir / "checkpoints/step_00000004/model.safetensors")
+def test_run_without_a_valid_checkpoint_is_not_restarted_from_step_0(tiny: Configure, run_dir: Path) -> None:
+    flip_bit(run_dir / "checkpoints/step_00000004/model.safetensors")
     truncate(run_dir / "checkpoints/step_00000008/optimizer.safetensors")
     before = read_files(run_dir)
     with pytest.raises(UserError, match=r"holds checkpoints and none is valid: .*step_00000008.*step_00000004"):
@@ -135,10 +135,10 @@ def test_where_no_checkpoint_is_whole_none_is_started_from_zero(tiny: Configure,
     assert after == before
 
 
-def test_a_dry_run_says_what_it_would_skip_and_leaves_it(
+def test_dry_run_names_the_damaged_checkpoint_and_changes_nothing(
     tiny: Configure, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    empty(run_dir / "checkpoints/step_00000008/model.safetensors")
+    truncate_to_zero(run_dir / "checkpoints/step_00000008/model.safetensors")
     before = read_files(run_dir)
     assert open_run(tiny(run_dir), dry_run=True).start.checkpoint == run_dir / "checkpoints/step_00000004"
     assert "skipped step_00000008: " in caplog.text
@@ -146,8 +146,8 @@ def test_a_dry_run_says_what_it_would_skip_and_leaves_it(
 
 
 @contextmanager
-def running(command: list[str], metrics: Path) -> Iterator[subprocess.Popen[str]]:
-    """A program that trains, from its first report on; killed at the end of the block."""
+def run_in_background(command: list[str], metrics: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a training process, wait for its first metrics, and kill it at the end of the block."""
     process = subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -164,52 +164,52 @@ def running(command: list[str], metrics: Path) -> Iterator[subprocess.Popen[str]
 ENDLESS = ("--max-steps", "100000", "--checkpoint.interval", "1", "--eval.interval", "0")
 
 
-def test_a_second_run_is_refused_while_the_first_lives(
+def test_second_run_is_refused_while_the_first_is_running(
     flags: list[str], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    here = [*flags, "--run-dir", str(run)]
-    with running([sys.executable, str(MAIN), *here, *ENDLESS], run / "metrics.jsonl") as process:
-        kept = [run / name for name in ("config.json", "lineage.jsonl", "tokenizer.json", ".lock")]
-        before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in kept]
-        second = subprocess.run([sys.executable, str(MAIN), *here, *ENDLESS], capture_output=True, text=True)
+    command = [*flags, "--run-dir", str(run)]
+    with run_in_background([sys.executable, str(MAIN), *command, *ENDLESS], run / "metrics.jsonl") as process:
+        files = [run / name for name in ("config.json", "lineage.jsonl", "tokenizer.json", ".lock")]
+        before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in files]
+        second = subprocess.run([sys.executable, str(MAIN), *command, *ENDLESS], capture_output=True, text=True)
         assert second.returncode == 2
         assert second.stderr.count("\n") == 1
         assert second.stderr.startswith(f"gpt: error: --run-dir {run} is in use by process {process.pid} on ")
-        assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in kept] == before
+        assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in files] == before
         assert process.poll() is None
 
-        assert main([*here, *ENDLESS, "--dry-run"]) == 0
-        os.kill(process.pid, signal.SIGSTOP)  # so that the checkpoint is not pruned while it is read
+        assert main([*command, *ENDLESS, "--dry-run"]) == 0
+        os.kill(process.pid, signal.SIGSTOP)  # else it might prune the checkpoint while it is read
         assert main(["sample", str(run), "--max-new-tokens", "2"]) == 0
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         capsys.readouterr()
     step = RunFolder(run).list_checkpoints()[-1].name.removeprefix("step_")
-    assert main([*here, *ENDLESS, "--max-steps", str(int(step) + 1)]) == 0
-    assert "continuing from" in capsys.readouterr().out
+    assert main([*command, *ENDLESS, "--max-steps", str(int(step) + 1)]) == 0
+    assert "resuming from" in capsys.readouterr().out
 
 
-def torchrun(*arguments: str) -> list[str]:
+def torchrun_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
 
 
-def test_two_processes_of_a_run_share_its_folder_and_no_other_does(
+def test_two_ranks_share_their_run_folder_and_no_other_process_may_use_it(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    here = [*flags, "--run-dir", str(run), "--micro-batch-size", "2"]
-    with running(torchrun(str(MAIN), *here, *ENDLESS), run / "metrics.jsonl") as process:
+    command = [*flags, "--run-dir", str(run), "--micro-batch-size", "2"]
+    with run_in_background(torchrun_command(str(MAIN), *command, *ENDLESS), run / "metrics.jsonl") as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert main([*here, *ENDLESS]) == 2
-        told = capsys.readouterr().err
-        assert any(f"is in use by process {pid} on " in told for pid in children)
+        assert main([*command, *ENDLESS]) == 2
+        stderr = capsys.readouterr().err
+        assert any(f"is in use by process {pid} on " in stderr for pid in children)
         os.kill(process.pid, signal.SIGTERM)
         process.communicate(timeout=60)
     lock_folder(run, "--run-dir")
     try:
         second = subprocess.run(
-            torchrun(str(MAIN), *here, *ENDLESS),
+            torchrun_command(str(MAIN), *command, *ENDLESS),
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -220,7 +220,7 @@ def test_two_processes_of_a_run_share_its_folder_and_no_other_does(
     assert second.stderr.count(f"gpt: error: --run-dir {run} is in use by process {os.getpid()} on ") == 1
 
 
-ELSEWHERE = """
+OWN_FOLDER_SCRIPT = """
 import os, sys
 os.chdir(os.path.join(sys.argv[1], os.environ["RANK"]))
 from gpt.main import main
@@ -229,32 +229,32 @@ end_process(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("missing_at", "works"), [(0, True), (1, False)])
-def test_where_ranks_see_different_checkpoints_rank_0_decides(
-    missing_at: int, works: bool, flags: list[str], tmp_path: Path
+@pytest.mark.parametrize(("rank_without_newest", "works"), [(0, True), (1, False)])
+def test_rank_0_chooses_the_checkpoint_if_ranks_see_different_ones(
+    rank_without_newest: int, works: bool, flags: list[str], tmp_path: Path
 ) -> None:
-    here = [*flags, "--run-dir", "run", "--micro-batch-size", "2", "--checkpoint.interval", "2"]
-    assert main([*here, "--run-dir", str(tmp_path / "0/run"), "--max-steps", "4"]) == 0
+    command = [*flags, "--run-dir", "run", "--micro-batch-size", "2", "--checkpoint.interval", "2"]
+    assert main([*command, "--run-dir", str(tmp_path / "0/run"), "--max-steps", "4"]) == 0
     shutil.copytree(tmp_path / "0", tmp_path / "1")
-    shutil.rmtree(tmp_path / str(missing_at) / "run/checkpoints/step_00000004")
-    (tmp_path / "script.py").write_text(ELSEWHERE)
+    shutil.rmtree(tmp_path / str(rank_without_newest) / "run/checkpoints/step_00000004")
+    (tmp_path / "script.py").write_text(OWN_FOLDER_SCRIPT)
     done = subprocess.run(
-        torchrun(str(tmp_path / "script.py"), str(tmp_path), *here, "--max-steps", "5"),
+        torchrun_command(str(tmp_path / "script.py"), str(tmp_path), *command, "--max-steps", "5"),
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
     )  # fmt: skip
     if works:
         assert done.returncode == 0, done.stderr
-        assert "continuing from run/checkpoints/step_00000002" in done.stdout
-        assert [step for step, _ in losses(tmp_path / "0/run")] == [1, 2, 3, 4, 5]
+        assert "resuming from run/checkpoints/step_00000002" in done.stdout
+        assert [step for step, _ in read_losses(tmp_path / "0/run")] == [1, 2, 3, 4, 5]
     else:
         assert done.returncode != 0
         assert done.stderr.count("gpt: error: ") == 1
-        assert "rank 1 failed, and says why; all ranks must see the same files" in done.stderr
-        assert losses(tmp_path / "0/run") == losses(tmp_path / "1/run")
+        assert "rank 1 failed (its own message says why); all ranks must see the same files" in done.stderr
+        assert read_losses(tmp_path / "0/run") == read_losses(tmp_path / "1/run")
 
 
-def read_only(folder: Path) -> list[str]:
-    """A command's beginning that makes a folder read-only for it, for root too."""
+def read_only_command(folder: Path) -> list[str]:
+    """Return a command prefix under which a folder is read-only, even for root."""
     mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && "
     return ["unshare", "-rm", "sh", "-c", mount + 'exec "$@"', "sh"]
 
@@ -262,19 +262,19 @@ def read_only(folder: Path) -> list[str]:
 def can_mount(folder: Path) -> bool:
     if shutil.which("unshare") is None:
         return False
-    return subprocess.run([*read_only(folder), "true"], capture_output=True).returncode == 0
+    return subprocess.run([*read_only_command(folder), "true"], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("place", [".", "run", "run/checkpoints"])
-def test_a_read_only_folder_is_told_before_anything_is_done(place: str, flags: list[str], tmp_path: Path) -> None:
+def test_read_only_folder_is_refused_before_any_work(place: str, flags: list[str], tmp_path: Path) -> None:
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     if not can_mount(tmp_path / place):
         pytest.skip("needs unshare and the right to mount")
     command = [sys.executable, str(MAIN), *flags, "--run-dir", str(tmp_path / "run"), "--data.source", "/no/such/text"]
-    done = subprocess.run([*read_only(tmp_path / place), *command], capture_output=True, text=True)
+    done = subprocess.run([*read_only_command(tmp_path / place), *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"gpt: error: --run-dir {tmp_path / 'run'}")
-    assert done.stderr.endswith("cannot write there: Read-only file system; name another folder\n")
+    assert done.stderr.endswith("cannot write there: Read-only file system; use another folder\n")
     assert done.stderr.count("\n") == 1
 
 
@@ -305,32 +305,32 @@ def test_a_read_only_folder_is_told_before_anything_is_done(place: str, flags: l
         ),
     ],
 )
-def test_a_change_that_is_not_allowed_names_every_field_and_touches_nothing(
+def test_forbidden_change_names_every_field_and_changes_no_file(
     change: list[str], message: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = [*flags, "--run-dir", str(tmp_path), "--max-steps", "2"]
-    assert main(here) == 0
+    command = [*flags, "--run-dir", str(tmp_path), "--max-steps", "2"]
+    assert main(command) == 0
     before = read_files(tmp_path)
     capsys.readouterr()
-    assert main([*here, "--max-steps", "4", *change]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert message in told
+    assert main([*command, "--max-steps", "4", *change]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert message in stderr
     assert read_files(tmp_path) == before
 
 
-def test_an_allowed_change_is_shown_recorded_and_asked_for_once(
+def test_allowed_change_is_shown_recorded_and_needs_its_flag_once(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = [*flags, "--run-dir", str(tmp_path), "--max-steps"]
+    command = [*flags, "--run-dir", str(tmp_path), "--max-steps"]
     changed = ["--lr.max-lr", "0.5", "--log.interval", "2"]
-    assert main([*here, "2"]) == 0
-    assert main([*here, "4", *changed, "--resume-with-changes"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())  # whatever the width of the table
+    assert main([*command, "2"]) == 0
+    assert main([*command, "4", *changed, "--resume-with-changes"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())  # joins lines, whose width depends on the terminal
     assert "changed at step 2: lr.max_lr 0.002 -> 0.5 (needs --resume-with-changes)" in shown
     assert "changed at step 2: log.interval 1 -> 2 (safe)" in shown
-    assert main([*here, "6", *changed]) == 0
-    first, second, third = lineage(tmp_path)
+    assert main([*command, "6", *changed]) == 0
+    first, second, third = read_lineage(tmp_path)
     assert (first["step"], first["checkpoint"], first["changes"]) == (0, None, {})
     checkpoint = tmp_path / "checkpoints/step_00000002"
     assert (second["step"], second["checkpoint"]) == (2, str(checkpoint))
@@ -353,46 +353,46 @@ def test_an_allowed_change_is_shown_recorded_and_asked_for_once(
         ("[]", "not a JSON object; name another config.json"),
     ],
 )
-def test_a_configuration_that_is_wrong_is_one_line(
+def test_invalid_configuration_is_refused_in_one_line(
     content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
     assert main(["train", "--config", str(path), "--run-dir", str(tmp_path / "run")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"gpt: error: --config {path}: ")
-    assert message in told
-    assert told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"gpt: error: --config {path}: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
 
 
-def test_a_finished_run_that_is_extended_is_the_longer_run_to_the_bit(tiny: Configure, tmp_path: Path) -> None:
+def test_extended_run_is_bit_exact_with_the_longer_run(tiny: Configure, tmp_path: Path) -> None:
     settings = {"model": {"dropout": 0.1}, "eval": {"interval": 3}, "checkpoint": {"interval": 3, "keep": 0}}
-    train(tiny(tmp_path / "whole", max_steps=9, **settings))
+    train(tiny(tmp_path / "long", max_steps=9, **settings))
     for steps in (3, 6, 9):
-        train(tiny(tmp_path / "parts", max_steps=steps, **settings))
+        train(tiny(tmp_path / "extended", max_steps=steps, **settings))
     for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
         for step in (3, 6, 9):
-            ours, theirs = (RunFolder(tmp_path / run).checkpoint_path(step) / name for run in ("parts", "whole"))
-            assert ours.read_bytes() == theirs.read_bytes()
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert (tmp_path / "parts/samples.jsonl").read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
+            actual, expected = (RunFolder(tmp_path / run).checkpoint_path(step) / name for run in ("extended", "long"))
+            assert actual.read_bytes() == expected.read_bytes()
+    assert read_losses(tmp_path / "extended") == read_losses(tmp_path / "long")
+    assert (tmp_path / "extended/samples.jsonl").read_bytes() == (tmp_path / "long/samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("years", [-40, 1, 300])
-def test_a_clock_that_is_off_has_no_effect(years: int, tiny: Configure, run_dir: Path) -> None:
-    """Whatever the clock said: the newest is found, saved and pruned by its step."""
+def test_wrong_clock_has_no_effect(years: int, tiny: Configure, run_dir: Path) -> None:
+    """Set wrong modification times: checkpoints are found and pruned by their step."""
     now = time.time()
     for path in (run_dir / "checkpoints").rglob("*"):
         wrong = now + 3.2e7 * years * (1 if "step_00000004" in str(path) else -0.5)
         os.utime(path, (wrong, wrong))
     config = tiny(run_dir, max_steps=9, checkpoint={"keep": 2})
-    with open_run(config) as layout:
-        assert layout.start.checkpoint == run_dir / "checkpoints/step_00000008"
-        build_trainer(layout).train()
+    with open_run(config) as run:
+        assert run.start.checkpoint == run_dir / "checkpoints/step_00000008"
+        build_trainer(run).train()
     assert [path.name for path in RunFolder(run_dir).list_checkpoints()] == ["step_00000008", "step_00000009"]
 
 
-REWRITE = """
+REWRITE_SCRIPT = """
 import sys
 from pathlib import Path
 from gpt.utils.atomic_io import filter_jsonl
@@ -403,25 +403,25 @@ filter_jsonl(Path(sys.argv[1]), lambda record: record["step"] <= 500)
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=ENOSPC", "error=EIO"])
 @pytest.mark.parametrize(("call", "when"), [("write", 1), ("fsync", 1), ("rename", 1), ("fsync", 2)])
-def test_records_are_dropped_in_one_step_or_not_at_all(call: str, when: int, fault: str, tmp_path: Path) -> None:
+def test_records_are_dropped_atomically(call: str, when: int, fault: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in range(1000):
         append_jsonl(path, {"step": step})
     before = path.read_bytes()
     after = b"".join(before.splitlines(keepends=True)[:501])
     injected = ["strace", "-qq", "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}"]
-    done = subprocess.run([*injected, sys.executable, "-c", REWRITE, str(path)], capture_output=True)
+    done = subprocess.run([*injected, sys.executable, "-c", REWRITE_SCRIPT, str(path)], capture_output=True)
     assert done.returncode != 0
     assert path.read_bytes() == (after if (call, when) == ("fsync", 2) else before) or fault == "signal=KILL"
     assert path.read_bytes() in (before, after)
 
 
-def test_a_full_disk_leaves_the_records_as_they_were(tiny: Configure, run_dir: Path) -> None:
+def test_full_disk_leaves_the_records_unchanged(tiny: Configure, run_dir: Path) -> None:
     before = (run_dir / "metrics.jsonl").read_bytes()
     with (
-        open_run(tiny(run_dir, max_steps=9)) as layout,
+        open_run(tiny(run_dir, max_steps=9)) as run,
         limit_file_size(200),
         pytest.raises(UserError, match="too large"),
     ):
-        build_trainer(layout)
+        build_trainer(run)
     assert (run_dir / "metrics.jsonl").read_bytes() == before

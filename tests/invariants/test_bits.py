@@ -1,4 +1,4 @@
-"""What is promised to the bit: resuming, and being watched."""
+"""Bit-exactness: resuming, observers and seeds."""
 
 import json
 from collections.abc import Callable
@@ -16,77 +16,79 @@ Configure = Callable[..., TrainConfig]
 Record = Callable[..., tuple[list[float], dict[str, torch.Tensor]]]
 
 
-def logged_losses(run_dir: Path) -> dict[int, float]:
+def read_losses(run_dir: Path) -> dict[int, float]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def is_bit_exact(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_of_2n_steps_is_a_run_of_n_resumed_for_n_more(
+def test_run_of_2n_steps_equals_a_run_of_n_steps_resumed_for_n_more(
     tiny: Configure, record: Record, tmp_path: Path, dtype: str
 ) -> None:
     settings = {"dtype": dtype, "model": {"dropout": 0.2}, "checkpoint": {"interval": 3}}
-    whole, weights = record(tiny(tmp_path / "whole", max_steps=12, **settings))
-    first, _ = record(tiny(tmp_path / "parts", max_steps=6, **settings))
-    second, resumed = record(tiny(tmp_path / "parts", max_steps=12, **settings))
-    assert first + second == whole
-    assert same(weights, resumed)
-    assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "parts")
-    finals = [(tmp_path / name / "checkpoints/step_00000012") for name in ("whole", "parts")]
+    expected_losses, expected_weights = record(tiny(tmp_path / "uninterrupted", max_steps=12, **settings))
+    first, _ = record(tiny(tmp_path / "resumed", max_steps=6, **settings))
+    second, weights = record(tiny(tmp_path / "resumed", max_steps=12, **settings))
+    assert first + second == expected_losses
+    assert is_bit_exact(weights, expected_weights)
+    assert read_losses(tmp_path / "uninterrupted") == read_losses(tmp_path / "resumed")
+    finals = [(tmp_path / name / "checkpoints/step_00000012") for name in ("uninterrupted", "resumed")]
     for file in ("model.safetensors", "optimizer.safetensors", "progress.json"):
         assert (finals[0] / file).read_bytes() == (finals[1] / file).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resuming_is_exact_with_muon_too(tiny: Configure, record: Record, tmp_path: Path, dtype: str) -> None:
+def test_resume_with_muon_is_bit_exact(tiny: Configure, record: Record, tmp_path: Path, dtype: str) -> None:
     model = {"position": "rotary", "norm": "rmsnorm", "mlp": "relu2", "qk_norm": True, "logit_softcap": 15}
     settings = {"dtype": dtype, "model": model, "optimizer": {"name": "muon"}, "eval": {"interval": 0}}
-    whole, weights = record(tiny(tmp_path / "whole", max_steps=6, **settings))
-    first, _ = record(tiny(tmp_path / "parts", max_steps=3, **settings))
-    second, resumed = record(tiny(tmp_path / "parts", max_steps=6, **settings))
-    assert first + second == whole
-    assert same(weights, resumed)
-    finals = [(tmp_path / name / "checkpoints/step_00000006") for name in ("whole", "parts")]
+    expected_losses, expected_weights = record(tiny(tmp_path / "uninterrupted", max_steps=6, **settings))
+    first, _ = record(tiny(tmp_path / "resumed", max_steps=3, **settings))
+    second, weights = record(tiny(tmp_path / "resumed", max_steps=6, **settings))
+    assert first + second == expected_losses
+    assert is_bit_exact(weights, expected_weights)
+    finals = [(tmp_path / name / "checkpoints/step_00000006") for name in ("uninterrupted", "resumed")]
     for file in ("model.safetensors", "optimizer.safetensors", "progress.json"):
         assert (finals[0] / file).read_bytes() == (finals[1] / file).read_bytes()
 
 
-def test_resuming_is_exact_with_several_threads_too(tiny: Configure, record: Record, tmp_path: Path) -> None:
+def test_resume_with_several_threads_is_bit_exact(tiny: Configure, record: Record, tmp_path: Path) -> None:
     sizes = {"n_embd": 64, "n_head": 2, "block_size": 64}
     settings = {"model": sizes, "micro_batch_size": 8, "tokens_per_step": 512, "eval": {"interval": 0}}
     torch.set_num_threads(2)
     try:
-        whole, weights = record(tiny(tmp_path / "whole", max_steps=6, **settings))
-        first, _ = record(tiny(tmp_path / "parts", max_steps=3, **settings))
-        second, resumed = record(tiny(tmp_path / "parts", max_steps=6, **settings))
+        expected_losses, expected_weights = record(tiny(tmp_path / "uninterrupted", max_steps=6, **settings))
+        first, _ = record(tiny(tmp_path / "resumed", max_steps=3, **settings))
+        second, weights = record(tiny(tmp_path / "resumed", max_steps=6, **settings))
     finally:
         torch.set_num_threads(1)
-    assert first + second == whole
-    assert same(weights, resumed)
+    assert first + second == expected_losses
+    assert is_bit_exact(weights, expected_weights)
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(tiny: Configure, record: Record, tmp_path: Path) -> None:
-    class Dying(LossRecorder):
+def test_resume_after_an_interrupt_is_bit_exact(tiny: Configure, record: Record, tmp_path: Path) -> None:
+    class Interrupter(LossRecorder):
         def on_event(self, event: object) -> tuple[()]:
             if getattr(event, "losses", None) and event.step == 8:  # type: ignore[attr-defined]
                 raise KeyboardInterrupt
             return ()
 
-    whole, weights = record(tiny(tmp_path / "whole", max_steps=10, checkpoint={"interval": 3}))
-    config = tiny(tmp_path / "died", max_steps=10, checkpoint={"interval": 3})
+    expected_losses, expected_weights = record(
+        tiny(tmp_path / "uninterrupted", max_steps=10, checkpoint={"interval": 3})
+    )
+    config = tiny(tmp_path / "interrupted", max_steps=10, checkpoint={"interval": 3})
     with pytest.raises(KeyboardInterrupt):
-        record(config, Dying())
-    losses, resumed = record(config)
-    assert losses == whole[6:]
-    assert same(weights, resumed)
-    assert logged_losses(tmp_path / "died") == logged_losses(tmp_path / "whole")
+        record(config, Interrupter())
+    losses, weights = record(config)
+    assert losses == expected_losses[6:]
+    assert is_bit_exact(weights, expected_weights)
+    assert read_losses(tmp_path / "interrupted") == read_losses(tmp_path / "uninterrupted")
 
 
-def test_watching_changes_no_bit(tiny: Configure, record: Record, tmp_path: Path) -> None:
+def test_observers_sinks_and_probes_change_no_bit(tiny: Configure, record: Record, tmp_path: Path) -> None:
     settings = {"model": {"dropout": 0.2}, "max_steps": 6}
     often = {"eval": {"interval": 1, "batches": 0}, "checkpoint": {"interval": 1}}
     log = {"interval": 1, "grad_norms": True}
@@ -104,12 +106,10 @@ def test_watching_changes_no_bit(tiny: Configure, record: Record, tmp_path: Path
     bare.attach(recorder)
     bare.train()
     assert recorder.losses == watched
-    assert same(bare._state.model.state_dict(), watched_weights)
+    assert is_bit_exact(bare._state.model.state_dict(), watched_weights)
 
 
-def test_micro_batches_of_another_size_change_nothing_but_rounding(
-    tiny: Configure, record: Record, tmp_path: Path
-) -> None:
+def test_micro_batch_size_changes_only_rounding(tiny: Configure, record: Record, tmp_path: Path) -> None:
     few, few_weights = record(tiny(tmp_path / "few", micro_batch_size=8, lr={"max_lr": 1e-3, "min_lr": 0}))
     many, many_weights = record(tiny(tmp_path / "many", micro_batch_size=1, lr={"max_lr": 1e-3, "min_lr": 0}))
     assert few == pytest.approx(many, abs=1e-6)
@@ -117,12 +117,12 @@ def test_micro_batches_of_another_size_change_nothing_but_rounding(
         torch.testing.assert_close(weight, many_weights[name], atol=1e-4, rtol=0)
 
 
-def test_the_seed_decides_the_run(tiny: Configure, record: Record, tmp_path: Path) -> None:
+def test_seed_determines_the_losses(tiny: Configure, record: Record, tmp_path: Path) -> None:
     runs = [record(tiny(tmp_path / str(i), seed=seed, max_steps=3))[0] for i, seed in enumerate((1, 1, 2))]
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_nothing_is_ever_pickled(
+def test_training_and_resuming_use_no_pickle(
     tiny: Configure, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pickle

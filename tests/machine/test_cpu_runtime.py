@@ -10,7 +10,7 @@ import ctypes, resource, sys
 from gpt.machine.cpu_runtime import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-if sys.argv[1] == "kept":
+if sys.argv[1] == "reused":
     assert keep_freed_memory()
 
 def use(size):
@@ -26,13 +26,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="speaks to glibc")
-def test_large_blocks_are_not_mapped_anew_each_time() -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_freed_blocks_are_reused_without_page_faults() -> None:
     faults = {
         mode: int(subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, check=True).stdout)
-        for mode in ("kept", "returned")
+        for mode in ("reused", "returned")
     }
-    assert faults["kept"] < 100
+    assert faults["reused"] < 100
     assert faults["returned"] > 100_000
 
 
@@ -50,26 +50,28 @@ print(int((tiny == 0).sum()), torch.get_num_threads())
 def set_up(config: str = "{}", **environment: str) -> tuple[dict[str, object], int, int]:
     command = [sys.executable, "-c", SET_UP, config]
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | environment
-    told, counts = subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout.splitlines()
+    settings, counts = subprocess.run(
+        command, env=clean, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     zeros, threads = counts.split()
-    return ast.literal_eval(told), int(zeros), int(threads)
+    return ast.literal_eval(settings), int(zeros), int(threads)
 
 
-def test_by_default_threads_stay_within_the_cores_and_denormals_are_numbers() -> None:
-    told, zeros, threads = set_up()
-    assert told["threads"] == threads == 1
+def test_by_default_threads_do_not_exceed_cores_and_denormals_are_not_flushed() -> None:
+    settings, zeros, threads = set_up()
+    assert settings["threads"] == threads == 1
     assert zeros == 0
-    assert told["flush_denormals"] is False
+    assert settings["flush_denormals"] is False
 
 
-def test_a_number_of_threads_in_the_environment_stands_unless_one_is_configured() -> None:
+def test_threads_of_the_config_override_those_of_the_environment() -> None:
     assert set_up(OMP_NUM_THREADS="2")[2] == min(2, os.cpu_count() or 1)
-    told, zeros, threads = set_up(
+    settings, zeros, threads = set_up(
         '{"threads": 4, "flush_denormals": true, "keep_freed_memory": false, "fused_attention": false}',
         OMP_NUM_THREADS="2",
     )
     assert threads == 4
-    assert told == {
+    assert settings == {
         "threads": 4,
         "keep_freed_memory": False,
         "flush_denormals": zeros > 0,

@@ -15,7 +15,7 @@ def test_environment_is_json_and_names_versions() -> None:
     assert facts["threads"] == facts["runtime"]["threads"] == torch.get_num_threads()
 
 
-def test_git_commit_is_the_checkouts() -> None:
+def test_git_commit_is_that_of_the_checkout() -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=module.PACKAGE)
     if head.returncode:
         assert find_git_commit() is None

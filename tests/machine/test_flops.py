@@ -19,7 +19,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_flops_are_those_that_torch_counts_but_for_the_future_that_is_masked(name: str) -> None:
+def test_flops_are_those_that_torch_counts_without_masked_scores(name: str) -> None:
     config = MODELS[name].resolved()
     model = GPT(config, seed=0)
     tokens = torch.randint(config.vocab_size, (2, config.block_size))
@@ -33,7 +33,7 @@ def test_flops_are_those_that_torch_counts_but_for_the_future_that_is_masked(nam
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_linear_layers_are_the_models(name: str) -> None:
+def test_linear_layers_are_those_of_the_model(name: str) -> None:
     config = MODELS[name].resolved()
     modules = [module for module in GPT(config, seed=0).modules() if isinstance(module, nn.Linear)]
     expected = Counter((module.in_features, module.out_features) for module in modules)

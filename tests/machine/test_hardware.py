@@ -7,34 +7,34 @@ from gpt.errors import UserError
 from gpt.machine.hardware import cpu_has_bfloat16, detect_machine, find_device, peak_memory
 
 
-def test_auto_takes_the_best_device_there_is() -> None:
+def test_auto_is_the_best_device_of_the_machine() -> None:
     expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert find_device("auto") == expected
     assert find_device("cpu") == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_device_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"--device cuda: this machine has none; nearest: (cpu|mps)"):
+def test_a_missing_device_is_reported_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--device cuda is not available on this machine; nearest: (cpu|mps)"):
         find_device("cuda")
 
 
-def test_machine_facts() -> None:
+def test_detect_machine_finds_device_and_threads() -> None:
     facts = detect_machine("cpu", world_size=2)
     assert (facts.device, facts.world_size, facts.has_bfloat16) == ("cpu", 2, cpu_has_bfloat16())
     assert f"{torch.get_num_threads()} threads" in facts.device_name
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's /proc/cpuinfo")
-def test_bfloat16_arithmetic_is_what_torch_finds() -> None:
+def test_bfloat16_support_is_what_torch_finds() -> None:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not capabilities:
-        pytest.skip("this torch does not tell")
+        pytest.skip("this torch does not report capabilities")
     assert cpu_has_bfloat16() == (capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_peak_memory_is_what_the_kernel_saw() -> None:
+def test_peak_memory_counts_a_tensor_that_was_held() -> None:
     before = peak_memory("cpu")
     assert before is not None
     held = torch.ones(2**28 // 4)

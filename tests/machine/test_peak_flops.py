@@ -13,15 +13,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the measurements find, one after the other; and none takes its time."""
-    rates: list[float] = []
-    monkeypatch.setattr(module, "measure_peak_flops", lambda *_: rates.pop(0))
-    return rates
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that a test fills with the results of the next measurements, which take no time."""
+    results: list[float] = []
+    monkeypatch.setattr(module, "measure_peak_flops", lambda *_: results.pop(0))
+    return results
 
 
-def test_a_peak_is_measured_once(measured: list[float], tmp_path: Path) -> None:
-    measured += [2e9]
+def test_a_peak_is_measured_once(measurements: list[float], tmp_path: Path) -> None:
+    measurements += [2e9]
     peaks = [load_or_measure_peak_flops(CPU, "a CPU", "float32", tmp_path / "cache") for _ in range(3)]
     assert peaks == [2e9] * 3
     (file,) = (tmp_path / "cache").iterdir()
@@ -29,8 +29,8 @@ def test_a_peak_is_measured_once(measured: list[float], tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == {"device, dtype, threads, torch": key, "flops_per_second": 2e9}
 
 
-def test_devices_types_and_threads_have_peaks_of_their_own(measured: list[float], tmp_path: Path) -> None:
-    measured += [4.0, 3.0, 2.0, 1.0]
+def test_each_device_dtype_and_thread_count_has_its_own_peak(measurements: list[float], tmp_path: Path) -> None:
+    measurements += [4.0, 3.0, 2.0, 1.0]
     peaks = [
         load_or_measure_peak_flops(CPU, name, dtype, tmp_path)
         for name in ("a", "b")
@@ -39,29 +39,29 @@ def test_devices_types_and_threads_have_peaks_of_their_own(measured: list[float]
     assert peaks == [4.0, 3.0, 2.0, 1.0]
     torch.set_num_threads(2)
     try:
-        measured.append(0.5)
+        measurements.append(0.5)
         assert load_or_measure_peak_flops(CPU, "a", "float32", tmp_path) == 0.5
     finally:
         torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flops_per_second": null}', '{"flops_per_second": NaN}'])
-def test_a_damaged_file_is_measured_anew(measured: list[float], tmp_path: Path, content: str) -> None:
-    measured += [1.0, 2.0]
+def test_a_damaged_cache_file_is_measured_again(measurements: list[float], tmp_path: Path, content: str) -> None:
+    measurements += [1.0, 2.0]
     load_or_measure_peak_flops(CPU, "a", "float32", tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_text(content)
     assert [load_or_measure_peak_flops(CPU, "a", "float32", tmp_path) for _ in range(2)] == [2.0, 2.0]
 
 
-def test_a_cache_that_cannot_be_written_to_keeps_nothing(measured: list[float], tmp_path: Path) -> None:
-    measured += [1.0]
+def test_an_unwritable_cache_is_no_error(measurements: list[float], tmp_path: Path) -> None:
+    measurements += [1.0]
     (tmp_path / "file").touch()
     assert load_or_measure_peak_flops(CPU, "a", "float32", tmp_path / "file" / "cache") == 1.0
 
 
 @pytest.mark.parametrize(("together", "expected"), [(7.0, 7.0), (3.9, 8.0)])
-def test_threads_that_hold_each_other_up_are_measured_apart(
+def test_on_a_busy_cpu_the_peak_is_that_of_one_thread_times_threads(
     monkeypatch: pytest.MonkeyPatch, together: float, expected: float
 ) -> None:
     monkeypatch.setattr(module, "_measure_square_matmuls", lambda *_: together if torch.get_num_threads() == 2 else 4.0)
@@ -74,7 +74,7 @@ def test_threads_that_hold_each_other_up_are_measured_apart(
 
 
 @pytest.mark.parametrize("block_size", [16, 2048])
-def test_the_model_matmuls_are_all_that_a_step_needs(block_size: int) -> None:
+def test_model_matmuls_add_up_to_flops_per_token(block_size: int) -> None:
     config = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=block_size, vocab_size=24, mlp="swiglu")
     model = config.resolved()
     products = [*module._model_matmuls(CPU, torch.float32, model, rows=32)]
@@ -82,7 +82,7 @@ def test_the_model_matmuls_are_all_that_a_step_needs(block_size: int) -> None:
     assert all((a @ b).shape[-2:] == (a.shape[-2], b.shape[-1]) for a, b, _ in products)
 
 
-def test_measuring_draws_nothing_from_the_runs_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_does_not_advance_the_default_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS_PER_SHAPE", 0)
     torch.manual_seed(0)
     before = torch.get_rng_state()

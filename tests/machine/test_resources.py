@@ -10,7 +10,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of 16 GiB, all of it free, and 8 cores."""
+    """Set up a machine with 16 GiB, all of it free, and 8 cores; return its folder of limits."""
     monkeypatch.setattr(resources, "CGROUP", tmp_path)
     monkeypatch.setattr(resources, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
@@ -21,17 +21,17 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("content", "cores"), [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("10000 100000", 1), ("", 8)]
 )
-def test_a_containers_share_of_time_bounds_the_cores(machine: Path, content: str, cores: int) -> None:
+def test_a_containers_cpu_quota_limits_the_cores(machine: Path, content: str, cores: int) -> None:
     (machine / "cpu.max").write_text(content)
     assert usable_cores() == cores
 
 
-def test_without_limits_the_affinity_counts(machine: Path) -> None:
+def test_without_a_quota_cores_are_those_of_the_affinity(machine: Path) -> None:
     assert cgroup_limit("cpu.max") is None
     assert usable_cores() == 8
 
 
-def test_a_share_of_the_machine_or_of_its_container_is_planned_with(machine: Path) -> None:
+def test_memory_budget_is_a_share_of_the_machine_or_its_container(machine: Path) -> None:
     assert find_memory_budget() == 8 * GIB
     (machine / "memory.max").write_text("max\n")
     assert find_memory_budget() == 8 * GIB
@@ -39,12 +39,12 @@ def test_a_share_of_the_machine_or_of_its_container_is_planned_with(machine: Pat
     assert find_memory_budget() == 2 * GIB
 
 
-def test_less_is_planned_with_only_where_others_use_the_rest(machine: Path) -> None:
+def test_memory_budget_shrinks_only_if_others_use_the_rest(machine: Path) -> None:
     for free, planned in ((9, 8), (3, 3)):
         (machine / "meminfo").write_text(f"MemTotal: {16 * 2**20} kB\nMemAvailable: {free * 2**20} kB\n")
         assert find_memory_budget() == planned * GIB
 
 
-def test_a_machine_that_has_no_meminfo_knows_its_memory(machine: Path) -> None:
+def test_memory_budget_is_known_without_meminfo(machine: Path) -> None:
     (machine / "meminfo").unlink()
     assert find_memory_budget() > 0

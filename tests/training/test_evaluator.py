@@ -20,7 +20,7 @@ class Task:
         return {"count": float(len(self.modes))}
 
 
-def test_it_evaluates_on_the_plans_steps_in_evaluation_mode() -> None:
+def test_tasks_run_on_the_steps_of_the_plan_in_evaluation_mode() -> None:
     task, model = Task(), nn.Dropout()
     evaluator = Evaluator(model, [task], replace(PLAN, eval_interval=5))
     published = [event for step in range(1, 21) for event in evaluator.on_event(StepEnd(step, step))]
@@ -29,13 +29,13 @@ def test_it_evaluates_on_the_plans_steps_in_evaluation_mode() -> None:
     assert model.training
 
 
-def test_other_events_are_none_of_its_business() -> None:
+def test_other_events_are_ignored() -> None:
     evaluator = Evaluator(nn.Identity(), [Task()], PLAN)
     assert list(evaluator.on_event(MetricsReady(20, {}, ()))) == []
     evaluator.close(None)
 
 
-def test_the_mode_is_put_back_when_a_task_fails() -> None:
+def test_training_mode_is_restored_when_a_task_fails() -> None:
     class Failing(Task):
         def run(self, model: nn.Module) -> dict[str, float]:
             raise RuntimeError

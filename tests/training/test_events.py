@@ -17,7 +17,7 @@ def test_events_are_frozen_and_hold_no_tensor_model_or_trainer(event: type[Event
     assert next(field.name for field in dataclasses.fields(event)) == "step"
 
 
-def test_the_protocol_is_the_documented_one() -> None:
+def test_events_are_the_documented_ones() -> None:
     names = {event.__name__ for event in EVENTS} - {"Event"}
     documented = {"TrainStart", "StepEnd", "MetricsReady", "EvalEnd", "TextSampled", "CheckpointSaved", "TrainEnd"}
     documented |= {"SpikeSeen", "RolledBack"}

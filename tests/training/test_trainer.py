@@ -30,7 +30,7 @@ Configure = Callable[..., TrainConfig]
 
 
 class Commanding(LossRecorder):
-    """Gives a command after a step."""
+    """Returns commands after a step."""
 
     def __init__(self, step: int, *commands: Command):
         super().__init__()
@@ -41,7 +41,7 @@ class Commanding(LossRecorder):
         return self.commands if isinstance(event, StepEnd) and event.step == self.step else ()
 
 
-def committed(run_dir: Path) -> list[str]:
+def list_committed(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
@@ -80,7 +80,7 @@ def test_metrics_file_has_the_documented_keys(finished_run: Path) -> None:
     assert train[-1]["train/loss"] < train[0]["train/loss"] - 0.3
 
 
-def test_a_run_folder_holds_what_is_documented(finished_run: Path) -> None:
+def test_run_folder_has_the_documented_files(finished_run: Path) -> None:
     names = sorted(path.name for path in finished_run.iterdir())
     assert names == [
         ".lock",
@@ -100,10 +100,10 @@ def test_stop_saves_and_ends(tiny: Configure, tmp_path: Path) -> None:
     trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(Commanding(3, Stop("enough")))
     assert trainer.train() == "enough"
-    assert committed(tmp_path) == ["step_00000003"]
+    assert list_committed(tmp_path) == ["step_00000003"]
 
 
-def test_a_stop_leaves_no_step_unreported(tiny: Configure, tmp_path: Path) -> None:
+def test_stop_reports_the_remaining_steps(tiny: Configure, tmp_path: Path) -> None:
     recorder = LossRecorder()
     trainer = build_trainer(open_run(tiny(tmp_path, log={"interval": 100})))
     trainer.attach(Commanding(3, Stop("enough")))
@@ -113,14 +113,14 @@ def test_a_stop_leaves_no_step_unreported(tiny: Configure, tmp_path: Path) -> No
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
-def test_save_writes_a_checkpoint_and_goes_on(tiny: Configure, tmp_path: Path) -> None:
+def test_save_writes_a_checkpoint_and_training_continues(tiny: Configure, tmp_path: Path) -> None:
     trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(Commanding(3, Save()))
     assert trainer.train() == "finished"
-    assert committed(tmp_path) == ["step_00000003", "step_00000008"]
+    assert list_committed(tmp_path) == ["step_00000003", "step_00000008"]
 
 
-def test_an_error_reaches_every_observer_and_the_caller(tiny: Configure, tmp_path: Path) -> None:
+def test_error_is_passed_to_every_observer_and_raised(tiny: Configure, tmp_path: Path) -> None:
     class Failing(LossRecorder):
         def on_event(self, event: Event) -> tuple[()]:
             if isinstance(event, StepEnd):
@@ -138,7 +138,7 @@ def test_an_error_reaches_every_observer_and_the_caller(tiny: Configure, tmp_pat
     assert not [event for event in recorder.events if isinstance(event, TrainEnd)]
 
 
-def test_float16_counts_skipped_updates_beside_the_step(tiny: Configure, tmp_path: Path) -> None:
+def test_float16_counts_skipped_updates_apart_from_steps(tiny: Configure, tmp_path: Path) -> None:
     recorder = LossRecorder()
     trainer = build_trainer(open_run(tiny(tmp_path, dtype="float16", max_steps=2)))
     trainer._state.scaler.load_state_dict(trainer._state.scaler.state_dict() | {"scale": 2.0**120})
@@ -157,7 +157,7 @@ def test_bfloat16_trains(tiny: Configure, record: Callable[..., tuple[list[float
     assert bfloat16 == pytest.approx(float32, abs=0.05)
 
 
-def test_compiled_training_is_the_same_run(
+def test_compiled_run_equals_the_eager_run(
     tiny: Configure, record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]], tmp_path: Path
 ) -> None:
     settings = {"max_steps": 3, "model": {"n_layer": 1}, "data": {"val_fraction": 0.0}}

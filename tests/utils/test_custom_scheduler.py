@@ -19,7 +19,7 @@ def multipliers(**settings: Any) -> list[float]:
 
 
 def transformers_multipliers(factory: Any, **settings: Any) -> list[float]:
-    """Multipliers of transformers by its own step, which gives the first update an lr of zero."""
+    """Return multipliers of transformers by its own step, which gives the first update an lr of zero."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     return [factory(optimizer, num_warmup_steps=WARMUP, **settings).lr_lambdas[0](s) for s in range(STEPS + 1)]
 

@@ -4,7 +4,7 @@ from gpt.errors import UserError
 from gpt.utils.distributed import DistContext
 
 
-def test_one_process_talks_to_itself() -> None:
+def test_collectives_of_one_rank_are_the_identity() -> None:
     dist = DistContext("cpu")
     assert (dist.rank, dist.world_size, dist.is_main) == (0, 1, True)
     assert dist.broadcast({"a": [1]}) == {"a": [1]}
@@ -16,35 +16,35 @@ def test_one_process_talks_to_itself() -> None:
     dist.close()
 
 
-def test_an_error_of_another_kind_goes_through() -> None:
+def test_an_unrelated_error_is_not_replaced() -> None:
     with pytest.raises(RuntimeError, match="shapes"), DistContext("cpu").report_lost_ranks():
         raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         ("Timed out waiting 2000ms for recv operation to complete", "rank 1 took no part in a step for 2 s"),
         ("Application timeout caused pair closure", "rank 1 took no part in a step for 2 s"),
         ("Connection closed by peer [127.0.0.1]:4242", "rank 1 ended; the same command"),
     ],
 )
-def test_who_is_lost_is_told(error: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_rank_is_named(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = DistContext("cpu", step_timeout=2)
     dist.world_size = 2
     monkeypatch.setattr(dist, "_find_lost_ranks", lambda: [1])
-    with pytest.raises(UserError, match=told), dist.report_lost_ranks():
+    with pytest.raises(UserError, match=message), dist.report_lost_ranks():
         raise RuntimeError(error)
 
 
-def test_without_an_address_the_processes_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_store_address_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 2 but MASTER_ADDR .*; start them with torchrun$"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but MASTER_ADDR .*; start the ranks with torchrun$"):
         DistContext("cpu")
 
 
-def test_a_users_mistake_on_main_is_raised() -> None:
+def test_a_user_error_on_rank_0_is_raised() -> None:
     def fail() -> None:
         raise UserError("no such file")
 

@@ -33,7 +33,7 @@ sys.stdin.read()
 
 @contextmanager
 def holder(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that has the lock, and a program that it started; the holder may be gone when the block ends."""
+    """Start a process that holds the lock, and a child of it; the process may have ended when the block ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -47,18 +47,18 @@ def holder(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.communicate()
 
 
-def test_another_process_is_refused_and_told_whose_it_is(tmp_path: Path) -> None:
+def test_a_locked_folder_is_refused_and_its_holder_named(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, _):
         with pytest.raises(UserError) as error:
             lock_folder(tmp_path, "--run-dir")
         assert str(error.value) == (
             f"--run-dir {tmp_path} is in use by process {process.pid} on {socket.gethostname()}; wait for its "
-            "end, or name another --run-dir"
+            "end, or use another --run-dir"
         )
         assert json.loads((tmp_path / LOCK).read_text()) == {"host": socket.gethostname(), "pid": process.pid}
 
 
-def test_a_killed_holder_leaves_no_lock_though_its_children_live(tmp_path: Path) -> None:
+def test_a_killed_holder_releases_the_lock_though_its_children_live(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, child):
         process.kill()
         process.wait()
@@ -68,7 +68,7 @@ def test_a_killed_holder_leaves_no_lock_though_its_children_live(tmp_path: Path)
     unlock_folder(tmp_path)
 
 
-def test_a_process_may_ask_again_and_gives_back_once(tmp_path: Path) -> None:
+def test_a_process_may_lock_twice_and_unlocks_once(tmp_path: Path) -> None:
     lock_folder(tmp_path, "--run-dir")
     lock_folder(tmp_path / ".." / tmp_path.name, "--run-dir")
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
@@ -102,7 +102,7 @@ else:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
 
 
-def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path: Path) -> None:
+def test_a_recreated_folder_is_locked_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for _ in range(2):
         folder.mkdir()
@@ -113,7 +113,7 @@ def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path: Path) -> None:
     unlock_folder(folder)
 
 
-def test_a_link_is_not_followed_out_of_the_folder(tmp_path: Path) -> None:
+def test_a_lock_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("x")
     (tmp_path / "run" / LOCK).symlink_to(tmp_path / "precious")
@@ -139,7 +139,7 @@ with hold_lock(path):
 
 
 def start_waiter(path: Path) -> subprocess.Popen[str]:
-    """A process that waits for the lock file `path`, or has it."""
+    """Start a process that waits for the lock file `path` or holds it."""
     process = subprocess.Popen([sys.executable, "-c", WAIT, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
@@ -212,7 +212,7 @@ def test_a_file_system_without_locks_is_warned_about_once_and_used(
     with hold_lock(tmp_path / "a.lock"):
         pass
     assert [message.partition(": ")[::2] for message in caplog.messages] == [
-        (str(path), f"this file system has no locks ({os.strerror(code)}); see that one process alone uses it")
+        (str(path), f"this file system has no locks ({os.strerror(code)}); make sure that only one process uses it")
         for path in (tmp_path / LOCK, tmp_path / "a.lock")
     ]
 
@@ -222,7 +222,7 @@ def test_other_errors_of_a_lock_are_raised(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=r"cannot write .*: Input/output error; name another folder"):
+    with pytest.raises(UserError, match=r"cannot write .*: Input/output error; use another folder"):
         lock_folder(tmp_path, "--run-dir")
     with pytest.raises(OSError, match="Input/output error"), hold_lock(tmp_path / "a.lock"):
         pass

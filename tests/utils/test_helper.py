@@ -1,16 +1,18 @@
 from pathlib import Path
 
+import pytest
+
 from gpt.utils.helper import first_line, format_si, plural, random_bits, sha256_of_file
 
 
-def test_draw_depends_on_every_part_and_its_place() -> None:
+def test_random_bits_depend_on_every_part_of_the_address_and_its_place() -> None:
     addresses = [(seed, step, batch) for seed in range(10) for step in range(10) for batch in range(10)]
     assert len({random_bits(*address) for address in addresses}) == len(addresses)
     assert random_bits(1, 2) != random_bits(2, 1) != random_bits(2, 1, 0)
 
 
-def test_draw_is_fixed_for_all_time() -> None:
-    """A run that was saved by one version must go on in the same order in the next."""
+def test_random_bits_never_change_between_versions() -> None:
+    """Check known values: a run that one version saved must resume in the same order with the next."""
     assert [random_bits(0), random_bits(1337, 5), random_bits(2**64 - 1, 3, 1)] == [
         16294208416658607535,
         18305536251264625655,
@@ -18,21 +20,29 @@ def test_draw_is_fixed_for_all_time() -> None:
     ]
 
 
-def test_draws_are_spread_evenly() -> None:
+def test_random_bits_are_evenly_spread() -> None:
     bits = [bin(random_bits(7, index)).count("1") for index in range(4000)]
     assert abs(sum(bits) / len(bits) - 32) < 0.3
 
 
-def test_sha256_of_file(tmp_path: Path) -> None:
+def test_sha256_of_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256_of_file(tmp_path / "f").startswith("ba7816bf8f01cfea")
 
 
-def test_numbers_for_people() -> None:
+def test_sha256_of_file_may_refuse_links(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to(tmp_path / "f")
+    assert sha256_of_file(tmp_path / "link") == sha256_of_file(tmp_path / "f", follow_links=False)
+    with pytest.raises(OSError, match="symbolic link"):
+        sha256_of_file(tmp_path / "link", follow_links=False)
+
+
+def test_numbers_are_formatted_for_people() -> None:
     assert [format_si(0.5), format_si(999), format_si(1234567), format_si(2.5e9)] == ["0.5", "999", "1.23M", "2.5G"]
     assert [plural(1, "file"), plural(2000, "file")] == ["1 file", "2,000 files"]
 
 
-def test_first_line() -> None:
+def test_first_line_is_that_of_the_message_or_the_type() -> None:
     assert first_line(ValueError("\n  one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"

@@ -6,7 +6,7 @@ from gpt.utils.tree_sum import TreeAccumulator, tree_sum
 LEAVES = list(torch.randn(16, 1000, generator=torch.Generator().manual_seed(0)))
 
 
-def test_the_tree_is_of_neighbours() -> None:
+def test_tree_sum_adds_neighbours() -> None:
     a, b, c, d, e = LEAVES[:5]
     assert torch.equal(tree_sum([a]), a)
     assert torch.equal(tree_sum([a, b, c, d]), (a + b) + (c + d))
@@ -14,7 +14,7 @@ def test_the_tree_is_of_neighbours() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
-def test_blocks_of_leaves_and_then_their_sums_have_the_bits_of_the_whole(ranks: int) -> None:
+def test_sums_of_blocks_add_up_bit_exactly_to_the_sum_of_all_leaves(ranks: int) -> None:
     size = len(LEAVES) // ranks
     sums = []
     for rank in range(ranks):
@@ -28,7 +28,7 @@ def test_blocks_of_leaves_and_then_their_sums_have_the_bits_of_the_whole(ranks: 
     assert not torch.equal(tree_sum(sums), torch.stack(LEAVES).sum(dim=0))
 
 
-def test_an_accumulator_holds_a_subtree_of_each_size_and_is_empty_after() -> None:
+def test_an_accumulator_holds_one_subtree_of_each_size_and_take_empties_it() -> None:
     accumulator = TreeAccumulator()
     held = []
     for leaf in LEAVES:

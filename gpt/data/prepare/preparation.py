@@ -13,10 +13,10 @@ import logging
 import lzma
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,32 +24,31 @@ from gpt.configs.data_config import PreparationConfig
 from gpt.data.manifest import (
     CORPUS_FORMAT_VERSION,
     CORPUS_MANIFEST,
-    TOKENIZER_FILE,
     CorpusManifest,
     SourceEntry,
 )
-from gpt.data.prepare.dedup import write_keep_masks
+from gpt.data.prepare.dedup import has_whole_documents, write_keep_masks
 from gpt.data.prepare.documents import Document
 from gpt.data.prepare.learn_tokenizer import LEARNED_KINDS, learn_bpe_tokenizer, learn_char_tokenizer
-from gpt.data.prepare.part_worker import PARTS_FOLDER, Action, Job, PartRecord, read_splits
+from gpt.data.prepare.part_worker import Action, ReadSettings, read_splits
 from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts
 from gpt.data.prepare.sources import Source, find_source
+from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.prepare.workers import WorkerPool
 from gpt.data.shards import token_dtype
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import build_tokenizer
 from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
-from gpt.utils.atomic_io import fsync, remove_folder, write_json, write_text
+from gpt.utils.atomic_io import fsync, remove_folder
 from gpt.utils.folder_lock import hold_lock
-from gpt.utils.helper import format_si, plural, unique_names
+from gpt.utils.helper import format_si, plural, sha256_of_file, unique_names
 from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 MAX_XZ_BYTES = 2**21
 """Bytes of validation text above which xz takes longer than its number is worth."""
-IDENTITY_FILE = "preparation.json"
 MIN_SECONDS_TO_REPORT_SPEED = 10
 
 
@@ -60,9 +59,30 @@ class PreparationPlan:
     sources: tuple[Source, ...]
     roles: tuple[Role | None, ...]
     """Split that each source belongs to; None holds out some of its documents."""
-    settings: dict[str, Any]
-    """All other settings that decide the content of the folder."""
-    config: PreparationConfig
+    tokenizer: str
+    """byte, char, bpe, gpt2, or the path of a tokenizer.json."""
+    tokenizer_file_sha256: str | None
+    """Digest of the tokenizer.json; None without one."""
+    vocab_size: int
+    """Size that bpe is trained to."""
+    text_field: str
+    on_error: Literal["raise", "skip"]
+    val_fraction: float
+    deduplicate: bool
+    n_workers: int
+    """Processes at most; does not change the result."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the content of the folder, besides the sources."""
+        settings = {
+            "tokenizer": self.tokenizer_file_sha256 or self.tokenizer,
+            "text_field": self.text_field,
+            "on_error": self.on_error,
+            "val_fraction": self.val_fraction,
+            "deduplicate": self.deduplicate,
+        }
+        return settings | ({"vocab_size": self.vocab_size} if self.tokenizer == "bpe" else {})
 
     @property
     def names(self) -> list[str]:
@@ -100,18 +120,19 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
     train_role: Role | None = None if config.val_fraction and not config.val_source else "train"
     found = [(find_source(source), train_role) for source in sources]
     found += [(find_source(source, "--data.val-source"), "val") for source in config.val_source]
-    settings: dict[str, Any] = {
-        "tokenizer": config.tokenizer,
-        "text_field": config.text_field,
-        "on_error": config.on_error,
-        "val_fraction": 0.0 if config.val_source else config.val_fraction,
-        "deduplicate": config.deduplicate,
-    }
-    if config.tokenizer == "bpe":
-        settings["vocab_size"] = config.vocab_size
-    elif Path(config.tokenizer).is_file():
-        settings["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
-    return PreparationPlan(tuple(source for source, _ in found), tuple(role for _, role in found), settings, config)
+    tokenizer_file = Path(config.tokenizer)
+    return PreparationPlan(
+        sources=tuple(source for source, _ in found),
+        roles=tuple(role for _, role in found),
+        tokenizer=config.tokenizer,
+        tokenizer_file_sha256=sha256_of_file(tokenizer_file) if tokenizer_file.is_file() else None,
+        vocab_size=config.vocab_size,
+        text_field=config.text_field,
+        on_error=config.on_error,
+        val_fraction=0.0 if config.val_source else config.val_fraction,
+        deduplicate=config.deduplicate,
+        n_workers=config.workers or usable_cores(),
+    )
 
 
 def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
@@ -133,10 +154,10 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
         try:
             if folder.exists():  # its manifest was deleted
                 remove_folder(folder)
-            preparation = _Preparation(unfinished, plan)
-            preparation.claim()
+            working_folder = UnfinishedFolder(unfinished)
+            working_folder.claim(plan.identity)
             try:
-                preparation.run()
+                _Preparation(working_folder, plan).run()
             except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation
                 if not plan.is_remote:
                     shutil.rmtree(unfinished)
@@ -154,66 +175,49 @@ class _Preparation:
     """A preparation in its unfinished folder.
 
     Args:
-        folder: the unfinished folder.
+        folder: claimed for the plan.
         plan: what to prepare, and how.
     """
 
-    def __init__(self, folder: Path, plan: PreparationPlan):
+    def __init__(self, folder: UnfinishedFolder, plan: PreparationPlan):
         self._folder, self._plan = folder, plan
-        self._job = Job(
-            folder=str(folder),
-            text_field=plan.config.text_field,
-            skip_bad=plan.config.on_error == "skip",
-            val_fraction=plan.config.val_fraction,
+        self._settings = ReadSettings(
+            text_field=plan.text_field,
+            skip_bad=plan.on_error == "skip",
+            val_fraction=plan.val_fraction,
             corpus_bytes=plan.size,
-            deduplicate=plan.config.deduplicate,
+            deduplicate=plan.deduplicate,
         )
-
-    def claim(self) -> None:
-        """Make the folder, or find in it what an interrupted run of the same preparation has finished.
-
-        Raises:
-            UserError: it holds another preparation.
-        """
-        identity = self._folder / IDENTITY_FILE
-        if not identity.exists():  # killed before it was written, or just before the end
-            shutil.rmtree(self._folder, ignore_errors=True)
-            (self._folder / PARTS_FOLDER).mkdir(parents=True)
-            write_json(identity, self._plan.identity)
-        elif json.loads(identity.read_text(encoding="utf-8")) != self._plan.identity:
-            raise UserError(
-                f"{self._folder} holds an unfinished preparation of other sources or settings; "
-                "finish it with the same command, or delete it"
-            )
 
     def run(self) -> None:
         """Write everything that a prepared corpus consists of, down to the disk."""
-        if not (self._folder / CORPUS_MANIFEST).exists():
+        if not (self._folder.path / CORPUS_MANIFEST).exists():
             n_files = sum(len(source.files) for source in self._plan.sources)
             names, files = ", ".join(self._plan.names), plural(n_files, "file")
             log.info("preparing %s: %s, %sB", names, files, format_si(self._plan.size))
-            with WorkerPool(self._job, self._count_workers()) as pool:  # they start while the tokenizer is built
+            # The workers start while the tokenizer is built.
+            with WorkerPool(self._folder.path, self._settings, self._count_workers()) as pool:
                 tokenizer = self._build_tokenizer()
                 parts_of_sources = self._cut_into_parts(tokenizer)
                 parts = [part for of_source in parts_of_sources for part in of_source]
                 self._find_duplicates(pool, parts)
-                tokenizer = tokenizer or self._save_tokenizer(lambda: self._learn_tokenizer(parts))
+                tokenizer = tokenizer or self._folder.load_or_save_tokenizer(lambda: self._learn_tokenizer(parts))
                 self._write_shards(pool, parts)
             self._write_manifest(tokenizer, parts_of_sources)
-        self._clean_up()
+        self._folder.finish()
 
     def _count_workers(self) -> int:
         """Return the number of workers: as configured, and no more than parts, if sizes of files give their number."""
-        n_workers = self._plan.config.workers or usable_cores()
+        n_workers = self._plan.n_workers
         if any(file.kind in ("dataset", "hub") for source in self._plan.sources for file in source.files):
             return n_workers
         return min(n_workers, -(-self._plan.size // PART_BYTES))
 
     def _build_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that the settings name; None if it is learned from the corpus."""
-        kind = self._plan.config.tokenizer
+        kind = self._plan.tokenizer
         if kind not in LEARNED_KINDS:
-            return self._save_tokenizer(lambda: build_tokenizer(kind))
+            return self._folder.load_or_save_tokenizer(lambda: build_tokenizer(kind))
         for file in (file for source in self._plan.sources for file in source.files):
             if file.kind == "tokens":
                 raise UserError(
@@ -222,23 +226,14 @@ class _Preparation:
                 )
         return None
 
-    def _save_tokenizer(self, build: Callable[[], Tokenizer]) -> Tokenizer:
-        """Return the tokenizer that is saved in the folder, built and saved first if there is none."""
-        path = self._folder / TOKENIZER_FILE
-        if path.exists():
-            return Tokenizer.from_file(path)
-        tokenizer = build()
-        write_text(path, tokenizer.definition)
-        return tokenizer
-
     def _cut_into_parts(self, tokenizer: Tokenizer | None) -> list[list[Part]]:
         """Return the parts of each source, numbered through all sources."""
         groups, number = [], 0
         for source, role in zip(self._plan.sources, self._plan.roles, strict=True):
             parts = cut_into_parts(
                 source.files,
-                self._job.new_records(),
-                val_fraction=self._job.val_fraction,
+                self._plan.text_field,
+                val_fraction=self._plan.val_fraction,
                 role=role,
                 tokenizer=tokenizer,
             )
@@ -248,28 +243,28 @@ class _Preparation:
 
     def _find_duplicates(self, pool: WorkerPool, parts: Sequence[Part]) -> None:
         """Write, for each part, the mask of the documents that equal none before them."""
-        parts = [part for part in parts if self._job.is_deduplicated(part)]
-        if not parts:
+        if not self._plan.deduplicate:
             return
-        remaining = [part for part in parts if not self._job.digests_path(part).exists()]
+        parts = [part for part in parts if has_whole_documents(part)]
+        remaining = [part for part in parts if not self._folder.digests_path(part).exists()]
         self._run(pool, "looking for duplicates", "digests", remaining)
         write_keep_masks(
-            [self._job.digests_path(part) for part in parts], [self._job.keep_mask_path(part) for part in parts]
+            [self._folder.digests_path(part) for part in parts], [self._folder.keep_mask_path(part) for part in parts]
         )
 
     def _learn_tokenizer(self, parts: Sequence[Part]) -> Tokenizer:
-        if self._plan.config.tokenizer == "bpe":
-            return learn_bpe_tokenizer(parts, self._read_splits, self._plan.config.vocab_size)
+        if self._plan.tokenizer == "bpe":
+            return learn_bpe_tokenizer(parts, self._read_splits, self._plan.vocab_size)
         tokenizer = learn_char_tokenizer(parts, self._read_splits)
         if tokenizer is None:
             raise _no_text_error(", ".join(self._plan.names))
         return tokenizer
 
     def _read_splits(self, part: Part) -> Iterator[tuple[list[Document], list[Document]]]:
-        return read_splits(self._job, part)
+        return read_splits(self._folder, self._settings, part)
 
     def _write_shards(self, pool: WorkerPool, parts: Sequence[Part]) -> None:
-        remaining = [part for part in parts if not self._job.is_done(part)]
+        remaining = [part for part in parts if not self._folder.is_done(part)]
         if 0 < len(remaining) < len(parts):
             log.info("%d of %d parts are prepared already", len(parts) - len(remaining), len(parts))
         self._run(pool, "tokenizing", "shards", remaining)
@@ -290,7 +285,7 @@ class _Preparation:
 
     def _write_manifest(self, tokenizer: Tokenizer, parts_of_sources: Sequence[Sequence[Part]]) -> None:
         entries = [
-            _source_entry(name, source.sha256, [self._job.read_record(part) for part in parts])
+            _source_entry(name, source.sha256, [self._folder.read_record(part) for part in parts])
             for name, source, parts in zip(self._plan.names, self._plan.sources, parts_of_sources, strict=True)
         ]
         for entry in entries:
@@ -315,7 +310,7 @@ class _Preparation:
             text_bytes=sum(shard.text_bytes for shard in shards),
             sources=tuple(entries),
             xz_bits_per_byte=self._xz_bits_per_byte([part for parts in parts_of_sources for part in parts], val_bytes),
-        ).write(self._folder)
+        ).write(self._folder.path)
 
     def _xz_bits_per_byte(self, parts: Sequence[Part], val_bytes: int) -> float | None:
         """Compress the validation texts as one stream by `xz -9e`: the bits per byte of a compressor without learning.
@@ -331,17 +326,6 @@ class _Preparation:
             for _, val in self._read_splits(part):
                 compressed += sum(len(compressor.compress(document.content)) for document in val)
         return 8 * (compressed + len(compressor.flush())) / val_bytes
-
-    def _clean_up(self) -> None:
-        """Remove all that is no part of a prepared corpus; the identity last, for it claims the folder."""
-        shutil.rmtree(self._folder / PARTS_FOLDER, ignore_errors=True)
-        for file in self._folder.iterdir():
-            if file.suffix in (".tokens", ".tmp"):  # of a worker that was killed
-                file.unlink()
-            else:
-                fsync(file)
-        (self._folder / IDENTITY_FILE).unlink()
-        fsync(self._folder)
 
 
 def _source_entry(name: str, sha256: str, records: Sequence[PartRecord]) -> SourceEntry:

@@ -2,9 +2,11 @@
 
     this process                                    worker process, one of n
     ------------                                    ------------------------
+    WorkerPool(folder, settings, n)
+      sends {"folder", "settings"}        --->      main -> _serve -> PartWorker(folder, settings)
     WorkerPool.run(action, parts)
       a thread for each worker takes the next part,
-      sends {"action", "part"}            --->      main -> _serve -> PartWorker.do(action, part)
+      sends {"action", "part"}            --->        PartWorker.do(action, part)
       reads   {"advance": [bytes, tokens]} <---       progress, some times a second
               {"done": number}             <---       its result is in the folder
               {"mistake"} or {"failure"}   <---       a UserError or an OSError, raised in this process
@@ -28,7 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from gpt.data.prepare.part_worker import Action, Advance, Job, PartWorker
+from gpt.data.prepare.part_worker import Action, Advance, PartWorker, ReadSettings
 from gpt.data.prepare.parts import Part
 from gpt.errors import UserError
 
@@ -40,13 +42,14 @@ class WorkerPool:
     """Works on parts, several at a time.
 
     Args:
-        job: what all parts have in common.
+        folder: path of the unfinished folder.
+        settings: how to read and split.
         n_workers: processes, which start at once; with one, this process does the work itself.
     """
 
-    def __init__(self, job: Job, n_workers: int):
-        self._own_worker = PartWorker(job) if n_workers <= 1 else None
-        self._processes = [_WorkerProcess(job) for _ in range(n_workers)] if n_workers > 1 else []
+    def __init__(self, folder: Path, settings: ReadSettings, n_workers: int):
+        self._own_worker = PartWorker(folder, settings) if n_workers <= 1 else None
+        self._processes = [_WorkerProcess(folder, settings) for _ in range(n_workers)] if n_workers > 1 else []
 
     def __enter__(self) -> Self:
         return self
@@ -104,11 +107,11 @@ main()
 class _WorkerProcess:
     """A worker process as this process sees it."""
 
-    def __init__(self, job: Job):
+    def __init__(self, folder: Path, settings: ReadSettings):
         root = str(Path(__file__).parents[3])
         command = [sys.executable, "-P", "-c", _START, root]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
-        self._send(asdict(job))
+        self._send({"folder": str(folder), "settings": asdict(settings)})
 
     def end(self) -> None:
         """Kill the process: an unfinished part is done again by the next preparation."""
@@ -167,7 +170,7 @@ class _Reporter:
 
 
 def main() -> None:
-    """Run a worker process: read a job, then tasks, as lines on stdin; answer on stdout until stdin ends."""
+    """Run a worker process: read the settings, then tasks, as lines on stdin; answer on stdout until stdin ends."""
     messages: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(messages,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -189,7 +192,8 @@ def _listen(messages: "queue.SimpleQueue[str]") -> None:
 
 
 def _serve(messages: "queue.SimpleQueue[str]", send: Callable[[dict[str, Any]], None]) -> None:
-    worker = PartWorker(Job(**json.loads(messages.get())))
+    job = json.loads(messages.get())
+    worker = PartWorker(Path(job["folder"]), ReadSettings(**job["settings"]))
     while True:
         task = json.loads(messages.get())
         part = Part.from_json(task["part"])

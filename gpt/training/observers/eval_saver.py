@@ -1,4 +1,4 @@
-"""The observer that gives a checkpoint its evaluation, and the best evaluation its checkpoint."""
+"""The observer that saves a checkpoint after an evaluation."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,18 +9,18 @@ from gpt.training.observer import Observer
 
 
 class EvalSaver(Observer):
-    """Hands metrics to a checkpoint that is due at the same step, and asks for one where an evaluation is the best.
+    """Records metrics in the checkpoint that is due at the same step, and saves a checkpoint of the best val/loss.
 
     Args:
-        plan: says which steps are saved anyway.
-        improves: whether a val/loss is below those of all checkpoints; None: the best is not asked for.
+        plan: names the steps that are saved anyway.
+        improves: returns whether a val/loss is below those of all checkpoints; None saves no best checkpoint.
     """
 
     def __init__(self, plan: RunPlan, improves: Callable[[float], bool] | None):
         self._plan, self._improves = plan, improves
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Save after an evaluation, where there is reason to."""
+        """Save if a checkpoint is due or val/loss is the lowest so far."""
         if not (isinstance(event, EvalEnd) and VAL_LOSS in event.metrics):
             return ()
         is_best = self._improves is not None and self._improves(event.metrics[VAL_LOSS])

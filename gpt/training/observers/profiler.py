@@ -1,4 +1,4 @@
-"""The observer that shows where the time of a step goes."""
+"""The observer that traces steps with torch.profiler."""
 
 import logging
 from collections.abc import Iterable
@@ -14,38 +14,40 @@ log = logging.getLogger(__name__)
 
 
 class Profiler(Observer):
-    """Traces the steps that were asked for, on CPU and GPU, and writes them as a Chrome trace.
+    """Traces the configured steps on CPU and GPU, and writes a Chrome trace.
 
-    A run that ends, or is stopped, within them leaves the trace of those that it took.
+    A run that ends within these steps leaves the trace of those that it took.
 
     Args:
-        config: which steps.
-        trace: file to write; None traces nothing, as on every process but the first.
+        config: names the steps.
+        trace: file to write; None, on every rank but 0, traces nothing.
     """
 
     def __init__(self, config: ProfileConfig, trace: Path | None):
         self._trace = trace
-        self._before, self._last = config.start - 1, config.start - 1 + config.steps
+        self._first, self._last = config.start, config.start - 1 + config.steps
         self._recording: profile | None = None
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Begin before the first of the steps, end after the last."""
+        """Start before the first of the steps, stop after the last."""
         if self._trace is None or not isinstance(event, (TrainStart, StepEnd)):
             return ()
-        if isinstance(event, TrainStart) and event.step >= self._last > self._before:
-            log.warning("no step is traced: --profile.start is %d, the run is at %d", self._before + 1, event.step)
+        if isinstance(event, TrainStart) and event.step >= self._last >= self._first:
+            log.warning(
+                "no step is traced: --profile.start is %d but the run resumes at step %d", self._first, event.step
+            )
         if event.step >= self._last:
-            self._end()
-        elif event.step >= self._before and self._recording is None:
+            self._stop()
+        elif event.step + 1 >= self._first and self._recording is None:
             self._recording = profile()
             self._recording.start()
         return ()
 
     def close(self, error: BaseException | None) -> None:
-        """Write what there is."""
-        self._end()
+        """Write the trace of an unfinished profile."""
+        self._stop()
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         if self._recording is not None:
             self._recording.stop()
             self._recording.export_chrome_trace(str(self._trace))

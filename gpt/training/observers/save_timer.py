@@ -1,4 +1,4 @@
-"""The observer that saves by the clock."""
+"""The observer that saves a checkpoint every few minutes."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -9,14 +9,14 @@ from gpt.utils.distributed import DistContext
 
 
 class SaveTimer(Observer):
-    """Asks for a checkpoint when the last one is some minutes old.
+    """Saves a checkpoint when the last one is some minutes old.
 
-    Rank 0's clock decides; its flag is reduced without waiting and read one step later, so that no step is held up.
+    Rank 0's clock decides. Its flag is reduced asynchronously and read one step later, so that no step waits for it.
 
     Args:
-        minutes: between checkpoints; 0 never saves.
-        dist: the processes that train.
-        clock: seconds; monotonic.
+        minutes: time between checkpoints; 0 never saves.
+        dist: the ranks that train.
+        clock: monotonic, in seconds.
     """
 
     def __init__(self, minutes: float, dist: DistContext, clock: Callable[[], float] = time.monotonic):
@@ -25,15 +25,15 @@ class SaveTimer(Observer):
         self._pending = dist.all_reduce_max_async(0) if minutes else None
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Save after the step at which it is due."""
+        """Save if the last checkpoint is old enough."""
         if isinstance(event, (TrainStart, CheckpointSaved)):
             self._last = self._clock()
         if self._pending is None or not isinstance(event, StepEnd):
             return ()
-        due = self._pending.read()
-        if due:
+        is_due = self._pending.read()
+        if is_due:
             self._last = self._clock()
         self._pending = self._dist.all_reduce_max_async(
             int(self._dist.is_main and self._clock() - self._last >= self._seconds)
         )
-        return [Save()] if due else ()
+        return [Save()] if is_due else ()

@@ -1,4 +1,4 @@
-"""The observer that sees when training goes wrong: updates skipped again and again, and losses that jump."""
+"""The observer that finds loss spikes and repeatedly skipped updates."""
 
 import math
 import statistics
@@ -12,21 +12,21 @@ from gpt.resume.journal import Journal
 from gpt.training.events import Command, Event, MetricsReady, RollBack, Save, SpikeSeen, TrainStart
 from gpt.training.observer import Observer
 
-TO_DEVIATIONS = 1.4826
-"""Median absolute deviation -> standard deviation, where losses scatter normally (Rousseeuw and Croux 1993)."""
+MAD_TO_STD = 1.4826
+"""Factor from median absolute deviation to standard deviation of a normal distribution (Rousseeuw and Croux 1993)."""
 
 
 class SpikeGuard(Observer):
-    """Compares each loss with the median of those before it, and counts the updates that were skipped.
+    """Compares each loss with the median of those before it, and counts skipped updates.
 
-    Median and median absolute deviation, and no spike ever among the losses that they are of: so neither a spike nor a
-    row of them raises the bar for the next. What it reads is reduced over the processes, so all of them find the same.
+    Median and median absolute deviation are taken over losses without spikes, so that one spike does not hide the
+    next. Losses are reduced over all ranks, so every rank finds the same.
 
     Args:
-        config: what is a spike, and what follows from it.
-        journal: of the run; says how often it went back.
-        scaled: whether the loss is scaled, so that an overflowing gradient is nothing out of the ordinary.
-        name_documents: number of a step -> what it was trained on, in one line.
+        config: thresholds, and whether to roll back.
+        journal: of the run; counts its rollbacks.
+        scaled: whether a GradScaler scales the loss, so that an overflow of the gradient is normal.
+        name_documents: number of a step -> its training documents, in one line.
     """
 
     def __init__(self, config: SpikeConfig, journal: Journal, *, scaled: bool, name_documents: Callable[[int], str]):
@@ -36,23 +36,23 @@ class SpikeGuard(Observer):
         self._skips = 0
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Judge the steps of a report.
+        """Check the steps of a report.
 
         Raises:
-            UserError: too many updates were skipped in a row, or the run went back too often.
+            UserError: too many updates were skipped in a row, or the run was rolled back too often.
         """
         if isinstance(event, TrainStart) and self._config.rollback:
-            return [Save()]  # a spike may come before the first checkpoint; one that is there is left as it is
+            return [Save()]  # a spike may come before the first scheduled save; an existing checkpoint is kept
         if not isinstance(event, MetricsReady):
             return ()
         first = event.step - len(event.losses) + 1
-        faults: dict[int, str] = {}
+        bad_steps: dict[int, str] = {}
         spikes: list[SpikeSeen] = []
         for step, loss in enumerate(event.losses, first):
             if step in event.skipped:
                 if self._count_skip(step, loss):
-                    faults[step] = "not finite"
-            elif spike := self._judge(step, loss):
+                    bad_steps[step] = "not finite"
+            elif spike := self._find_spike(step, loss):
                 spikes.append(spike)
         if not (spikes and self._config.rollback):
             return spikes
@@ -61,39 +61,40 @@ class SpikeGuard(Observer):
         )
         if self._journal.rollbacks >= self._config.max_rollbacks:
             raise UserError(
-                f"{reason}, and the run went back {self._journal.rollbacks} times already; lower --lr.max-lr in a new "
-                "run, or raise --spike.max-rollbacks"
+                f"{reason}, and the run was rolled back {self._journal.rollbacks} times before; lower --lr.max-lr in a "
+                "new run, or raise --spike.max-rollbacks"
             )
-        bad_steps = faults | {spike.step: f"spike: loss {spike.loss:.4f}" for spike in spikes}
+        bad_steps |= {spike.step: f"spike: loss {spike.loss:.4f}" for spike in spikes}
         return [*spikes, RollBack(reason, dict(sorted(bad_steps.items())))]
 
     def state_json(self) -> dict[str, Any]:
-        """The losses that are compared with, and the skips in a row."""
+        """Return the window of losses and the number of updates skipped in a row."""
         return {"window": list(self._window), "skips": self._skips}
 
     def load_json(self, saved: dict[str, Any]) -> None:
-        """Take them up."""
+        """Load what `state_json` returned."""
         self._window = deque(saved["window"], maxlen=self._config.window)
         self._skips = saved["skips"]
 
     def _count_skip(self, step: int, loss: float) -> bool:
-        """Whether a skipped update was a fault, which is counted; an overflow, that the scaler sees to, is none."""
+        """Return whether a skipped update was counted; an overflow that the scaler handles is not."""
         if self._scaled and math.isfinite(loss):
             return False
         self._skips += 1
         if self._skips >= self._config.max_skips:
             raise UserError(
-                f"step {step}: the loss or gradient of the last {self._skips} steps was not finite, and none of them "
-                f"changed the model (--spike.max-skips); step {step} was trained on {self._name_documents(step)}"
+                f"step {step}: the loss or gradient of the last {self._skips} steps was not finite, so their updates "
+                f"were skipped (--spike.max-skips {self._config.max_skips}); step {step} was trained on "
+                f"{self._name_documents(step)}"
             )
         return True
 
-    def _judge(self, step: int, loss: float) -> SpikeSeen | None:
-        """A spike, or one loss more to compare with."""
+    def _find_spike(self, step: int, loss: float) -> SpikeSeen | None:
+        """Return the spike if the loss is one; else add the loss to the window."""
         self._skips = 0
         if len(self._window) >= self._config.window // 4:
             median = statistics.median(self._window)
-            deviation = TO_DEVIATIONS * statistics.median(abs(value - median) for value in self._window)
+            deviation = MAD_TO_STD * statistics.median(abs(value - median) for value in self._window)
             rise = loss - median
             if rise > max(self._config.threshold * deviation, self._config.least_rise):
                 return SpikeSeen(step, loss, median, rise / deviation if deviation else math.inf)

@@ -1,4 +1,4 @@
-"""The observer that turns Ctrl-C and SIGTERM into an orderly end."""
+"""The observer that ends a run cleanly at Ctrl-C or SIGTERM."""
 
 import signal
 import threading
@@ -13,10 +13,10 @@ from gpt.utils.distributed import DistContext
 
 
 class StopSignal(Observer):
-    """A signal sets a flag; at the end of a step the ranks agree on it, and all stop after the same step.
+    """Stops all ranks after the same step once any of them has received a signal.
 
-    With several ranks the flag is reduced without waiting and read one step later, so that no step is held up. A
-    second Ctrl-C ends the process at once: what is committed is whole.
+    With several ranks the flag is reduced asynchronously and read one step later, so that no step waits for it. A
+    second Ctrl-C ends the process at once; committed checkpoints stay valid.
     """
 
     def __init__(self, dist: DistContext):
@@ -26,18 +26,18 @@ class StopSignal(Observer):
         self._previous: dict[int, Any] = {}
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Listen while the run trains; stop once any rank has received a signal."""
+        """Handle signals from TrainStart on; stop once any rank has received one."""
         if isinstance(event, TrainStart) and threading.current_thread() is threading.main_thread():
-            # Python gives signals to the main thread alone; a run in another thread belongs to its application.
+            # Only the main thread can handle signals; in another thread they belong to the application.
             self._previous = {number: signal.signal(number, self._receive) for number in (SIGINT, SIGTERM)}
         if not isinstance(event, StepEnd):
             return ()
-        agreed = self._received if self._dist.world_size == 1 else self._pending.read()
+        received = self._received if self._dist.world_size == 1 else self._pending.read()
         self._pending = self._dist.all_reduce_max_async(self._received)
-        return [Stop(signal.Signals(agreed).name)] if agreed else ()
+        return [Stop(signal.Signals(received).name)] if received else ()
 
     def close(self, error: BaseException | None) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""The observer that lets the model write."""
+"""The observer that generates samples during a run."""
 
 from collections.abc import Iterable, Mapping
 
@@ -15,14 +15,14 @@ from gpt.utils.helper import Purpose, random_bits
 
 
 class TextSampler(Observer):
-    """Continues each prompt when the model is evaluated.
+    """Generates a sample for each prompt when the model is evaluated.
 
     Args:
         model: the bare module.
-        tokenizer: turns tokens into text.
-        prompts: text -> its tokens, at least one each.
-        config: how tokens are drawn.
-        plan: says when, and gives the context length and the seed.
+        tokenizer: decodes samples.
+        prompts: prompt -> its token ids, at least one.
+        config: length and sampling filters.
+        plan: names the steps, and gives block_size and the seed.
     """
 
     def __init__(
@@ -37,20 +37,20 @@ class TextSampler(Observer):
         self._config, self._plan = config, plan
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
-        """Draw a text per prompt after a step that is evaluated."""
+        """Generate samples if this step is evaluated."""
         if not is_evaluated(event, self._plan):
             return ()
         return [
             TextSampled(
                 event.step,
                 prompt,
-                self._continue(tokens, random_bits(self._plan.seed, Purpose.TEXT, event.step, index)),
+                self._generate(tokens, random_bits(self._plan.seed, Purpose.TEXT, event.step, index)),
             )
             for index, (prompt, tokens) in enumerate(self._prompts.items())
         ]
 
-    def _continue(self, tokens: list[int], seed: int) -> str:
-        new = generate(
+    def _generate(self, tokens: list[int], seed: int) -> str:
+        token_ids = generate(
             self._model,
             tokens,
             self._config,
@@ -59,5 +59,5 @@ class TextSampler(Observer):
             seed=seed,
             end_of_text=self._tokenizer.end_of_text,
         )
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            return self._tokenizer.decode(new)
+        with torch.compiler.set_stance("force_eager"):  # it would recompile for every length
+            return self._tokenizer.decode(token_ids)

@@ -1,1 +1,1 @@
-"""Where a run is written to."""
+"""Recorders of a run: the console and files."""

@@ -1,4 +1,4 @@
-"""The run on the terminal: a live bar there, plain lines anywhere else."""
+"""The sink that shows a run on the console: a live bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,10 +27,10 @@ from gpt.utils.helper import format_si, plural, printable
 
 
 class RunConsole(Console):
-    """A console whose reader may leave: rich would end the process, here it is an error like any other."""
+    """A console that raises BrokenPipeError when stdout is closed, where rich would end the process."""
 
     def on_broken_pipe(self) -> None:
-        """Let the error go on to whoever wrote."""
+        """Raise the error to the caller."""
         raise
 
 
@@ -81,33 +81,35 @@ class ConsoleSink(Sink):
             case MetricsReady(step=step, metrics=metrics, skipped=skipped):
                 self._show_metrics(step, metrics)
                 if skipped:
-                    named = plural(len(skipped), "update") + " skipped: a NaN or inf in the loss or gradient"
-                    self._say(f"step {', '.join(map(str, skipped))}: {named}")
+                    updates = plural(len(skipped), "update")
+                    steps = ", ".join(map(str, skipped))
+                    self._print_line(f"step {steps}: {updates} skipped: a NaN or inf in the loss or gradient")
             case SpikeSeen(step=step, loss=loss, median=median, deviations=deviations):
-                self._say(f"step {step}: loss {loss:.4f} is a spike, {deviations:.1f} deviations above {median:.4f}")
+                distance = f"{deviations:.1f} deviations above the median {median:.4f}"
+                self._print_line(f"step {step}: loss {loss:.4f} is a spike, {distance}")
             case RolledBack(step=step, to_step=to_step, reason=reason):
-                self._say(f"step {step}: back to step {to_step}: {reason}")
+                self._print_line(f"step {step}: rolled back to step {to_step}: {reason}")
             case EvalEnd(step=step, metrics=metrics):
-                self._say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+                self._print_line(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
                 self._compare_with_xz(metrics.get("val/bpb"))
             case TextSampled(prompt=prompt, text=text):
-                self._say("--- sample " + "-" * 40)
+                self._print_line("--- sample " + "-" * 40)
                 self._console.print(Text(printable(prompt + text)))
-                self._say("-" * 51)
+                self._print_line("-" * 51)
             case CheckpointSaved(step=step, path=path):
-                self._say(f"step {step}: saved {path}")
+                self._print_line(f"step {step}: saved {path}")
             case TrainEnd(step=step, reason=reason):
                 self._progress.stop()
-                self._say(f"{reason} at step {step}; {self._next_command(step)}")
+                self._print_line(f"{reason} at step {step}; {self._next_command(step)}")
 
     def close(self, error: BaseException | None) -> None:
-        """Leave the terminal as it was."""
+        """Stop the live bar."""
         self._progress.stop()
 
     def _start(self, event: TrainStart) -> None:
         self._console.print(plan_table(self._plan))
         if event.resumed_from:
-            self._say(f"continuing from {event.resumed_from}")
+            self._print_line(f"resuming from {event.resumed_from}")
         self._progress.update(self._task, total=self._plan.max_steps, completed=event.step)
         self._progress.start_task(self._task)
         self._progress.start()
@@ -121,32 +123,32 @@ class ConsoleSink(Sink):
             self._progress.update(self._task, numbers=numbers)
         else:
             remaining = (self._plan.max_steps - step) * self._plan.batch.tokens_per_step
-            self._say(
+            self._print_line(
                 f"step {step}/{self._plan.max_steps}  {numbers}  "
-                f"ETA {_duration(remaining / metrics['tokens_per_second'])}"
+                f"ETA {_format_duration(remaining / metrics['tokens_per_second'])}"
             )
 
     def _compare_with_xz(self, bpb: float | None) -> None:
         xz = self._plan.corpus.xz_bits_per_byte
         if bpb is not None and xz is not None:
-            self._say(f"        bits per byte of the same files: {bpb:.3f} here, {xz:.3f} by xz -9e")
+            self._print_line(f"        bits per byte: {bpb:.3f}; xz -9e on the same files: {xz:.3f}")
 
     def _next_command(self, step: int) -> str:
         if step < self._plan.max_steps:
             return "the same command resumes the run"
         return f"try gpt sample {self._run_dir} --prompt TEXT"
 
-    def _say(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         self._console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def plan_table(plan: RunPlan) -> Table:
-    """What will happen, for people."""
+    """Return the plan as a table for people."""
     machine, batch, corpus = plan.machine, plan.batch, plan.corpus
     processes = plural(machine.world_size, "process", "es")
     rows = {
         "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}",
-        "runtime": _runtime(plan),
+        "runtime": _format_runtime(plan),
         "model": f"{format_si(plan.model.n_parameters)} parameters: {plan.model.n_layer} layers, "
         f"{plan.model.n_head} heads, {plan.model.n_embd} wide",
         "data": f"{format_si(corpus.train_tokens)} training tokens, vocabulary {corpus.vocab_size:,}",
@@ -157,7 +159,7 @@ def plan_table(plan: RunPlan) -> Table:
         "run": f"{plan.max_steps:,} steps, {format_si(plan.max_steps * batch.tokens_per_step)} tokens, "
         f"{plan.epochs:.2f} epochs",
         **_source_rows(plan),
-        "learning rate": f"{plan.lr.schedule}, up to {_highest_rates(plan)} after {plan.lr.warmup_steps} steps",
+        "learning rate": f"{plan.lr.schedule}, up to {_format_max_lrs(plan)} after {plan.lr.warmup_steps} steps",
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
@@ -167,27 +169,27 @@ def plan_table(plan: RunPlan) -> Table:
     return table
 
 
-def _highest_rates(plan: RunPlan) -> str:
+def _format_max_lrs(plan: RunPlan) -> str:
     adamw = f"{plan.lr.max_lr:g}"
     return f"{plan.optimizer.muon_lr:g} (muon) and {adamw} (adamw)" if plan.optimizer.name == "muon" else adamw
 
 
-def _runtime(plan: RunPlan) -> str:
-    """What was set in the process: names as flags have them, with no- where off."""
+def _format_runtime(plan: RunPlan) -> str:
+    """Return the process settings under the names of their flags, with no- if off."""
     runtime = plan.machine.runtime
     switches = [("" if on else "no-") + name.replace("_", "-") for name, on in runtime.items() if isinstance(on, bool)]
     return ", ".join([plural(runtime.get("threads", 1), "thread"), *switches])
 
 
 def _source_rows(plan: RunPlan) -> dict[str, str]:
-    """The sources of a mixture."""
+    """Return the row of a mixture's sources; none for a single source."""
     if len(plan.sources) < 2:
         return {}
     shares = [f"{source.name} {source.share:.1%}, {source.epochs:.2f} epochs" for source in plan.sources]
     return {"sources": "; ".join(shares)}
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

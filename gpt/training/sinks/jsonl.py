@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: one JSON object a line."""
+"""The sink that writes metrics.jsonl and samples.jsonl, one JSON object a line."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class JsonlSink(Sink):
         self._metrics, self._samples = metrics, samples
 
     def write(self, event: Event) -> None:
-        """One line per report, evaluation, spike or text; what a run goes back over is struck out."""
+        """Append a line per report, evaluation, spike or sample; a rollback removes the lines after its step."""
         match event:
             case MetricsReady(step=step, metrics=metrics) | EvalEnd(step=step, metrics=metrics):
                 self._append(step, metrics)

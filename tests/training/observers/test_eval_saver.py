@@ -7,7 +7,7 @@ from tests.training.test_logger import PLAN
 PLAN_OF_FIVES = replace(PLAN, checkpoint_interval=5, max_steps=100)
 
 
-def test_a_checkpoint_that_is_due_receives_the_metrics() -> None:
+def test_scheduled_checkpoint_gets_the_metrics() -> None:
     observer = EvalSaver(PLAN_OF_FIVES, None)
     metrics = {"val/loss": 2.0, "val/bpb": 1.0}
     assert list(observer.on_event(EvalEnd(10, "val", metrics))) == [Save(metrics)]
@@ -16,7 +16,7 @@ def test_a_checkpoint_that_is_due_receives_the_metrics() -> None:
     assert list(observer.on_event(StepEnd(10, 10))) == []
 
 
-def test_an_improvement_is_saved() -> None:
+def test_best_val_loss_is_saved() -> None:
     observer = EvalSaver(PLAN_OF_FIVES, lambda loss: loss < 3)
     assert list(observer.on_event(EvalEnd(11, "val", {"val/loss": 2.0}))) == [Save({"val/loss": 2.0})]
     assert list(observer.on_event(EvalEnd(12, "val", {"val/loss": 3.0}))) == []

@@ -4,24 +4,24 @@ from torch import nn
 
 from gpt.errors import UserError
 from gpt.training.events import StepEnd, TrainStart
-from gpt.training.observers.replica_guard import CHUNK, ReplicaGuard, digest, odd_ones_out
+from gpt.training.observers.replica_guard import CHUNK_ELEMENTS, ReplicaGuard, digest, find_differing_ranks
 from gpt.utils.distributed import DistContext
 from tests.training.test_logger import PLAN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_bit_and_its_place_count(dtype: torch.dtype) -> None:
+def test_digest_depends_on_every_bit_and_its_place(dtype: torch.dtype) -> None:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, CHUNK + 7)]
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, CHUNK_ELEMENTS + 7)]
     before = int(digest(tensors))
     assert before == int(digest([tensor.clone() for tensor in tensors]))
     bits = tensors[1].view(integers)
-    for place in (0, 1, CHUNK - 1, CHUNK, CHUNK + 6):
+    for place in (0, 1, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 6):
         for bit in (0, 1, dtype.itemsize * 8 - 2):
             bits[place] ^= 1 << bit
             assert int(digest(tensors)) != before
             bits[place] ^= 1 << bit
-    for a, b in ((0, 1), (5, CHUNK - 3), (2, CHUNK + 2)):
+    for a, b in ((0, 1), (5, CHUNK_ELEMENTS - 3), (2, CHUNK_ELEMENTS + 2)):
         bits[[a, b]] = bits[[b, a]]
         assert int(digest(tensors)) != before
         bits[[a, b]] = bits[[b, a]]
@@ -29,7 +29,7 @@ def test_every_bit_and_its_place_count(dtype: torch.dtype) -> None:
     assert int(digest(tensors[::-1])) != before
 
 
-def test_zero_of_either_sign_is_another_bit() -> None:
+def test_digest_distinguishes_signed_zeros() -> None:
     assert int(digest([torch.zeros(2)])) != int(digest([-torch.zeros(2)]))
 
 
@@ -37,16 +37,15 @@ def test_zero_of_either_sign_is_another_bit() -> None:
     ("digests", "odd"),
     [((5,), []), ((5, 5), []), ((5, 6), [1]), ((6, 5, 5), [0]), ((5, 5, 6, 7), [2, 3]), ((5, 6, 5, 5), [1])],
 )
-def test_the_minority_is_named_and_of_two_the_second(digests: tuple[int, ...], odd: list[int]) -> None:
-    assert odd_ones_out(digests) == odd
+def test_minority_is_named_and_of_two_ranks_the_second(digests: tuple[int, ...], odd: list[int]) -> None:
+    assert find_differing_ranks(digests) == odd
 
 
-def test_it_compares_at_the_start_when_due_and_before_saves() -> None:
+def test_weights_are_compared_at_the_start_at_the_interval_and_before_saves() -> None:
     class Others(DistContext):
         def __init__(self) -> None:
             super().__init__("cpu")
-            self.world_size = 3
-            self.asked = 0
+            self.world_size, self.asked = 3, 0
 
         def gather(self, value):  # type: ignore[no-untyped-def]
             self.asked += 1

@@ -12,8 +12,8 @@ class Clock:
         return self.now
 
 
-def steps_saved(timer: SaveTimer, clock: Clock, seconds: dict[int, float]) -> list[int]:
-    """The steps after which it saves; before some of them time passes."""
+def find_saved_steps(timer: SaveTimer, clock: Clock, seconds: dict[int, float]) -> list[int]:
+    """Return the steps that are saved, if so many seconds pass before some of them."""
     saved = []
     for step in range(1, 20):
         clock.now += seconds.get(step, 0)
@@ -22,23 +22,23 @@ def steps_saved(timer: SaveTimer, clock: Clock, seconds: dict[int, float]) -> li
     return saved
 
 
-def test_it_saves_one_step_after_its_time_and_once() -> None:
+def test_save_comes_one_step_after_it_is_due_and_once() -> None:
     clock = Clock()
     timer = SaveTimer(2, DistContext("cpu"), clock)
     clock.now += 1000  # until the first step
     timer.on_event(TrainStart(0, PLAN, None))
-    assert steps_saved(timer, clock, {3: 119, 5: 1, 10: 60, 12: 59, 13: 60}) == [6, 14]
+    assert find_saved_steps(timer, clock, {3: 119, 5: 1, 10: 60, 12: 59, 13: 60}) == [6, 14]
 
 
-def test_a_checkpoint_of_another_reason_counts() -> None:
+def test_other_checkpoints_restart_the_timer() -> None:
     clock = Clock()
     timer = SaveTimer(2, DistContext("cpu"), clock)
     clock.now += 100
     timer.on_event(CheckpointSaved(1, "here"))
-    assert steps_saved(timer, clock, {2: 100, 8: 20}) == [9]
+    assert find_saved_steps(timer, clock, {2: 100, 8: 20}) == [9]
 
 
-def test_another_ranks_clock_is_not_asked() -> None:
+def test_clock_of_other_ranks_is_ignored() -> None:
     class Second(DistContext):
         def __init__(self) -> None:
             super().__init__("cpu")
@@ -49,4 +49,4 @@ def test_another_ranks_clock_is_not_asked() -> None:
             return super().all_reduce_max_async(value)
 
     clock = Clock()
-    assert steps_saved(SaveTimer(1, Second(), clock), clock, {2: 1000}) == []
+    assert find_saved_steps(SaveTimer(1, Second(), clock), clock, {2: 1000}) == []

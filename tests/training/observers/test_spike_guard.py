@@ -23,10 +23,10 @@ def make(journal: Path | None = None, *, scaled: bool = False, **settings: Any) 
 
 
 def report(guard: SpikeGuard, first: int, losses: Iterable[float], skipped: tuple[int, ...] = ()) -> list[Any]:
-    """What comes of steps `first`, ...; those with a NaN were skipped."""
-    found = tuple(losses)
-    nan = tuple(step for step, loss in enumerate(found, first) if not math.isfinite(loss))
-    return list(guard.on_event(MetricsReady(first + len(found) - 1, {}, found, tuple(sorted({*nan, *skipped})))))
+    """Report the losses of steps `first`, ...; those with a NaN were skipped."""
+    values = tuple(losses)
+    nan = tuple(step for step, loss in enumerate(values, first) if not math.isfinite(loss))
+    return list(guard.on_event(MetricsReady(first + len(values) - 1, {}, values, tuple(sorted({*nan, *skipped})))))
 
 
 def noise(n: int, level: float = 3.0) -> list[float]:
@@ -34,7 +34,7 @@ def noise(n: int, level: float = 3.0) -> list[float]:
     return [draw.gauss(level, 0.05) for _ in range(n)]
 
 
-def test_a_spike_is_told_with_its_step_and_how_far_it_is_out() -> None:
+def test_spike_has_its_step_and_deviation() -> None:
     guard = make()
     assert report(guard, 1, noise(16)) == []
     (spike,) = report(guard, 17, [3.0, 30.0, 3.1])
@@ -44,12 +44,12 @@ def test_a_spike_is_told_with_its_step_and_how_far_it_is_out() -> None:
     assert spike.deviations > 100
 
 
-def test_noise_a_falling_loss_and_a_flat_one_make_no_spikes() -> None:
+def test_noise_and_falling_and_flat_losses_are_no_spikes() -> None:
     for losses in (noise(2000), [8 * 0.99**step for step in range(500)], [0.5] * 100 + [0.6] * 100, [2.0] * 50 + [0.1]):
         assert report(make(), 1, losses) == []
 
 
-def test_a_window_that_holds_too_little_judges_nothing() -> None:
+def test_no_spike_is_found_before_a_quarter_of_the_window_is_full() -> None:
     assert report(make(), 1, [3.0, 3.1, 3.2, 99.0]) == []
     assert len(report(make(), 1, [3.0, 3.1, 3.2, 3.1, 99.0])) == 1
 
@@ -62,7 +62,7 @@ def test_spikes_never_enter_the_window() -> None:
     assert guard.state_json() == before
 
 
-def test_the_state_is_the_same_however_steps_are_reported_and_goes_through_json() -> None:
+def test_state_does_not_depend_on_the_log_interval_and_survives_json() -> None:
     losses = [*noise(20), 40.0, *noise(3), NAN, *noise(4), NAN, NAN]
     once, many, resumed = make(), make(), make()
     events = report(once, 1, losses)
@@ -75,7 +75,7 @@ def test_the_state_is_the_same_however_steps_are_reported_and_goes_through_json(
     assert not any(map(math.isnan, once.state_json()["window"]))
 
 
-def test_skips_in_a_row_end_the_run_with_step_and_documents() -> None:
+def test_too_many_skips_in_a_row_end_the_run_and_name_step_and_documents() -> None:
     guard = make(max_skips=3)
     report(guard, 1, [3.0, NAN, NAN, 3.0, NAN])
     assert report(guard, 6, [NAN, 3.0]) == []
@@ -83,7 +83,7 @@ def test_skips_in_a_row_end_the_run_with_step_and_documents() -> None:
         report(guard, 8, [NAN, NAN, NAN, NAN])
 
 
-def test_an_overflow_that_the_scaler_sees_to_is_no_fault() -> None:
+def test_overflow_that_the_scaler_handles_is_not_counted() -> None:
     guard = make(max_skips=2, scaled=True)
     assert report(guard, 1, [3.0] * 10, skipped=tuple(range(1, 11))) == []
     with pytest.raises(UserError, match="step 12"):
@@ -92,7 +92,7 @@ def test_an_overflow_that_the_scaler_sees_to_is_no_fault() -> None:
         report(make(max_skips=2), 1, [3.0] * 10, skipped=tuple(range(1, 11)))
 
 
-def test_rollback_names_all_bad_steps_and_begins_with_a_checkpoint(tmp_path: Path) -> None:
+def test_rollback_names_all_bad_steps_and_saves_at_the_start(tmp_path: Path) -> None:
     guard = make(rollback=True)
     assert list(guard.on_event(TrainStart(0, None, None))) == [Save()]  # type: ignore[arg-type]
     assert list(make().on_event(TrainStart(0, None, None))) == []  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_rollback_names_all_bad_steps_and_begins_with_a_checkpoint(tmp_path: Pat
     assert "step 19 was 30.0000" in command.reason
 
 
-def test_a_run_goes_back_only_so_often(tmp_path: Path) -> None:
+def test_number_of_rollbacks_is_limited(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl", "order", [], DistContext("cpu"))
     config = SpikeConfig(window=16, rollback=True, max_rollbacks=2)
     guard = SpikeGuard(config, journal, scaled=False, name_documents=str)
@@ -112,5 +112,5 @@ def test_a_run_goes_back_only_so_often(tmp_path: Path) -> None:
         report(guard, 1, noise(16))
         command = report(guard, 17, [30.0])[-1]
         journal.add_rollback(command.bad_steps, 16, command.reason)
-    with pytest.raises(UserError, match=r"went back 2 times already; .*--spike.max-rollbacks"):
+    with pytest.raises(UserError, match=r"was rolled back 2 times before; .*--spike.max-rollbacks"):
         report(guard, 17, [30.0])

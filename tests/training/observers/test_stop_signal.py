@@ -10,7 +10,7 @@ from tests.training.test_logger import PLAN
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_the_handlers_are_given_back(number: signal.Signals) -> None:
+def test_signal_stops_after_the_step_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     observer = StopSignal(DistContext("cpu"))
     assert signal.getsignal(number) is before
@@ -24,7 +24,7 @@ def test_a_signal_stops_after_the_step_and_the_handlers_are_given_back(number: s
     assert signal.getsignal(number) is before
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
+def test_second_ctrl_c_ends_at_once() -> None:
     observer = StopSignal(DistContext("cpu"))
     observer.on_event(TrainStart(0, PLAN, None))
     try:
@@ -35,7 +35,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
         observer.close(None)
 
 
-def test_another_ranks_signal_is_heard_one_step_later() -> None:
+def test_signal_of_another_rank_stops_one_step_later() -> None:
     class Others(DistContext):
         def __init__(self) -> None:
             super().__init__("cpu")

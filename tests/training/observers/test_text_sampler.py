@@ -9,7 +9,7 @@ from gpt.training.observers.text_sampler import TextSampler
 from tests.training.test_logger import PLAN
 
 
-def test_each_prompt_is_continued_when_the_model_is_evaluated() -> None:
+def test_each_prompt_is_sampled_when_the_model_is_evaluated() -> None:
     tokenizer = build_byte_tokenizer()
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=256, vocab_size=257), seed=0)
     prompts = {prompt: tokenizer.encode_prompt(prompt) for prompt in ("", "def")}

@@ -8,28 +8,28 @@ from gpt.training.sinks.console import plan_table
 from tests.training.test_logger import PLAN
 
 
-def shown(plan: RunPlan) -> str:
+def render(plan: RunPlan) -> str:
     out = StringIO()
     Console(file=out, width=120).print(plan_table(plan))
     return out.getvalue()
 
 
-def test_the_plan_is_shown_with_what_was_resolved() -> None:
-    text = shown(PLAN)
+def test_plan_table_shows_resolved_values() -> None:
+    text = render(PLAN)
     for part in ("a CPU (cpu), 1 process, float32", "1M training tokens, vocabulary 300", "20 steps", "cosine, up to"):
         assert part in text
     assert "sources" not in text
 
 
-def test_what_was_set_in_the_process_is_shown() -> None:
+def test_plan_table_shows_runtime_settings() -> None:
     runtime = {"threads": 2, "keep_freed_memory": True, "flush_denormals": False}
-    text = shown(replace(PLAN, machine=replace(PLAN.machine, runtime=runtime)))
+    text = render(replace(PLAN, machine=replace(PLAN.machine, runtime=runtime)))
     assert "runtime        2 threads, keep-freed-memory, no-flush-denormals" in text
 
 
-def test_the_sources_of_a_mixture_are_shown_with_their_shares_and_epochs() -> None:
+def test_plan_table_shows_sources_of_a_mixture() -> None:
     sources = (SourcePlan("books", 0.7, 0.25), SourcePlan("code [/x]", 0.2, 1.5), SourcePlan("web", 0.1, 12.0))
-    (row,) = (line for line in shown(replace(PLAN, sources=sources)).splitlines() if line.startswith("sources"))
+    (row,) = (line for line in render(replace(PLAN, sources=sources)).splitlines() if line.startswith("sources"))
     assert (
         row.split("  ", 1)[1].strip()
         == "books 70.0%, 0.25 epochs; code [/x] 20.0%, 1.50 epochs; web 10.0%, 12.00 epochs"

@@ -1,0 +1,125 @@
+"""The folder in which a preparation works, and what survives in it when the program is killed.
+
+    preparation.json       what is prepared; written first, removed last
+    tokenizer.json         written when it is built or learned
+    parts/N.digests        digests of the documents of part N            with deduplication
+    parts/N.kept           mask of the documents of part N to keep       with deduplication
+    train-N.safetensors    shards of part N
+    val-N.safetensors
+    parts/N.json           record of part N, written when its shards are on the disk: the part is done
+    corpus.json            the manifest, written when all parts are done
+
+Every file gets its name when it is complete, so a file that exists need not be made again.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from gpt.configs.base import Config
+from gpt.data.manifest import TOKENIZER_FILE
+from gpt.data.prepare.parts import Part
+from gpt.data.shards import ShardInfo
+from gpt.data.tokenizer import Tokenizer
+from gpt.errors import UserError
+from gpt.utils.atomic_io import fsync, write_json, write_text
+
+IDENTITY_FILE = "preparation.json"
+PARTS_FOLDER = "parts"
+
+
+class PartRecord(Config):
+    """Result of a part, written when its shards are on the disk."""
+
+    train: ShardInfo | None
+    val: ShardInfo | None
+    skipped_records: int
+    duplicates: int
+
+
+class UnfinishedFolder:
+    """The folder of an unfinished preparation.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Make the folder, or keep in it what an interrupted preparation of the same identity has finished.
+
+        Raises:
+            UserError: it holds another preparation.
+        """
+        identity_path = self.path / IDENTITY_FILE
+        if not identity_path.exists():  # killed before it was written, or just before the end
+            shutil.rmtree(self.path, ignore_errors=True)
+            (self.path / PARTS_FOLDER).mkdir(parents=True)
+            write_json(identity_path, identity)
+        elif json.loads(identity_path.read_text(encoding="utf-8")) != identity:
+            raise UserError(
+                f"{self.path} holds an unfinished preparation of other sources or settings; "
+                "finish it with the same command, or delete it"
+            )
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer that is saved in the folder, if there is one."""
+        path = self.path / TOKENIZER_FILE
+        return Tokenizer.from_file(path) if path.exists() else None
+
+    def load_or_save_tokenizer(self, build: Callable[[], Tokenizer]) -> Tokenizer:
+        """Return the tokenizer that is saved in the folder, built and saved first if there is none."""
+        tokenizer = self.load_tokenizer()
+        if tokenizer is None:
+            tokenizer = build()
+            write_text(self.path / TOKENIZER_FILE, tokenizer.definition)
+        return tokenizer
+
+    def shard_path(self, part: Part, role: Literal["train", "val"]) -> Path:
+        """Return the path of a part's shard."""
+        return self.path / f"{role}-{part.number:06d}.safetensors"
+
+    def digests_path(self, part: Part) -> Path:
+        """Return the path of the digests of a part's documents."""
+        return self.path / PARTS_FOLDER / f"{part.number:06d}.digests"
+
+    def keep_mask_path(self, part: Part) -> Path:
+        """Return the path of the mask of a part's documents that are no duplicates."""
+        return self.path / PARTS_FOLDER / f"{part.number:06d}.kept"
+
+    def write_record(self, part: Part, record: PartRecord) -> None:
+        """Record that a part is done."""
+        write_text(self._record_path(part), record.model_dump_json())
+
+    def read_record(self, part: Part) -> PartRecord:
+        """Read the record of a part that is done."""
+        return PartRecord.model_validate_json(self._record_path(part).read_text(encoding="utf-8"))
+
+    def is_done(self, part: Part) -> bool:
+        """Return whether a part has a record and the shards that it names."""
+        try:
+            record = self.read_record(part)
+            shards = [shard for shard in (record.train, record.val) if shard]
+            return all((self.path / shard.file).stat().st_size == shard.size for shard in shards)
+        except (OSError, ValidationError):
+            return False
+
+    def finish(self) -> None:
+        """Remove all that is no part of a prepared corpus; the identity last, for it claims the folder."""
+        shutil.rmtree(self.path / PARTS_FOLDER, ignore_errors=True)
+        for file in self.path.iterdir():
+            if file.suffix in (".tokens", ".tmp"):  # of a worker that was killed
+                file.unlink()
+            else:
+                fsync(file)
+        (self.path / IDENTITY_FILE).unlink()
+        fsync(self.path)
+
+    def _record_path(self, part: Part) -> Path:
+        return self.path / PARTS_FOLDER / f"{part.number:06d}.json"
