@@ -243,7 +243,7 @@ def test_fork_past_the_horizon_is_refused(tiny: Configure, finished_run: Path, t
 
 
 def test_dry_run_reports_a_run_folder_that_cannot_be_made(tiny: Configure, text_file: Path) -> None:
-    with pytest.raises(UserError, match="is no writable folder"):
+    with pytest.raises(UserError, match="is not a writable folder"):
         open_run(tiny(text_file / "run"), dry_run=True)
 
 

@@ -124,9 +124,10 @@ class AppState:
         for name, value in optimizer.items():
             parameter_name, _, _ = name.rpartition(".")
             if value.shape not in (shapes.get(parameter_name), torch.Size()):
+                expected = tuple(shapes.get(parameter_name, ())) or "none"
                 raise UserError(
-                    f"the checkpoint is of another optimizer: {name} has shape {tuple(value.shape)} there and "
-                    f"{tuple(shapes.get(parameter_name, ())) or 'none'} in this model"
+                    f"the checkpoint has another optimizer: {name} has shape {tuple(value.shape)} in the checkpoint "
+                    f"and {expected} in this model; use the checkpoint's config.json"
                 )
 
 
@@ -134,7 +135,7 @@ def _require_valid_progress(progress: dict[str, Any]) -> None:
     for name in ("step", "tokens", "skipped_updates"):
         value = progress.get(name)
         if type(value) is not int or not 0 <= value < 2**63:
-            raise UserError(f"the checkpoint's progress is damaged: {name} is {value!r:.40}")
+            raise UserError(f"the checkpoint's progress is damaged: {name} is {value!r:.40}; delete the checkpoint")
 
 
 def load_model_tensors(model: nn.Module, tensors: Tensors) -> None:
@@ -148,7 +149,7 @@ def load_model_tensors(model: nn.Module, tensors: Tensors) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"the checkpoint is of another architecture: {name} has shape {found.get(name, 'none')} there "
-                f"and {expected.get(name, 'none')} in this model"
+                f"the checkpoint has another architecture: {name} has shape {found.get(name, 'none')} in the "
+                f"checkpoint and {expected.get(name, 'none')} in this model; use the checkpoint's config.json"
             )
     model.load_state_dict(tensors)

@@ -35,8 +35,8 @@ REMEDIES = {
     errno.ENOSPC: FREE_SPACE,
     errno.EDQUOT: FREE_SPACE,
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "mount the disk writable, or name another --run-dir",
-    errno.EIO: "the disk fails (the system's log says more); name another --run-dir",
+    errno.EROFS: "mount the disk writable, or use another --run-dir",
+    errno.EIO: "the disk fails (the system's log says more); use another --run-dir",
 }
 """Error of the system -> remedy."""
 
@@ -176,7 +176,9 @@ class CheckpointManager:
             raise writer.failure
         if writer.failure is not None:
             reason = f"{type(writer.failure).__name__}: {first_line(writer.failure)}"
-            raise UserError(f"{self._folder.path}: a checkpoint cannot be written: {reason}") from writer.failure
+            raise UserError(
+                f"{self._folder.path}: cannot write a checkpoint: {reason}; earlier checkpoints are unchanged"
+            ) from writer.failure
 
     def _commit(self, step: int, snapshot: Snapshot) -> None:
         path = self._folder.checkpoint_path(step)
@@ -189,10 +191,10 @@ class CheckpointManager:
             for stale in self._prunable(step):
                 remove_folder(stale)
         except OSError as error:
-            remedy = REMEDIES.get(error.errno or 0, "name another --run-dir")
+            remedy = REMEDIES.get(error.errno or 0, "use another --run-dir")
             raise UserError(
                 f"{error.filename or path}: the checkpoint of step {step} cannot be saved: {error.strerror}; {remedy}; "
-                "those already there are untouched"
+                "earlier checkpoints are unchanged"
             ) from error
 
     def _is_committed(self, path: Path) -> bool:
@@ -225,8 +227,8 @@ class CheckpointManager:
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise UserError(
-                f"the checkpoint of step {step} needs {format_si(needed)}B, {format_si(free)}B free on {parent}; "
-                f"{FREE_SPACE}"
+                f"the checkpoint of step {step} needs {format_si(needed)}B, but only {format_si(free)}B are free on "
+                f"{parent}; {FREE_SPACE}"
             )
 
     def _prunable(self, step: int) -> list[Path]:

@@ -112,7 +112,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     """
     file = checkpoint / CHECKPOINT_MANIFEST
     if checkpoint.is_symlink():
-        raise UserError(f"{checkpoint}: a symbolic link, not a folder; name the folder that it points to")
+        raise UserError(f"{checkpoint}: a symbolic link, not a folder; use the folder that it points to")
     if _size_of(file) > _MAX_MANIFEST_BYTES:
         raise _damage_error(file, f"it is longer than {_MAX_MANIFEST_BYTES} bytes")
     try:
@@ -140,11 +140,11 @@ def environment_mismatch(checkpoint: Path, manifest: CheckpointManifest) -> str 
     """Return one line on why this process may not continue `checkpoint` bit-exactly; None if it does."""
     saved, current = manifest.environment, _current_environment()
     differences = [
-        f"{name} {saved[key]!r:.60} there and {current[key]!r} here"
+        f"{name} {saved[key]!r:.60} (now {current[key]!r})"
         for key, name in _BITS_DEPEND_ON.items()
         if key in saved and saved[key] != current[key]
     ]
-    return f"not bitwise: {checkpoint.name} was written with {', '.join(differences)}" if differences else None
+    return f"not bit-exact: {checkpoint.name} was written with {', '.join(differences)}" if differences else None
 
 
 def _verify_format(content: Mapping[str, Any], text: str, checkpoint: Path) -> None:
@@ -158,8 +158,8 @@ def _verify_format(content: Mapping[str, Any], text: str, checkpoint: Path) -> N
     if type(version) is not int or version < 1 or version > CHECKPOINT_FORMAT_VERSION:
         newer = type(version) is int and version > CHECKPOINT_FORMAT_VERSION
         raise (NewerFormatError if newer else UserError)(
-            f"{checkpoint}: checkpoint format {version!r:.40}; this version reads formats 1 to "
-            f"{CHECKPOINT_FORMAT_VERSION}, a newer one of gpt-training-pipeline may read it"
+            f"{checkpoint}: checkpoint format {version!r:.40}, but this version reads formats 1 to "
+            f"{CHECKPOINT_FORMAT_VERSION}; {'use a newer gpt-training-pipeline' if newer else 'delete it'}"
         )
     if version == CHECKPOINT_FORMAT_VERSION:
         verify_seal(text, content)
@@ -191,7 +191,7 @@ def _current_environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": attention_cpu.in_use(),
+        "fused_attention": attention_cpu.is_enabled(),
     }
 
 
@@ -205,7 +205,7 @@ def _parse_files(entries: Any, manifest: Path) -> dict[str, FileRecord]:
     for name in FILES:
         size, sha256 = (_as_dict(entries[name]).get(key) for key in ("size", "sha256"))
         if type(size) is not int or not (isinstance(sha256, str) and len(sha256) == _SHA256_DIGITS):
-            raise _damage_error(manifest, f"it gives {name} no size and SHA-256")
+            raise _damage_error(manifest, f"it records no size and SHA-256 of {name}")
         records[name] = FileRecord(size, sha256)
     return records
 
@@ -220,10 +220,11 @@ def _size_of(file: Path) -> int:
         found = file.lstat()
     except OSError as error:
         raise UserError(
-            f"{file}: missing from the checkpoint ({error.strerror}); delete {file.parent} to go on from an earlier one"
+            f"{file}: missing from the checkpoint ({error.strerror}); delete {file.parent} to resume from an earlier "
+            "checkpoint"
         ) from error
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{file}: not a regular file, which is all that a checkpoint may hold; delete {file.parent}")
+        raise UserError(f"{file}: not a regular file, as all files of a checkpoint must be; delete {file.parent}")
     return found.st_size
 
 
@@ -235,4 +236,4 @@ def _sha256(file: Path) -> str:
 
 
 def _damage_error(file: Path, what: str) -> UserError:
-    return UserError(f"{file}: damaged: {what}; delete {file.parent} to go on from an earlier checkpoint")
+    return UserError(f"{file}: damaged: {what}; delete {file.parent} to resume from an earlier checkpoint")

@@ -74,9 +74,11 @@ def load_checkpoint(path: Path, state: AppState) -> None:
     model, optimizer, progress = read_tensors(path / MODEL), read_tensors(path / OPTIMIZER), read_json(path / PROGRESS)
     try:
         state.load(model, optimizer, progress)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path}: is no checkpoint of this program's: {reason}; delete it") from error
+        raise UserError(f"{path}: not a checkpoint of this program: {reason}; delete it") from error
 
 
 def verify_and_load(path: Path, state: AppState) -> None:

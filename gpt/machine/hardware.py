@@ -27,7 +27,7 @@ def find_device(wanted: str) -> str:
     if wanted == "auto":
         return available[0]
     if wanted not in available:
-        raise UserError(f"--device {wanted}: this machine has none; nearest: {available[0]}")
+        raise UserError(f"--device {wanted} is not available on this machine; nearest: {available[0]}")
     return wanted
 
 

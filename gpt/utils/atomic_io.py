@@ -165,18 +165,18 @@ def require_writable(folder: Path, flag: str) -> None:
         make_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; name another folder") from error
+        raise UserError(f"{flag} {folder}: cannot write there: {error.strerror}; use another folder") from error
 
 
 def require_creatable(folder: Path, flag: str) -> None:
     """Check, without writing, that `folder` is writable or could be made.
 
     Raises:
-        UserError: the nearest existing path above it is no writable folder.
+        UserError: the nearest existing path above it is not a writable folder.
     """
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"{flag} {folder}: cannot write there: {nearest} is no writable folder; name another folder")
+        raise UserError(f"{flag} {folder}: cannot write there: {nearest} is not a writable folder; use another folder")
 
 
 def fsync(path: Path) -> None:

@@ -69,7 +69,7 @@ class DistContext:
         if device == "cuda":
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
-                    f"torchrun started a process {local_rank} but this machine has "
+                    f"torchrun started local rank {local_rank}, but this machine has "
                     f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
                 )
             torch.cuda.set_device(self.device)
@@ -134,7 +134,9 @@ class DistContext:
         if failure is not None:
             raise failure
         if any(failed):
-            raise UserError(f"rank {failed.index(1)} failed, and says why; all ranks must see the same files")
+            raise UserError(
+                f"rank {failed.index(1)} failed (its own message says why); all ranks must see the same files"
+            )
 
     def on_local_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on one rank of each machine while the others wait; all return rank 0's JSON-like result.
@@ -219,13 +221,13 @@ class DistContext:
             if self.world_size == 1 or not any(words in str(error) for words in LOST):
                 raise
             raise UserError(
-                f"{self._describe_loss(error)}; the same command goes on from the last checkpoint"
+                f"{self._describe_loss(error)}; the same command resumes the run from its last checkpoint"
             ) from error
 
     def _describe_loss(self, error: RuntimeError) -> str:
         ranks = " and ".join(f"rank {rank}" for rank in self._find_lost_ranks())
         if not ranks:
-            return f"the connection between the processes broke ({first_line(error)})"
+            return f"the connection between the ranks broke ({first_line(error)})"
         if any(words in str(error) for words in TIMED_OUT):
             return f"{ranks} took no part in a step for {self._step_timeout:g} s (--parallel.step-timeout)"
         return f"{ranks} ended"
@@ -284,5 +286,7 @@ def _open_store(world_size: int, rank: int) -> Any:
     try:
         store = TCPStore(host, port, world_size, is_master, START_TIMEOUT, multi_tenant=True)
     except dist.DistError as error:
-        raise UserError(f"rank {rank} finds nobody at MASTER_ADDR {host}, port {port}: {first_line(error)}") from error
+        raise UserError(
+            f"rank {rank} cannot connect to MASTER_ADDR {host}, port {port}: {first_line(error)}; start rank 0 there"
+        ) from error
     return PrefixStore(f"attempt{launch.restarts()}/{next(_joined)}", store)

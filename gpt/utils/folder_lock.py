@@ -57,17 +57,17 @@ def lock_folder(folder: Path, flag: str) -> None:
     try:
         descriptor = _open_lock_file(path)
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot make {path}: {error.strerror}; name another folder") from error
+        raise UserError(f"{flag} {folder}: cannot make {path}: {error.strerror}; use another folder") from error
     try:
         if not _try_lock(descriptor, path):
             holder = _read_holder(descriptor)
-            raise UserError(f"{flag} {folder} is in use by {holder}; wait for its end, or name another {flag}")
+            raise UserError(f"{flag} {folder} is in use by {holder}; wait for its end, or use another {flag}")
         _write_holder(descriptor)
     except BaseException as error:
         os.close(descriptor)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"{flag} {folder}: cannot write {path}: {error.strerror}; name another folder") from error
+        raise UserError(f"{flag} {folder}: cannot write {path}: {error.strerror}; use another folder") from error
     unlock_folder(folder)  # a lock of a folder of this name that was deleted meanwhile
     _held[folder.resolve()] = (os.getpid(), descriptor)
 
@@ -152,7 +152,9 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        log.warning(f"{path}: this file system has no locks ({error.strerror}); see that one process alone uses it")
+        log.warning(
+            f"{path}: this file system has no locks ({error.strerror}); make sure that only one process uses it"
+        )
     return True
 
 

@@ -49,8 +49,7 @@ def store_address() -> tuple[str, int]:
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"WORLD_SIZE is {world_size()} but MASTER_ADDR and MASTER_PORT do not say where the processes meet; "
-            "start them with torchrun"
+            f"WORLD_SIZE is {world_size()}, but MASTER_ADDR and MASTER_PORT are not set; start the ranks with torchrun"
         ) from error
 
 

@@ -52,5 +52,5 @@ def read_header(file: BinaryIO, max_bytes: int) -> bytes:
     """
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     if length > max_bytes:
-        raise ValueError(f"a header of {length} bytes")
+        raise ValueError(f"its header of {length} bytes is longer than {max_bytes} bytes")
     return file.read(length)

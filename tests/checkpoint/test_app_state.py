@@ -19,5 +19,7 @@ def test_damaged_progress_is_refused(change: dict[str, Any]) -> None:
 def test_an_optimizer_state_of_other_shapes_is_refused() -> None:
     saved = trained_state()
     wrong = saved.optimizer_tensors() | {"wte.weight.exp_avg": torch.zeros(3)}
-    with pytest.raises(UserError, match=r"another optimizer: wte.weight.exp_avg has shape \(3,\) there and \(11, 8\)"):
+    with pytest.raises(
+        UserError, match=r"another optimizer: wte.weight.exp_avg has shape \(3,\) in the checkpoint and \(11, 8\)"
+    ):
         make_state(1).load(saved.model_tensors(), wrong, saved.progress_json())

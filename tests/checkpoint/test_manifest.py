@@ -66,7 +66,11 @@ def _make_newer(path: Path) -> None:
         (CHECKPOINT_MANIFEST, Path.unlink, "No such file"),
         (CHECKPOINT_MANIFEST, _truncate, "damaged: it does not end with its digest"),
         (CHECKPOINT_MANIFEST, _halve, "damaged: not valid JSON"),
-        (CHECKPOINT_MANIFEST, _make_newer, "checkpoint format 99; this version reads formats 1 to 3, a newer one"),
+        (
+            CHECKPOINT_MANIFEST,
+            _make_newer,
+            "checkpoint format 99, but this version reads formats 1 to 3; use a newer gpt-training-pipeline",
+        ),
     ],
 )
 def test_verify_names_a_missing_truncated_or_newer_file(
@@ -93,7 +97,7 @@ def test_the_manifest_records_environment_identity_and_finite_metrics(tmp_path: 
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": attention_cpu.in_use(),
+        "fused_attention": attention_cpu.is_enabled(),
         "world_size": 1,
     }
     assert content["identity"] == {"the corpus's SHA-256": "a"}
@@ -110,7 +114,7 @@ def test_environment_mismatch_is_reported_in_one_line(tmp_path: Path) -> None:
         mismatch = environment_mismatch(tmp_path / "step", manifest)
     finally:
         torch.set_num_threads(threads)
-    assert mismatch == f"not bitwise: step was written with threads per process {threads} there and {threads + 1} here"
+    assert mismatch == f"not bit-exact: step was written with threads per process {threads} (now {threads + 1})"
 
 
 def as_version_1(content: dict[str, Any]) -> str:
@@ -180,7 +184,7 @@ def test_a_digest_of_another_version_is_refused(tmp_path: Path, encode: Callable
 def test_a_newer_format_is_not_damage(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     (tmp_path / "step" / CHECKPOINT_MANIFEST).write_text(json.dumps({"format_version": CHECKPOINT_FORMAT_VERSION + 1}))
-    with pytest.raises(NewerFormatError, match="a newer one of gpt-training-pipeline may read it"):
+    with pytest.raises(NewerFormatError, match="use a newer gpt-training-pipeline"):
         verify(tmp_path / "step")
 
 

@@ -78,6 +78,6 @@ def test_loading_without_verification_does_not_read_the_manifest(tmp_path: Path)
 def test_another_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step", trained_state(), "{}")
     with pytest.raises(
-        UserError, match=r"another architecture: h.0.attn.c_attn.bias has shape \(24,\) there and \(48,\)"
+        UserError, match=r"another architecture: h.0.attn.c_attn.bias has shape \(24,\) in the checkpoint and \(48,\)"
     ):
         verify_and_load(tmp_path / "step", make_state(1, n_embd=16))

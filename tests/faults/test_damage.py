@@ -144,9 +144,9 @@ MALICIOUS_CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "deeply nested progress": (replace_text(PROGRESS, "[" * 10**5), "not valid JSON"),
     "progress as a list": (replace_text(PROGRESS, "[1]"), "not a JSON object"),
     "negative step": (change_progress(step=-1), "progress is damaged: step is -1"),
-    "scaler as a number": (change_progress(scaler=3), "is no checkpoint of this program's"),
-    "scaler without its scale": (change_progress(scaler={"_growth_tracker": 1}), "is no checkpoint of this program's"),
-    "observers as a list": (change_progress(observers=[1]), "is no checkpoint of this program's"),
+    "scaler as a number": (change_progress(scaler=3), "not a checkpoint of this program"),
+    "scaler without its scale": (change_progress(scaler={"_growth_tracker": 1}), "not a checkpoint of this program"),
+    "observers as a list": (change_progress(observers=[1]), "not a checkpoint of this program"),
 }
 
 

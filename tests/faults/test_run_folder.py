@@ -249,7 +249,7 @@ def test_rank_0_chooses_the_checkpoint_if_ranks_see_different_ones(
     else:
         assert done.returncode != 0
         assert done.stderr.count("gpt: error: ") == 1
-        assert "rank 1 failed, and says why; all ranks must see the same files" in done.stderr
+        assert "rank 1 failed (its own message says why); all ranks must see the same files" in done.stderr
         assert read_losses(tmp_path / "0/run") == read_losses(tmp_path / "1/run")
 
 
@@ -274,7 +274,7 @@ def test_read_only_folder_is_refused_before_any_work(place: str, flags: list[str
     done = subprocess.run([*read_only_command(tmp_path / place), *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"gpt: error: --run-dir {tmp_path / 'run'}")
-    assert done.stderr.endswith("cannot write there: Read-only file system; name another folder\n")
+    assert done.stderr.endswith("cannot write there: Read-only file system; use another folder\n")
     assert done.stderr.count("\n") == 1
 
 

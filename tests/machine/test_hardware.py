@@ -15,7 +15,7 @@ def test_auto_is_the_best_device_of_the_machine() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_device_is_reported_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"--device cuda: this machine has none; nearest: (cpu|mps)"):
+    with pytest.raises(UserError, match=r"--device cuda is not available on this machine; nearest: (cpu|mps)"):
         find_device("cuda")
 
 

@@ -40,7 +40,7 @@ def test_a_lost_rank_is_named(error: str, message: str, monkeypatch: pytest.Monk
 def test_a_missing_store_address_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 2 but MASTER_ADDR .*; start them with torchrun$"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but MASTER_ADDR .*; start the ranks with torchrun$"):
         DistContext("cpu")
 
 

@@ -53,7 +53,7 @@ def test_a_locked_folder_is_refused_and_its_holder_named(tmp_path: Path) -> None
             lock_folder(tmp_path, "--run-dir")
         assert str(error.value) == (
             f"--run-dir {tmp_path} is in use by process {process.pid} on {socket.gethostname()}; wait for its "
-            "end, or name another --run-dir"
+            "end, or use another --run-dir"
         )
         assert json.loads((tmp_path / LOCK).read_text()) == {"host": socket.gethostname(), "pid": process.pid}
 
@@ -212,7 +212,7 @@ def test_a_file_system_without_locks_is_warned_about_once_and_used(
     with hold_lock(tmp_path / "a.lock"):
         pass
     assert [message.partition(": ")[::2] for message in caplog.messages] == [
-        (str(path), f"this file system has no locks ({os.strerror(code)}); see that one process alone uses it")
+        (str(path), f"this file system has no locks ({os.strerror(code)}); make sure that only one process uses it")
         for path in (tmp_path / LOCK, tmp_path / "a.lock")
     ]
 
@@ -222,7 +222,7 @@ def test_other_errors_of_a_lock_are_raised(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=r"cannot write .*: Input/output error; name another folder"):
+    with pytest.raises(UserError, match=r"cannot write .*: Input/output error; use another folder"):
         lock_folder(tmp_path, "--run-dir")
     with pytest.raises(OSError, match="Input/output error"), hold_lock(tmp_path / "a.lock"):
         pass
