@@ -61,7 +61,7 @@ def max_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> in
     extrapolated from the memory of one and two sequences, and bounded by MAX_CPU_TOKENS.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         plan: resolved with any micro-batch size.
         dist: the ranks of the run.
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,20 +68,14 @@ def run(argv: Sequence[str]) -> int:
 
 def _bench_step(command: BenchCommand) -> int:
     from gpt.auto_batch import resolve_auto_micro_batch
-    from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
-    from gpt.machine.cpu_runtime import set_up_cpu
+    from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
     from gpt.machine.flops import flops_per_token
-    from gpt.machine.hardware import detect_machine, find_device
     from gpt.machine.peak_flops import load_or_measure_peak_flops
-    from gpt.utils.distributed import DistContext
+    from gpt.run import open_machine
 
-    device = find_device(command.device)
-    dist = DistContext(device)
     config = _without_sources(command.as_train_config())
-    runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
+    dist, machine = open_machine(config)
     corpus = CorpusFacts(_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
-    facts = replace(detect_machine(device, dist.world_size), runtime=runtime)
-    machine = MachineFacts(**dist.broadcast(asdict(facts)))
     plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
     measured = _measure(config, plan, dist, command.steps)
     peak = dist.on_main(

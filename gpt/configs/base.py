@@ -15,7 +15,7 @@ MAX_COUNT = 10**15
 
 def _require_path(value: object) -> object:
     if value == "":
-        raise ValueError("names no path")
+        raise ValueError("an empty path; name a file or folder")
     return value
 
 

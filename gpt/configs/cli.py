@@ -89,7 +89,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
     """
     for word in argv:
         if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
-            raise UserError(f"{word!r} is not valid text")
+            raise UserError(f"{word!r} is not valid text: remove NUL and bytes that are not UTF-8")
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):

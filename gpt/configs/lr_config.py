@@ -25,12 +25,10 @@ class LRConfig(Config):
     @model_validator(mode="after")
     def _require_consistent(self) -> Self:
         if self.min_lr > self.max_lr:
-            raise ValueError(
-                f"min_lr={self.min_lr:g} is above max_lr={self.max_lr:g}; lower it to {self.max_lr:g} or less"
-            )
+            raise ValueError(f"min_lr={self.min_lr:g} is above max_lr={self.max_lr:g} (nearest: {self.max_lr:g})")
         if self.decay_steps and self.schedule in ("inverse-sqrt", "constant"):
             raise ValueError(
-                f"decay_steps={self.decay_steps} means nothing for schedule={self.schedule}; "
-                "leave it 0 or take cosine, linear or wsd"
+                f"decay_steps={self.decay_steps} has no effect with schedule={self.schedule}; "
+                "set it to 0, or use cosine, linear or wsd"
             )
         return self

@@ -77,11 +77,13 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _require_consistent(self) -> Self:
         if not (self.max_steps or self.max_tokens or self.epochs):
-            raise ValueError("max_steps, max_tokens and epochs are all 0: set one of them, or the run never ends")
+            raise ValueError("max_steps, max_tokens and epochs are all 0, so the run would never end; set one of them")
         if self.init_from is not None and self.resume not in ("auto", "never"):
-            raise ValueError(f"init_from={self.init_from} and resume={self.resume} both name a start: leave one out")
+            raise ValueError(
+                f"init_from={self.init_from} and resume={self.resume} both set where the run starts; remove one"
+            )
         if self.micro_batch_size == "auto" and not self.tokens_per_step:
-            raise ValueError("micro_batch_size=auto cuts up tokens_per_step, and that is 0: give one of them a number")
+            raise ValueError("micro_batch_size=auto divides tokens_per_step, which is 0; set a number for one of them")
         return self
 
     def saved_json(self) -> str:

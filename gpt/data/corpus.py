@@ -20,8 +20,8 @@ from gpt.utils.atomic_io import require_writable
 from gpt.utils.distributed import DistContext
 from gpt.utils.helper import unique_names
 
-LocatedShard = tuple[Path, ShardInfo]
-"""A shard's folder, and its entry in the manifest there."""
+ShardsByName = Mapping[str, list[tuple[Path, ShardInfo]]]
+"""Name of a stream -> its shards: the folder and the entry in the manifest there."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,7 @@ def _read_tokenizer(folders: Sequence[Path], manifests: Sequence[CorpusManifest]
     return tokenizer
 
 
-def _join_unless_weighted(
-    shards: dict[str, list[LocatedShard]], weights: Sequence[float]
-) -> dict[str, list[LocatedShard]]:
+def _join_unless_weighted(shards: ShardsByName, weights: Sequence[float]) -> ShardsByName:
     """Join the shards of all sources, unless each source has a weight."""
     if not weights:
         return {", ".join(shards): [shard for of_source in shards.values() for shard in of_source]}
@@ -158,7 +156,7 @@ def _join_unless_weighted(
     return shards
 
 
-def _open_streams(shards: Mapping[str, list[LocatedShard]], tokenizer: Tokenizer) -> dict[str, TokenStream]:
+def _open_streams(shards: ShardsByName, tokenizer: Tokenizer) -> dict[str, TokenStream]:
     return {name: TokenStream(of_stream, tokenizer.vocab_size) for name, of_stream in shards.items()}
 
 

@@ -1,4 +1,4 @@
-"""corpus.json: what a prepared folder holds, with the digest of every part of it and its own."""
+"""corpus.json: the manifest of a prepared folder, with the digests of all its files and of itself."""
 
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,24 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class SourceEntry(Config):
-    """What became of one source."""
+    """A source and the shards that it became."""
 
     name: str
     sha256: str
-    """Fingerprint: digest of its files' names and contents."""
+    """Digest of the names and contents of its files."""
     train: tuple[ShardInfo, ...]
     val: tuple[ShardInfo, ...]
     skipped_records: int = 0
     duplicates: int = 0
-    """Documents left out because an equal one came before."""
+    """Documents left out because an equal one comes before them."""
 
 
 class CorpusManifest(Config):
-    """What a prepared folder holds. It says nothing of where, when and by how many processes it was made."""
+    """Content of a prepared folder. It does not depend on where, when or by how many processes it was prepared."""
 
     format_version: int
     settings: dict[str, Any]
-    """What, beside the sources and the tokenizer, decides the content."""
+    """Settings of the preparation that decide the content."""
     tokenizer_sha256: str
     vocab_size: int = Field(ge=1)
     special_ids: dict[str, int]
@@ -44,12 +44,12 @@ class CorpusManifest(Config):
     text_bytes: int
     sources: tuple[SourceEntry, ...]
     xz_bits_per_byte: float | None
-    """What `xz -9e` needs for the validation text; None where it was too long to compress."""
+    """Bits per byte of the validation text under `xz -9e`; None if it was too long to compress."""
     sha256: str = ""
-    """Digest of the file up to this key, and so of everything in the folder; known when it was read."""
+    """Digest of the file up to this key, and so of everything in the folder; empty until it is read."""
 
     def write(self, folder: Path) -> None:
-        """Write it into `folder` in one step."""
+        """Write the manifest into `folder` in one step."""
         write_sealed_json(folder / CORPUS_MANIFEST, self.model_dump(mode="json", exclude={"sha256"}))
 
 
@@ -57,7 +57,7 @@ def read_corpus_manifest(folder: Path) -> CorpusManifest:
     """Return the manifest of a prepared folder.
 
     Raises:
-        UserError: it is missing, of another format, damaged or changed.
+        UserError: the manifest is missing, of another format, damaged or changed.
     """
     path = folder / CORPUS_MANIFEST
     remedy = "delete the folder and prepare it again"

@@ -1,1 +1,1 @@
-"""Where a run starts, and what may change when it resumes."""
+"""Resuming: find where a run starts, and check what may change."""

@@ -62,8 +62,8 @@ def require_resumable(config: TrainConfig, saved: TrainConfig, place: str) -> tu
     """Check that `config` may resume what `saved` describes, and return the differences to report.
 
     Args:
-        config: of this launch.
-        saved: of the saved state.
+        config: configuration of this launch.
+        saved: configuration of the saved state.
         place: flag and path of the run, for the message.
 
     Raises:

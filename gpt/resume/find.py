@@ -155,8 +155,8 @@ def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainCo
     """Choose the checkpoints that `--resume`, `--init-from` and the folder allow a launch to start from.
 
     Args:
-        folder: of the run.
-        config: of this launch.
+        folder: the run folder.
+        config: configuration of this launch.
         launched: the folder's config.json; None if no run was launched there.
 
     Raises:

@@ -24,7 +24,7 @@ class Journal:
 
     Args:
         path: the file.
-        order: `RunPlan.order`, which tells a journal of other batches apart.
+        order: `RunPlan.order`; a journal with another order describes other batches.
         records: contents of the file.
         dist: the ranks of the run.
     """
@@ -64,8 +64,8 @@ def collect_records(folder: RunFolder, start: Start, order: str, given: Path | N
     """Return the run's own records, and those it inherits from the run that it forks and from `--spike.journal`.
 
     Args:
-        folder: of the run.
-        start: of the run.
+        folder: the run folder.
+        start: the state that the run starts from.
         order: `RunPlan.order`.
         given: the value of --spike.journal.
 

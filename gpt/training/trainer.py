@@ -5,6 +5,8 @@ from itertools import compress
 from pathlib import Path
 from types import MappingProxyType
 
+from torch import nn
+
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
@@ -88,6 +90,11 @@ class Trainer(Subject):
                     self._checkpoints.close(error)
                 finally:
                     self.close(error)
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare module, for evaluation tasks and observers."""
+        return self._state.model
 
     @property
     def _step(self) -> int:

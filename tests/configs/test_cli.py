@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt.commands.train import parse_train
+from gpt.commands.train import TrainCommand, parse_train
+from gpt.configs.explain import list_flags
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
@@ -85,7 +86,7 @@ REQUIRED_FLAGS = """
     --optimizer.weight-decay --optimizer.beta1 --optimizer.beta2 --log.interval --eval.interval --eval.batches
     --parallel.activation-checkpointing --parallel.reproducible --parallel.check-replicas --parallel.step-timeout
     --runtime.threads --runtime.keep-freed-memory --runtime.flush-denormals --runtime.fused-attention
-    --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run
+    --checkpoint.interval --checkpoint.keep --resume --init-from --config --dry-run --json
     --profile.start --profile.steps
 """.split()
 
@@ -95,7 +96,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         parse_train(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert [flag for flag in REQUIRED_FLAGS if flag not in shown] == []
+    assert [flag for flag in [*REQUIRED_FLAGS, *list_flags(TrainCommand)] if flag not in shown] == []
     assert "(default: 1337)" in shown
 
 
@@ -126,16 +127,19 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--model.qkv-bias maybe", "--model.qkv-bias maybe: expected true, false or none"),
         ("--model.mlp swigl", "--model.mlp swigl: did you mean swiglu? one of gelu, gelu_erf, relu2, swiglu"),
         ("--optimizer.name moun", "--optimizer.name moun: did you mean muon? one of adamw, muon"),
-        ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr="),
-        ("--lr.schedule constant --lr.decay-steps 5", "lr: decay_steps=5 means nothing for schedule=constant"),
-        ("--max-steps 0", "max_steps, max_tokens and epochs are all 0"),
-        ("--resume a --init-from b", "init_from=b and resume=a both name a start"),
+        ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr=0.002 (nearest: 0.002)"),
+        (
+            "--lr.schedule constant --lr.decay-steps 5",
+            "lr: decay_steps=5 has no effect with schedule=constant; set it to 0",
+        ),
+        ("--max-steps 0", "max_steps, max_tokens and epochs are all 0, so the run would never end; set one of them"),
+        ("--resume a --init-from b", "init_from=b and resume=a both set where the run starts; remove one"),
         ("--model.n-layer", "--model.n-layer needs a value"),
         ("--config", "--config needs a value"),
         ("--micro-batch-size atuo", "--micro-batch-size atuo: expected a whole number or auto"),
         ("--micro-batch-size 2.5", "--micro-batch-size 2.5: expected a whole number or auto"),
         ("--micro-batch-size 0", "--micro-batch-size 0: must be at least 1 (nearest: 1 or auto)"),
-        ("--micro-batch-size auto --tokens-per-step 0", "micro_batch_size=auto cuts up tokens_per_step, and that is 0"),
+        ("--micro-batch-size auto --tokens-per-step 0", "micro_batch_size=auto divides tokens_per_step, which is 0"),
         (
             "--parallel.activation-checkpointing blocks",
             "--parallel.activation-checkpointing blocks: did you mean block? one of none, block, selective",
@@ -150,7 +154,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--model.bias True", "--model.bias takes no value: write --model.bias or --model.no-bias"),
         ("--device npu", "--device npu: did you mean cpu? one of auto, cpu, cuda, mps"),
         ("--dtype x", "--dtype x: one of auto, float32, bfloat16, float16"),
-        ("--run-dir=", "--run-dir '': names no path"),
+        ("--run-dir=", "--run-dir '': an empty path; name a file or folder"),
         ("--data.source=", "--data.source : must not be empty"),
         ("--data.source", "--data.source (): must not be empty"),
         ("--data.source none", "--data.source (): must not be empty"),

@@ -1,4 +1,4 @@
-"""One file -> documents. Formats are told apart by their first bytes, and compression is looked through.
+"""One file -> documents. A file's format is recognised by its first bytes, behind any compression.
 
 text              one document
 JSON lines        one object a line, whose text field is a document
@@ -22,22 +22,22 @@ from gpt.errors import UserError
 from gpt.utils.helper import first_line
 
 HEAD_BYTES = 8192
-"""How much of a file is looked at to tell what it is; a NUL in it makes it binary, as git has it."""
+"""Bytes by which a format is recognised; a NUL among them makes a file binary, as in git."""
 MAX_LINE_BYTES = 2**30
-"""Bytes of one JSON object; a longer line is taken for a mistake, not read into memory."""
+"""Bytes of one JSON object; a longer line is an error and is not read into memory."""
 
-GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-JSON_LINES = {".jsonl", ".ndjson"}
+GZIP_MAGIC, ZSTD_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+JSON_LINES_SUFFIXES = {".jsonl", ".ndjson"}
 
 Format = Literal["text", "json-lines", "parquet", "tokens", "binary", "token-index"]
 
 
 class Records:
-    """What is taken of a record, and what becomes of a bad one.
+    """The text field of records, and the treatment of bad ones.
 
     Args:
         text_field: the key or column that holds the text.
-        skip_bad: leave out what cannot be read and count it, instead of raising.
+        skip_bad: leaves out and counts a record without a text, instead of raising an error.
     """
 
     def __init__(self, text_field: str, *, skip_bad: bool):
@@ -45,8 +45,8 @@ class Records:
         self.skipped = 0
         self._skip_bad = skip_bad
 
-    def document(self, record: object, place: str, name: str) -> Iterator[TextDocument]:
-        """The document of a record; none for a bad one that is skipped, or an empty one."""
+    def read_document(self, record: object, place: str, name: str) -> Iterator[TextDocument]:
+        """Yield the document of a record; nothing for an empty text, or a bad record that is skipped."""
         text = record.get(self.text_field) if isinstance(record, Mapping) else None
         if isinstance(text, str) and _is_unicode(text):
             if text:
@@ -60,22 +60,26 @@ class Records:
             self.refuse(f"{place}: no text under {self.text_field!r}; --data.text-field names another of: {keys}")
 
     def refuse(self, message: str) -> None:
-        """Count a bad record, or raise UserError with the message."""
+        """Count a bad record.
+
+        Raises:
+            UserError: bad records are not skipped.
+        """
         if not self._skip_bad:
             raise UserError(f"{message} (--data.on-error skip leaves such records out)")
         self.skipped += 1
 
 
-def format_of(path: Path) -> Format:
-    """What a file holds.
+def detect_format(path: Path) -> Format:
+    """Return the format of a file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     with reraise_as_user_error(path):
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
-        if head.startswith(PARQUET):
+        if head.startswith(PARQUET_MAGIC):
             return "parquet"
         if is_token_index(path, head):
             return "token-index"
@@ -83,7 +87,7 @@ def format_of(path: Path) -> Format:
             return "tokens"
         with open_bytes(path) as stream:
             head = stream.read(HEAD_BYTES)
-            if head.startswith(b"{") and b"\n" not in head:  # an object may be longer than this
+            if head.startswith(b"{") and b"\n" not in head:  # the first object may be longer than the head
                 head += stream.readline(MAX_LINE_BYTES)
     if _is_json_lines(head, path):
         return "json-lines"
@@ -91,30 +95,30 @@ def format_of(path: Path) -> Format:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file can only be read from its beginning."""
+    """Return whether a file is compressed, and so can only be read from its start."""
     with reraise_as_user_error(path), path.open("rb") as file:
         magic = file.read(4)
-    return magic.startswith(GZIP) or magic == ZSTD
+    return magic.startswith(GZIP_MAGIC) or magic == ZSTD_MAGIC
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed."""
+    """Open the file's bytes, decompressed."""
     with path.open("rb") as file:
         magic = file.read(4)
-    if magic.startswith(GZIP):
+    if magic.startswith(GZIP_MAGIC):
         return cast(IO[bytes], gzip.open(path))
-    if magic == ZSTD:
-        decompressor = extra("zstandard", "zstd", str(path)).ZstdDecompressor()
+    if magic == ZSTD_MAGIC:
+        decompressor = import_extra("zstandard", "zstd", str(path)).ZstdDecompressor()
         stream = decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
         return io.BufferedReader(stream)
     return path.open("rb")
 
 
 def read_text(path: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
-    """The file, or the bytes [start, stop) of it, as one document, NULs and all.
+    """Yield the file, or its bytes [start, stop), as one document, NULs included; nothing if it is empty.
 
     Raises:
-        UserError: not UTF-8; names the offset.
+        UserError: the bytes are not UTF-8; names the offset.
     """
     with reraise_as_user_error(path), open_bytes(path) as file:
         if start:
@@ -127,7 +131,7 @@ def read_text(path: Path, name: str, start: int = 0, stop: int | None = None) ->
 def read_json_lines(
     path: Path, name: str, records: Records, start: int = 0, stop: int | None = None
 ) -> Iterator[TextDocument]:
-    """The lines of a file, or those that begin in its bytes [start, stop); `start` is the beginning of one.
+    """Yield the documents of the lines that begin in the bytes [start, stop) of a file; a line begins at `start`.
 
     Raises:
         UserError: a line is no JSON object with a text; names its number.
@@ -140,26 +144,28 @@ def read_json_lines(
         while (stop is None or at < stop) and (line := file.readline(MAX_LINE_BYTES)):
             number += 1
             if line.strip():
-                yield from _json_line(line, records, path, start, number, f"{name}:{at}")
+                yield from _read_json_line(line, records, path, start, number, f"{name}:{at}")
             at += len(line)
 
 
-def _json_line(line: bytes, records: Records, path: Path, start: int, number: int, name: str) -> Iterator[TextDocument]:
+def _read_json_line(
+    line: bytes, records: Records, path: Path, start: int, number: int, name: str
+) -> Iterator[TextDocument]:
     try:
         if len(line) == MAX_LINE_BYTES:
             raise ValueError(f"a line of {MAX_LINE_BYTES} bytes or more")
         record = json.loads(line)
         text = record.get(records.text_field) if type(record) is dict else None
-        if type(text) is str and text and _is_unicode(text):  # nearly always, and then nothing more is to be done
+        if type(text) is str and text and _is_unicode(text):  # the usual case, kept fast
             yield TextDocument(name, text)
         else:
-            yield from records.document(record, f"{path}: line {_line(path, start, number)}", name)
+            yield from records.read_document(record, f"{path}: line {_line_in_file(path, start, number)}", name)
     except (ValueError, RecursionError) as error:
-        records.refuse(f"{path}: line {_line(path, start, number)}: not valid JSON: {error}")
+        records.refuse(f"{path}: line {_line_in_file(path, start, number)}: not valid JSON: {error}")
 
 
-def _line(path: Path, start: int, number: int) -> int:
-    """The number in the file of line `number` after byte `start`; counted only for those who must be told."""
+def _line_in_file(path: Path, start: int, number: int) -> int:
+    """Return the number in the file of line `number` after byte `start`; counted only for error messages."""
     before = 0
     with path.open("rb") as file:
         while start > 0 and (block := file.read(min(start, 2**20))):
@@ -168,14 +174,14 @@ def _line(path: Path, start: int, number: int) -> int:
     return before + number
 
 
-def row_groups(path: Path, text_field: str) -> list[int]:
-    """Bytes of each row group of a Parquet file.
+def read_row_group_sizes(path: Path, text_field: str) -> list[int]:
+    """Return the bytes of each row group of a Parquet file.
 
     Raises:
         UserError: the file cannot be read or has no such column.
     """
     with reraise_as_user_error(path):
-        file = extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
+        file = import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
         if text_field not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path}: no column {text_field!r}; --data.text-field names another of: {columns}")
@@ -183,34 +189,34 @@ def row_groups(path: Path, text_field: str) -> list[int]:
 
 
 def read_parquet(path: Path, name: str, records: Records, start: int, stop: int) -> Iterator[TextDocument]:
-    """The rows of the row groups [start, stop).
+    """Yield the documents of the row groups [start, stop) of a Parquet file.
 
     Raises:
         UserError: the file is damaged, or a row has no text.
     """
     with reraise_as_user_error(path):
-        file = extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
+        file = import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
         number = sum(file.metadata.row_group(group).num_rows for group in range(start))
         for batch in file.iter_batches(
             batch_size=1024, row_groups=range(start, stop), columns=[records.text_field], use_threads=False
         ):
             for row in batch.to_pylist():
-                yield from records.document(row, f"{path}: row {number}", f"{name}:{number}")
+                yield from records.read_document(row, f"{path}: row {number}", f"{name}:{number}")
                 number += 1
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether `datasets` saved this folder."""
+    """Return whether `datasets` saved this folder."""
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def dataset_of(folder: Path) -> Any:
-    """A dataset on disk; of several splits, the one that is called train.
+def open_dataset(folder: Path) -> Any:
+    """Open a dataset on disk; of several splits, the one named train.
 
     Raises:
-        UserError: it has no such split, or cannot be read.
+        UserError: the dataset has no such split, or cannot be read.
     """
-    datasets = extra("datasets", "datasets", str(folder))
+    datasets = import_extra("datasets", "datasets", str(folder))
     with reraise_as_user_error(folder):
         dataset = datasets.load_from_disk(str(folder))
     if isinstance(dataset, datasets.DatasetDict):
@@ -221,44 +227,44 @@ def dataset_of(folder: Path) -> Any:
 
 
 def read_dataset(folder: Path, records: Records, start: int, stop: int) -> Iterator[TextDocument]:
-    """Rows [start, stop) of a dataset on disk.
+    """Yield the documents of rows [start, stop) of a dataset on disk.
 
     Raises:
         UserError: a row has no text.
     """
-    for number, row in enumerate(dataset_of(folder).select(range(start, stop)), start):
-        yield from records.document(row, f"{folder}: row {number}", f"{number}")
+    for number, row in enumerate(open_dataset(folder).select(range(start, stop)), start):
+        yield from records.read_document(row, f"{folder}: row {number}", f"{number}")
 
 
-def stream_of(address: str) -> Any:
-    """A dataset of the hub, `NAME[:CONFIG[:SPLIT]]`, as a stream: nothing is kept on the disk.
+def open_stream(address: str) -> Any:
+    """Open a dataset of the hub, `NAME[:CONFIG[:SPLIT]]`, as a stream, which is not stored on the disk.
 
     Raises:
-        UserError: there is none of this name, or it cannot be reached.
+        UserError: there is no dataset of this name, or it cannot be reached.
     """
     name, config, split = (*address.split(":"), "", "")[:3]
-    datasets = extra("datasets", "datasets", f"hf:{address}")
+    datasets = import_extra("datasets", "datasets", f"hf:{address}")
     with reraise_as_user_error(Path(f"hf:{address}")):
         return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
 
 
 def read_stream(address: str, records: Records, shard: int, n_shards: int) -> Iterator[TextDocument]:
-    """The rows of one of a stream's shards.
+    """Yield the documents of one shard of a stream.
 
     Raises:
         UserError: the stream breaks, or a row has no text.
     """
     place = f"hf:{address}"
     with reraise_as_user_error(Path(place)):
-        stream = stream_of(address)
+        stream = open_stream(address)
         rows = stream.shard(n_shards, shard) if n_shards > 1 else stream
         for number, row in enumerate(rows):
-            yield from records.document(row, f"{place}: row {number} of shard {shard}", f"{shard}:{number}")
+            yield from records.read_document(row, f"{place}: row {number} of shard {shard}", f"{shard}:{number}")
 
 
 @contextmanager
 def reraise_as_user_error(path: Path) -> Iterator[None]:
-    """Turn what a damaged or unreadable file makes the libraries raise, each its own kind, into one line."""
+    """Turn the exceptions of many kinds that libraries raise for a damaged or unreadable file into a UserError."""
     try:
         yield
     except UserError:
@@ -267,8 +273,12 @@ def reraise_as_user_error(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
-def extra(module: str, name: str, place: str) -> Any:
-    """A library that only some sources need, or UserError with the extra that brings it."""
+def import_extra(module: str, name: str, place: str) -> Any:
+    """Import a library that only some sources need.
+
+    Raises:
+        UserError: it is not installed; names the extra that installs it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -276,7 +286,7 @@ def extra(module: str, name: str, place: str) -> Any:
 
 
 def _decode(content: bytes, path: Path, start: int) -> str:
-    """UTF-8, kept to the byte."""
+    """Decode UTF-8 without changing a byte, such as a byte order mark or the end of a line."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -285,8 +295,8 @@ def _decode(content: bytes, path: Path, start: int) -> str:
 
 
 def _is_json_lines(head: bytes, path: Path) -> bool:
-    """By its name, or because its first line is an object and another one, or nothing, follows."""
-    if JSON_LINES.intersection(path.suffixes):
+    """Return whether a file has a suffix of JSON lines, or starts with an object on a line of its own."""
+    if JSON_LINES_SUFFIXES.intersection(path.suffixes):
         return True
     first, _, rest = head.partition(b"\n")
     try:
@@ -296,7 +306,7 @@ def _is_json_lines(head: bytes, path: Path) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can spell half of a surrogate pair, which is no character."""
+    """Return whether a text has no lone surrogate, which JSON can spell but which is no character."""
     if text.isascii():
         return True
     try:

@@ -13,7 +13,7 @@ from gpt.data.prepare.dedup import count_duplicates, drop_duplicates, has_whole_
 from gpt.data.prepare.documents import Document
 from gpt.data.prepare.formats import Records
 from gpt.data.prepare.parts import PART_BYTES, Part, read_part
-from gpt.data.prepare.split import batched, split
+from gpt.data.prepare.split import batch_by_size, split
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.shards import ShardWriter
 from gpt.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def read_splits(
     documents = read_part(part, records or Records(settings.text_field, skip_bad=settings.skip_bad), tokenizer)
     if settings.deduplicate and has_whole_documents(part):
         documents = drop_duplicates(documents, folder.keep_mask_path(part))
-    for batch in batched(documents, PART_BYTES):
+    for batch in batch_by_size(documents, PART_BYTES):
         if part.role is None:
             yield split(batch, settings.val_fraction, corpus_size=settings.corpus_bytes)
         else:

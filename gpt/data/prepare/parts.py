@@ -1,15 +1,15 @@
-"""Files -> parts: pieces of a source that are read, and prepared, each by itself.
+"""Files -> parts: pieces of a source that are each read and prepared by themselves.
 
-Where a source is cut depends on the source alone, so the parts, and the shards made of them, are the same whatever
-number of processes works on them and however often they are interrupted.
+A source is cut at positions that depend on the source alone. So the parts, and their shards, are the same for any
+number of processes and after any interruption.
 """
 
 import itertools
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from gpt.data.prepare.documents import Document, TextDocument, TokenDocument
 from gpt.data.prepare.formats import (
@@ -18,22 +18,22 @@ from gpt.data.prepare.formats import (
     read_dataset,
     read_json_lines,
     read_parquet,
+    read_row_group_sizes,
     read_stream,
     read_text,
     reraise_as_user_error,
-    row_groups,
 )
 from gpt.data.prepare.sources import File, Kind
-from gpt.data.prepare.split import held_out
+from gpt.data.prepare.split import choose_held_out
 from gpt.data.prepare.token_files import open_tokens
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.word_boundaries import LOOKBEHIND_BYTES, WORD_BOUNDARY_IN_UTF8
 
 PART_BYTES = 2**22
-"""Bytes of a part: small enough to be held in memory, large enough for a shard."""
+"""Bytes of a part: it fits in memory and makes a shard of useful size."""
 MAX_PARTS = 2**14
-"""Of a larger source each part is larger, so that files stay countable."""
-ROWS = 2**15
+"""Parts of a source; the parts of a larger source are larger, to limit the number of files."""
+ROWS_PER_PART = 2**15
 """Rows of a dataset in one part."""
 
 Role = Literal["train", "val"]
@@ -41,73 +41,73 @@ Role = Literal["train", "val"]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a source: whole small files, or a range of one."""
+    """A piece of a source: whole small files, or a range of one file."""
 
     kind: Kind
     files: tuple[tuple[str, str], ...]
-    """(name, path)."""
+    """(name, path) of each file."""
     size: int
     """Bytes, for the progress bar."""
     start: int = 0
     stop: int | None = None
-    """Range of bytes, row groups, rows, shards or tokens; None: the whole file."""
+    """End of the range of bytes, row groups, rows, shards or tokens; None reads the whole file."""
     role: Role | None = None
-    """Where all of it goes; None: some of its documents are held out."""
+    """Split that all of it belongs to; None holds out some of its documents."""
     continues: bool = False
     """The first document is a further piece of the last one of the part before."""
     number: int = 0
     """Position among all parts of the preparation; names the part's files."""
 
     def to_json(self) -> dict[str, Any]:
-        """A plain value."""
+        """Return the part as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Part":
-        """The part that `to_json` wrote."""
+        """Return the part that `to_json` wrote."""
         return cls(**value | {"files": tuple((name, path) for name, path in value["files"])})
 
 
 def cut_into_parts(
     files: Sequence[File], text_field: str, *, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
 ) -> list[Part]:
-    """The parts of a source.
+    """Cut the files of a source into parts.
 
     Args:
         files: of the source, in order.
         text_field: column of Parquet files.
-        val_fraction: of a text file larger than a part, the tail that is held out.
-        role: where all of the source goes; None: both.
-        tokenizer: that of token files; it names what separates their documents.
+        val_fraction: tail to hold out of a text file that is larger than a part.
+        role: split that all of the source belongs to; None for both.
+        tokenizer: of token files; its end-of-text token separates their documents.
     """
-    limit = max(PART_BYTES, sum(file.size for file in files) // MAX_PARTS)
-    roles = _roles_of_texts(files, limit, val_fraction) if role is None else {}
+    max_bytes = max(PART_BYTES, sum(file.size for file in files) // MAX_PARTS)
+    roles = _assign_roles(files, max_bytes, val_fraction) if role is None else {}
     parts: list[Part] = []
-    together: dict[Role | None, list[File]] = {}
+    open_groups: dict[Role | None, list[File]] = {}
 
     def close(role: Role | None) -> None:
-        if group := together.pop(role, None):
+        if group := open_groups.pop(role, None):
             named = tuple((file.name, str(file.path)) for file in group)
             parts.append(Part(group[0].kind, named, sum(file.size for file in group), role=role))
 
     for file in files:
-        its_role = roles.get(file.name, role)
-        if _is_text(file) and (file.size <= limit or is_compressed(file.path)):
-            group = together.get(its_role, [])
-            if group and (group[0].kind != file.kind or sum(other.size for other in group) + file.size > limit):
-                close(its_role)
-            together.setdefault(its_role, []).append(file)
+        file_role = roles.get(file.name, role)
+        if _is_text(file) and (file.size <= max_bytes or is_compressed(file.path)):
+            group = open_groups.get(file_role, [])
+            if group and (group[0].kind != file.kind or sum(other.size for other in group) + file.size > max_bytes):
+                close(file_role)
+            open_groups.setdefault(file_role, []).append(file)
         else:
-            for each in list(together):
-                close(each)
-            parts += _ranges(file, text_field, limit, val_fraction, its_role, tokenizer)
-    for each in list(together):
-        close(each)
+            for open_role in list(open_groups):
+                close(open_role)
+            parts += _cut_file(file, text_field, max_bytes, val_fraction, file_role, tokenizer)
+    for open_role in list(open_groups):
+        close(open_role)
     return parts
 
 
 def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) -> Iterator[Document]:
-    """The documents of a part that are not empty; those of token files need their tokenizer.
+    """Yield the documents of a part that are not empty; token files need their tokenizer.
 
     Raises:
         UserError: a file or a record cannot be read; names the place.
@@ -122,10 +122,8 @@ def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) 
             yield from read_text(path, f"{name}:{part.start}", part.start, part.stop)
         case "python":
             for name, place in part.files:
-                with (
-                    reraise_as_user_error(Path(place)),
-                    tokenize.open(place) as file,
-                ):  # honours a source file's own encoding line
+                # tokenize.open honours the encoding line of a source file.
+                with reraise_as_user_error(Path(place)), tokenize.open(place) as file:
                     yield TextDocument(name, file.read())
         case "json-lines":
             yield from read_json_lines(path, name, records, part.start, part.stop)
@@ -141,7 +139,7 @@ def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) 
         case "tokens":
             assert part.stop is not None and tokenizer is not None
             tokens = open_tokens(path)
-            tokens.check(part.start, part.stop, tokenizer.vocab_size)
+            tokens.check_ids(part.start, part.stop, tokenizer.vocab_size)
             for number, ids in enumerate(tokens.documents(part.start, part.stop, tokenizer.end_of_text)):
                 yield TokenDocument(f"{name}:{part.start}:{number}", ids)
         case kind:
@@ -152,31 +150,34 @@ def _is_text(file: File) -> bool:
     return file.kind in ("text", "python")
 
 
-def _roles_of_texts(files: Sequence[File], limit: int, val_fraction: float) -> dict[str, Role]:
-    """Where each text goes, if they are too many for one part: of a part with two of them half would be held out."""
+def _assign_roles(files: Sequence[File], max_bytes: int, val_fraction: float) -> dict[str, Role]:
+    """Return the split of each text file, if they are too many for one part; none if each part is split by itself.
+
+    A part with two texts would hold out half of its bytes.
+    """
     texts = [file for file in files if _is_text(file)]
-    if not val_fraction or len(texts) < 2 or sum(file.size for file in texts) <= limit:
+    if not val_fraction or len(texts) < 2 or sum(file.size for file in texts) <= max_bytes:
         return {}
-    chosen = held_out(texts, val_fraction)
+    chosen = choose_held_out(texts, val_fraction)
     return {file.name: "val" if index in chosen else "train" for index, file in enumerate(texts)}
 
 
-def _ranges(
-    file: File, text_field: str, limit: int, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
+def _cut_file(
+    file: File, text_field: str, max_bytes: int, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
 ) -> Iterator[Part]:
     whole = Part(file.kind, ((file.name, str(file.path)),), file.size, role=role)
     match file.kind:
         case "text":
-            yield from _text_ranges(whole, limit, val_fraction)
+            yield from _cut_text(whole, max_bytes, val_fraction)
         case "json-lines" if is_compressed(file.path):
             yield whole
         case "json-lines":
-            yield from _pieces(whole, _cuts(file.path, 0, file.size, limit, _line_end))
+            yield from _make_ranges(whole, _find_cuts(file.path, 0, file.size, max_bytes, _find_line_start))
         case "parquet":
-            yield from _group_ranges(whole, row_groups(file.path, text_field), limit)
+            yield from _cut_row_groups(whole, read_row_group_sizes(file.path, text_field), max_bytes)
         case "dataset":
-            for start in range(0, file.size, ROWS):
-                yield replace(whole, start=start, stop=min(start + ROWS, file.size), size=0)
+            for start in range(0, file.size, ROWS_PER_PART):
+                yield replace(whole, start=start, stop=min(start + ROWS_PER_PART, file.size), size=0)
         case "hub":
             for shard in range(file.size):
                 yield replace(whole, start=shard, stop=file.size, size=0)
@@ -184,74 +185,85 @@ def _ranges(
             assert tokenizer is not None
             tokens = open_tokens(file.path)
             width = tokens.tokens.itemsize
-            for start, stop in tokens.cuts(limit // width, tokenizer.end_of_text):
+            for start, stop in tokens.find_ranges(max_bytes // width, tokenizer.end_of_text):
                 yield replace(whole, start=start, stop=stop, size=(stop - start) * width)
         case kind:
             raise AssertionError(f"nothing cuts {kind}")
 
 
-def _text_ranges(whole: Part, limit: int, val_fraction: float) -> Iterator[Part]:
-    """A large text in pieces; what is held out is its tail, as nanoGPT has it."""
+def _cut_text(whole: Part, max_bytes: int, val_fraction: float) -> Iterator[Part]:
+    """Cut a large text at word boundaries; its tail is held out, as in nanoGPT."""
     path = Path(whole.files[0][1])
     border = whole.size
     if whole.role is None and val_fraction:
-        border = _character_start(path, int(whole.size * (1 - val_fraction)))
+        border = _find_character_start(path, int(whole.size * (1 - val_fraction)))
     for start, stop, role in ((0, border, whole.role or "train"), (border, whole.size, "val")):
         if start < stop:
-            yield from _pieces(replace(whole, role=role), _cuts(path, start, stop, limit, _word_start), joined=True)
+            cuts = _find_cuts(path, start, stop, max_bytes, _find_word_boundary)
+            yield from _make_ranges(replace(whole, role=role), cuts, is_one_document=True)
 
 
-def _pieces(whole: Part, cuts: Sequence[int], *, joined: bool = False) -> Iterator[Part]:
+def _make_ranges(whole: Part, cuts: Sequence[int], *, is_one_document: bool = False) -> Iterator[Part]:
     for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        yield replace(whole, start=start, stop=stop, size=stop - start, continues=joined and index > 0)
+        yield replace(whole, start=start, stop=stop, size=stop - start, continues=is_one_document and index > 0)
 
 
-def _group_ranges(whole: Part, sizes: list[int], limit: int) -> Iterator[Part]:
-    start, held = 0, 0
+def _cut_row_groups(whole: Part, sizes: list[int], max_bytes: int) -> Iterator[Part]:
+    start, part_bytes = 0, 0
     for group, size in enumerate(sizes):
-        if held and held + size > limit:
-            yield replace(whole, start=start, stop=group, size=held)
-            start, held = group, 0
-        held += size
+        if part_bytes and part_bytes + size > max_bytes:
+            yield replace(whole, start=start, stop=group, size=part_bytes)
+            start, part_bytes = group, 0
+        part_bytes += size
     if sizes:
-        yield replace(whole, start=start, stop=len(sizes), size=held)
+        yield replace(whole, start=start, stop=len(sizes), size=part_bytes)
 
 
-def _cuts(path: Path, start: int, stop: int, limit: int, find: Any) -> list[int]:
-    """`start`, `stop`, and between them the places nearest after every equal share that `find` allows."""
-    n_parts = max(1, -(-(stop - start) // limit))
+def _find_cuts(
+    path: Path, start: int, stop: int, max_bytes: int, find_next: Callable[[BinaryIO, int], int]
+) -> list[int]:
+    """Return `start`, `stop`, and between them the cuts that divide the range into nearly equal pieces.
+
+    Args:
+        path: of the file.
+        start: of the range.
+        stop: of the range.
+        max_bytes: size of a piece, about.
+        find_next: returns the first position at or after another where the file may be cut.
+    """
+    n_parts = max(1, -(-(stop - start) // max_bytes))
     cuts = [start]
     with reraise_as_user_error(path), path.open("rb") as file:
         for index in range(1, n_parts):
             target = start + (stop - start) * index // n_parts
             if target > cuts[-1]:
-                cuts.append(min(stop, find(file, target)))
+                cuts.append(min(stop, find_next(file, target)))
     return [*dict.fromkeys(cuts), stop] if cuts[-1] < stop else cuts
 
 
-def _line_end(file: Any, target: int) -> int:
-    """The first beginning of a line at or after `target`."""
+def _find_line_start(file: BinaryIO, target: int) -> int:
+    """Return the first start of a line at or after `target`."""
     file.seek(target - 1)
     while (block := file.readline(2**20)) and not block.endswith(b"\n"):
         pass
     return int(file.tell())
 
 
-def _word_start(file: Any, target: int) -> int:
-    """The first place at or after `target` where the text may be cut: see gpt.data.word_boundaries."""
+def _find_word_boundary(file: BinaryIO, target: int) -> int:
+    """Return the first word boundary at or after `target`."""
     at = max(0, target - LOOKBEHIND_BYTES)
     file.seek(at)
     seen = b""
     while block := file.read(2**16):
         seen += block
-        if found := WORD_BOUNDARY_IN_UTF8.search(seen, target - at):
-            return at + found.start()
+        if boundary := WORD_BOUNDARY_IN_UTF8.search(seen, target - at):
+            return at + boundary.start()
         at, seen = at + len(seen[:-LOOKBEHIND_BYTES]), seen[-LOOKBEHIND_BYTES:]
     return int(file.tell())
 
 
-def _character_start(path: Path, at: int) -> int:
-    """The last beginning of a UTF-8 character at or before `at`."""
+def _find_character_start(path: Path, at: int) -> int:
+    """Return the last start of a UTF-8 character at or before `at`."""
     with reraise_as_user_error(path), path.open("rb") as file:
         file.seek(max(0, at - 3))
         block = file.read(min(at, 3) + 1)

@@ -1,11 +1,12 @@
-"""Files that hold tokens already, as other projects write them; mapped, never read whole.
+"""Files of tokens, as other projects write them. They are memory-mapped, never read at once.
 
-    nanoGPT        raw uint16, told by the suffix .bin and content that is no text
+    nanoGPT        raw uint16, recognised by the suffix .bin and content that is no text
     llm.c          256 int32 of header (magic, version, tokens), then uint16; uint32 for Llama 3; also modded-nanogpt
-    Megatron       .bin of tokens; the .idx beside it gives their type, the sequences and the documents made of them
+    Megatron       .bin of tokens; the .idx beside it has their type, the sequences, and the documents made of them
     numpy          .npy of one dimension of integers
 
-All are little-endian, but for .npy, whose header says. A count is compared with the size of its file before it is used.
+All are little-endian, except that the header of .npy says which. A count is compared with the size of its file before
+it is used.
 """
 
 import codecs
@@ -26,15 +27,15 @@ from gpt.utils.helper import first_line
 Tokens = npt.NDArray[np.integer[Any]]
 
 HEAD_BYTES = 8192
-BLOCK = 2**20
-"""Tokens that are looked at in one go."""
-SEARCH = 2**22
-"""Tokens after which a cut stops waiting for the end of a document."""
+SCAN_TOKENS = 2**20
+"""Tokens that are scanned in one call."""
+MAX_SEARCH_TOKENS = 2**22
+"""Tokens after which the search for the start of a document gives up, and the document is cut."""
 
-LLM_C_HEADER = 256 * 4
-LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
-"""Magic -> the version that can be read, the type of its tokens."""
-LLM_C_OTHERS = {20240326: "weights", 20240327: "state", 20240328: "tokenizer", 20240522: "evaluation"}
+LLM_C_HEADER_BYTES = 256 * 4
+LLM_C_FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+"""Magic -> (version that can be read, type of the tokens)."""
+LLM_C_OTHER_FILES = {20240326: "weights", 20240327: "state", 20240328: "tokenizer", 20240522: "evaluation"}
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")
@@ -43,11 +44,11 @@ MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: 
 """6 and 7 are floats; 9 and 10 are written by forks only."""
 
 NPY_MAGIC = b"\x93NUMPY"
-NPY_HEADER_LIMIT = 10_000
-"""numpy's own, but numpy reads the header before it compares."""
+MAX_NPY_HEADER_BYTES = 10_000
+"""numpy has the same limit, but reads the header before it checks."""
 
-OTHER_BINARY = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x03\x04")
-"""gzip, zstd, Parquet and zip (also PyTorch's weights, which are often called .bin)."""
+OTHER_BINARY_MAGIC = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x03\x04")
+"""gzip, zstd, Parquet and zip (which PyTorch's weights are, often with the suffix .bin)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,37 +56,37 @@ class TokenFile:
     """A mapped file of tokens.
 
     Attributes:
-        path: for messages.
-        tokens: every token of the file.
-        starts: where documents begin, ascending from 0; None where the file does not say.
+        path: named in messages.
+        tokens: all tokens of the file.
+        starts: where documents begin, ascending from 0; None if the file does not say.
     """
 
     path: Path
     tokens: Tokens
     starts: npt.NDArray[np.int64] | None = None
 
-    def cuts(self, part_tokens: int, end_of_text: int | None) -> list[tuple[int, int]]:
-        """Consecutive ranges of about `part_tokens` that cover the file and cut no document where that can be seen.
+    def find_ranges(self, part_tokens: int, end_of_text: int | None) -> list[tuple[int, int]]:
+        """Return consecutive ranges of about `part_tokens` that cover the file and cut no document.
 
-        The last may be shorter. A document is cut if no other one is found to begin within SEARCH tokens.
+        The last may be shorter. A document is cut only if no other one begins within MAX_SEARCH_TOKENS.
         """
         assert part_tokens > 0
         edges = [0]
         while edges[-1] + part_tokens < len(self.tokens):
-            edges.append(self._next_start(edges[-1] + part_tokens, end_of_text))
+            edges.append(self._find_next_start(edges[-1] + part_tokens, end_of_text))
         if edges[-1] < len(self.tokens):
             edges.append(len(self.tokens))
         return list(pairwise(edges))
 
     def documents(self, start: int, stop: int, end_of_text: int | None) -> Iterator[Tokens]:
-        """The documents of a range that hold any token: as the file says, else cut before each end-of-text token.
+        """Yield the documents of a range that have any token, without the end-of-text tokens around them.
 
-        Without the end-of-text tokens around them.
+        Documents begin where the file says, else at each end-of-text token.
         """
-        tokens = np.asarray(self.tokens)  # slices of a memmap cost more
+        tokens = np.asarray(self.tokens)  # slices of a memmap take longer
         inner: Iterator[int]
         if self.starts is None:
-            inner = self._find(start, stop, end_of_text)
+            inner = self._find_end_of_text(start, stop, end_of_text)
         else:
             inner = map(int, self.starts[np.searchsorted(self.starts, start) : np.searchsorted(self.starts, stop)])
         for first, end in pairwise(chain([start], inner, [stop])):
@@ -96,11 +97,11 @@ class TokenFile:
             if first < end:
                 yield tokens[first:end]
 
-    def check(self, start: int, stop: int, vocab_size: int) -> None:
-        """Compare every id of a range with the vocabulary.
+    def check_ids(self, start: int, stop: int, vocab_size: int) -> None:
+        """Check every id of a range against the vocabulary.
 
         Raises:
-            UserError: names the file, the offset and the id of the first that is beyond it.
+            UserError: an id is not in it; names the file, the offset and the id of the first one.
         """
         for block, piece in self._blocks(start, stop):
             if piece.max() < vocab_size and piece.min() >= 0:
@@ -111,39 +112,39 @@ class TokenFile:
                 f"{vocab_size}; name the tokenizer it was written with: --data.tokenizer"
             )
 
-    def _next_start(self, position: int, end_of_text: int | None) -> int:
-        """The first document's start from a position on; the position itself where none is found."""
+    def _find_next_start(self, position: int, end_of_text: int | None) -> int:
+        """Return the start of the first document at or after a position; the position itself if none is found."""
         end = len(self.tokens)
         if self.starts is not None:
             following = int(np.searchsorted(self.starts, position))
             return int(self.starts[following]) if following < len(self.starts) else end
-        found = next(self._find(position, min(position + SEARCH, end), end_of_text), None)
+        found = next(self._find_end_of_text(position, min(position + MAX_SEARCH_TOKENS, end), end_of_text), None)
         if found is None:
             return position
-        return found if found < end - 1 else end  # nothing begins with the last token
+        return found if found < end - 1 else end  # no document begins with the last token
 
-    def _find(self, start: int, stop: int, end_of_text: int | None) -> Iterator[int]:
+    def _find_end_of_text(self, start: int, stop: int, end_of_text: int | None) -> Iterator[int]:
         if end_of_text is not None:
             for block, piece in self._blocks(start, stop):
                 yield from (block + np.flatnonzero(piece == end_of_text)).tolist()
 
     def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tokens]]:
         tokens = np.asarray(self.tokens)
-        for block in range(start, stop, BLOCK):
-            yield block, tokens[block : min(block + BLOCK, stop)]
+        for block in range(start, stop, SCAN_TOKENS):
+            yield block, tokens[block : min(block + SCAN_TOKENS, stop)]
 
 
 def is_token_file(path: Path, head: bytes) -> bool:
-    """Whether a file that begins with `head` holds tokens.
+    """Return whether a file that begins with `head` holds tokens.
 
     Raises:
-        UserError: the index beside it cannot be read.
+        UserError: the index beside the file cannot be read.
     """
-    return _reader(path, head) is not None
+    return _choose_reader(path, head) is not None
 
 
 def is_token_index(path: Path, head: bytes) -> bool:
-    """Whether a file is the index of Megatron's tokens: no source itself, but part of the .bin beside it."""
+    """Return whether a file is an index of Megatron's, which belongs to the .bin beside it and is no source itself."""
     return path.suffix == ".idx" and head.startswith(MEGATRON_MAGIC)
 
 
@@ -151,45 +152,45 @@ def open_tokens(path: Path) -> TokenFile:
     """Map a file of tokens.
 
     Raises:
-        UserError: it is damaged, or holds something else.
+        UserError: the file is damaged, or holds something else.
     """
     head = _read_head(path)
     if not head:
         raise UserError(f"{path}: the file is empty; name one with tokens in it")
-    reader = _reader(path, head)
+    reader = _choose_reader(path, head)
     if reader is None and is_token_index(path, head):
         raise UserError(f"{path}: only the index of tokens; name the file of the tokens, {path.with_suffix('.bin')}")
     if reader is None:
-        known = LLM_C_OTHERS.get(_magic_number(head))
+        known = LLM_C_OTHER_FILES.get(_magic_number(head))
         found = f"the {known} of llm.c" if known else "not a file of tokens"
         raise UserError(f"{path}: {found}; name a .bin of nanoGPT, llm.c or Megatron, or a .npy")
     try:
         return reader(path, head)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_error(path, error) from error
 
 
-def _reader(path: Path, head: bytes) -> Callable[[Path, bytes], TokenFile] | None:
-    """What reads the file; None if it holds no tokens."""
+def _choose_reader(path: Path, head: bytes) -> Callable[[Path, bytes], TokenFile] | None:
+    """Return the function that reads the file; None if it holds no tokens."""
     index = path.with_suffix(".idx")
     is_bin = path.suffix.lower() == ".bin"
     if is_bin and index.is_file() and _read_head(index).startswith(MEGATRON_MAGIC):
-        return _megatron  # before all else, for its .bin may begin with anything
+        return _read_megatron  # checked first, since its .bin may begin with any bytes
     if head.startswith(NPY_MAGIC):
-        return _numpy
+        return _read_numpy
     number = _magic_number(head)
-    if number in LLM_C:
-        return _llm_c
-    if not is_bin or number in LLM_C_OTHERS or head.startswith(OTHER_BINARY) or not _is_binary(head):
+    if number in LLM_C_FORMATS:
+        return _read_llm_c
+    if not is_bin or number in LLM_C_OTHER_FILES or head.startswith(OTHER_BINARY_MAGIC) or not _is_binary(head):
         return None
-    return _megatron if index.is_file() else _raw
+    return _read_megatron if index.is_file() else _read_nanogpt
 
 
-def _raw(path: Path, head: bytes) -> TokenFile:
+def _read_nanogpt(path: Path, head: bytes) -> TokenFile:
     size = path.stat().st_size
     if size % 2:
         raise UserError(f"{path}: {size} bytes are no whole number of uint16 tokens; copy the file again")
-    # Ids of 32 bits would pass for uint16 with next to nothing in every second place.
+    # 32-bit ids read as uint16 have almost only zeros in every second place.
     low, high = np.frombuffer(head[: len(head) // 4 * 4], "<u2").astype(int).reshape(-1, 2).T
     if len(high) >= 256 and high.max() <= 3 and low.max() > 16 * (1 + high.max()):
         index = path.with_suffix(".idx").name
@@ -197,20 +198,22 @@ def _raw(path: Path, head: bytes) -> TokenFile:
     return TokenFile(path, np.memmap(path, "<u2", mode="r"))
 
 
-def _llm_c(path: Path, head: bytes) -> TokenFile:
-    if len(head) < LLM_C_HEADER:
-        raise UserError(f"{path}: {len(head)} bytes are less than llm.c's header of {LLM_C_HEADER}; copy it again")
+def _read_llm_c(path: Path, head: bytes) -> TokenFile:
+    if len(head) < LLM_C_HEADER_BYTES:
+        raise UserError(
+            f"{path}: {len(head)} bytes are less than llm.c's header of {LLM_C_HEADER_BYTES}; copy it again"
+        )
     magic, version, count = struct.unpack_from("<3i", head)
-    known_version, dtype = LLM_C[magic]
+    known_version, dtype = LLM_C_FORMATS[magic]
     if version != known_version:
         raise UserError(f"{path}: llm.c's format {magic} in version {version}; save it in version {known_version}")
-    size, expected = path.stat().st_size, LLM_C_HEADER + count * np.dtype(dtype).itemsize
+    size, expected = path.stat().st_size, LLM_C_HEADER_BYTES + count * np.dtype(dtype).itemsize
     if size != expected or not count:
         raise UserError(f"{path}: {size} bytes, but by its header {count} tokens in {expected} bytes; copy it again")
-    return TokenFile(path, np.memmap(path, dtype, mode="r", offset=LLM_C_HEADER))
+    return TokenFile(path, np.memmap(path, dtype, mode="r", offset=LLM_C_HEADER_BYTES))
 
 
-def _megatron(path: Path, head: bytes) -> TokenFile:
+def _read_megatron(path: Path, head: bytes) -> TokenFile:
     index = path.with_suffix(".idx")
     header = _read_head(index)[: MEGATRON_HEADER.size]
     size, size_of_tokens = index.stat().st_size, path.stat().st_size
@@ -243,15 +246,15 @@ def _megatron(path: Path, head: bytes) -> TokenFile:
     return TokenFile(path, np.memmap(path, dtype, mode="r"), starts)
 
 
-def _numpy(path: Path, head: bytes) -> TokenFile:
+def _read_numpy(path: Path, head: bytes) -> TokenFile:
     # Version 1 has two bytes for the length of the header, the others four.
     header_size = int.from_bytes(head[8 : 10 if head[6:7] == b"\x01" else 12], "little")
-    if header_size > NPY_HEADER_LIMIT:
+    if header_size > MAX_NPY_HEADER_BYTES:
         raise UserError(f"{path}: damaged: a header of {header_size} bytes; copy it again")
     try:
         with warnings.catch_warnings(action="ignore"):
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy has Python parse the header, which fails in many ways
+    except Exception as error:  # numpy has Python parse the header, which can raise many exceptions
         raise UserError(f"{path}: {first_line(error)}; save it again, as one dimension of integers") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise UserError(f"{path}: shape {tokens.shape} of {tokens.dtype}; save it as one dimension of integers")
@@ -268,7 +271,7 @@ def _magic_number(head: bytes) -> int:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Not UTF-8, of which the last character may be cut off, or with a NUL in it."""
+    """Return whether bytes are not UTF-8, or have a NUL; the last character may be incomplete."""
     try:
         return "\0" in codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -280,8 +283,8 @@ def _read_head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(HEAD_BYTES)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_error(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
+def _unreadable_error(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be read: {error.strerror or first_line(error)}")

@@ -96,7 +96,7 @@ def test_a_source_has_the_same_documents_whatever_the_size_of_its_parts(
     assert [document.content.decode() for document in whole] == TEXTS
     for size in (1000, 5000) if name == "folder" else (1, 100, 1000, 5000):
         monkeypatch.setattr(module, "PART_BYTES", size)
-        monkeypatch.setattr(module, "ROWS", max(1, size // 100))
+        monkeypatch.setattr(module, "ROWS_PER_PART", max(1, size // 100))
         parts = parts_of(source)
         assert [document for part in parts for document in read_part(part, RECORDS)] == whole
         assert not any(part.continues for part in parts)
@@ -124,7 +124,7 @@ def test_a_bad_line_of_a_later_part_has_its_number_in_the_file(tmp_path: Path, m
 
 def test_a_bad_row_of_a_later_part_has_its_number_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 1)
-    monkeypatch.setattr(module, "ROWS", 7)
+    monkeypatch.setattr(module, "ROWS_PER_PART", 7)
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 20 + [None]}), path, row_group_size=5)
     datasets.Dataset.from_dict({"text": ["a"] * 20 + [None]}).save_to_disk(str(tmp_path / "saved"))

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from gpt.data.prepare.documents import Document
-from gpt.data.prepare.sources import STDLIB, STDLIB_LEFT_OUT, find_source
+from gpt.data.prepare.sources import EXCLUDED_FROM_STDLIB, STDLIB, find_source
 from gpt.errors import UserError
 from tests.conftest import read_documents
 
@@ -19,7 +19,7 @@ def names(documents: Sequence[Document]) -> list[str]:
 def test_stdlib_is_its_sources_without_tests_and_tables() -> None:
     documents = read_documents(STDLIB)
     assert {"argparse.py", "json/decoder.py"} <= set(names(documents))
-    assert not [name for name in names(documents) if STDLIB_LEFT_OUT.intersection(Path(name).parts)]
+    assert not [name for name in names(documents) if EXCLUDED_FROM_STDLIB.intersection(Path(name).parts)]
     assert all(name.endswith(".py") for name in names(documents))
     assert sum(document.size for document in documents) > 4_000_000
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from gpt.data.prepare.documents import Document, TextDocument
-from gpt.data.prepare.split import MAX_SHARE, batched, split
+from gpt.data.prepare.split import MAX_SHARE_OF_DOCUMENT, batch_by_size, split
 from tests.conftest import read_documents
 
 
@@ -17,7 +17,7 @@ def test_stdlib_is_split_by_document_and_no_document_rules_the_val_set(stdlib: l
     assert sorted(d.name for d in train + val) == sorted(d.name for d in stdlib)
     total = sum(d.size for d in val)
     assert 0.1 <= total / sum(d.size for d in stdlib) < 0.106
-    assert max(d.size for d in val) <= MAX_SHARE * total
+    assert max(d.size for d in val) <= MAX_SHARE_OF_DOCUMENT * total
 
 
 def test_both_halves_keep_the_order(stdlib: list[Document]) -> None:
@@ -62,7 +62,7 @@ def test_nothing_is_held_out_unless_asked() -> None:
 @pytest.mark.parametrize("limit", [1, 7, 20, 10_000])
 def test_batches_keep_every_document_in_order(limit: int) -> None:
     documents = [TextDocument(str(index), "é" * (index % 5 + 1)) for index in range(40)]
-    batches = list(batched(iter(documents), limit))
+    batches = list(batch_by_size(iter(documents), limit))
     assert [document for batch in batches for document in batch] == documents
     assert all(batches)
     assert all(sum(d.size for d in batch[:-1]) < limit for batch in batches)

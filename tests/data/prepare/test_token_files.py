@@ -90,7 +90,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> Non
     file = open_tokens(path)
     assert isinstance(file.tokens, np.memmap)
     assert documents_of(file) == DOCUMENTS
-    assert [end for _, end in file.cuts(1000, EOT)] == [len(file.tokens)]
+    assert [end for _, end in file.find_ranges(1000, EOT)] == [len(file.tokens)]
 
 
 @pytest.mark.parametrize("name", ["llm.bin", "llama.bin", "tokens.npy"])
@@ -182,57 +182,57 @@ def test_npy_may_be_big_endian(tmp_path: Path) -> None:
 
 
 def test_the_first_id_beyond_the_vocabulary_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_files, "BLOCK", 4)
+    monkeypatch.setattr(token_files, "SCAN_TOKENS", 4)
     path = llama(tmp_path / "a.bin", [1, 2, 3, 4, 5, 50256, 70000, 80000])
     file = open_tokens(path)
-    file.check(0, 8, 80001)
-    file.check(0, 6, 50257)
+    file.check_ids(0, 8, 80001)
+    file.check_ids(0, 6, 50257)
     message = (
         rf"^{path}: token 70000 at offset 6 is beyond the vocabulary of 50257; "
         r"name the tokenizer it was written with: --data\.tokenizer$"
     )
     with pytest.raises(UserError, match=message):
-        file.check(1, 8, 50257)
+        file.check_ids(1, 8, 50257)
     with pytest.raises(UserError, match="token 80000 at offset 7 "):
-        file.check(7, 8, 50257)
+        file.check_ids(7, 8, 50257)
     negative = npy(tmp_path / "n.npy", [1, 2, -1])
     with pytest.raises(UserError, match="token -1 at offset 2 "):
-        open_tokens(negative).check(0, 3, 50257)
+        open_tokens(negative).check_ids(0, 3, 50257)
 
 
 def test_cuts_are_before_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_files, "BLOCK", 2)
+    monkeypatch.setattr(token_files, "SCAN_TOKENS", 2)
     file = open_tokens(nano_gpt(tmp_path / "a.bin", [9, 1, 1, 1, 9, 2, 9, 3, 3, 3, 3, 3]))
-    assert file.cuts(3, 9) == [(0, 4), (4, 7), (7, 10), (10, 12)]  # none begins after 7
-    assert file.cuts(2, 9) == [(0, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
-    assert file.cuts(4, None) == [(0, 4), (4, 8), (8, 12)]
-    assert file.cuts(12, 9) == file.cuts(99, 9) == [(0, 12)]
+    assert file.find_ranges(3, 9) == [(0, 4), (4, 7), (7, 10), (10, 12)]  # none begins after 7
+    assert file.find_ranges(2, 9) == [(0, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
+    assert file.find_ranges(4, None) == [(0, 4), (4, 8), (8, 12)]
+    assert file.find_ranges(12, 9) == file.find_ranges(99, 9) == [(0, 12)]
     appended = open_tokens(nano_gpt(tmp_path / "b.bin", [1, 1, 9, 2, 2, 2, 9]))
-    assert appended.cuts(3, 9) == [(0, 7)]  # no part of nothing but the last 9
+    assert appended.find_ranges(3, 9) == [(0, 7)]  # no part of nothing but the last 9
     known = open_tokens(megatron(tmp_path / "m.bin", [[1], [2] * 5, [3], [4], [5], [6]]))
-    assert known.cuts(2, None) == [(0, 6), (6, 8), (8, 10)]
+    assert known.find_ranges(2, None) == [(0, 6), (6, 8), (8, 10)]
 
 
 def test_a_search_for_a_cut_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_files, "BLOCK", 4)
-    monkeypatch.setattr(token_files, "SEARCH", 10)
+    monkeypatch.setattr(token_files, "SCAN_TOKENS", 4)
+    monkeypatch.setattr(token_files, "MAX_SEARCH_TOKENS", 10)
     file = open_tokens(nano_gpt(tmp_path / "a.bin", [1] * 29 + [9] + [1] * 20))
-    assert file.cuts(15, 9) == [(0, 15), (15, 30), (30, 45), (45, 50)]
-    assert file.cuts(20, 9) == [(0, 29), (29, 49), (49, 50)]
+    assert file.find_ranges(15, 9) == [(0, 15), (15, 30), (30, 45), (45, 50)]
+    assert file.find_ranges(20, 9) == [(0, 29), (29, 49), (49, 50)]
 
 
 @pytest.mark.parametrize("write", [nano_gpt, llama, npy])
 def test_parts_hold_the_documents_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, list[int]], Path]
 ) -> None:
-    monkeypatch.setattr(token_files, "BLOCK", 16)
+    monkeypatch.setattr(token_files, "SCAN_TOKENS", 16)
     draw = random.Random(1)
     documents = [[draw.randrange(1, 300) for _ in range(draw.randrange(1, 40))] for _ in range(100)]
     file = open_tokens(write(tmp_path / "a.bin", [token for d in documents for token in [0, *d]]))
     known = open_tokens(megatron(tmp_path / "m.bin", documents))
     for part_tokens in (1, 7, 100, 1000, 10_000):
         for tokens in (file, known):
-            cuts = tokens.cuts(part_tokens, 0)
+            cuts = tokens.find_ranges(part_tokens, 0)
             assert cuts[0][0] == 0 and cuts[-1][1] == len(tokens.tokens)
             assert all(first[1] == second[0] for first, second in pairwise(cuts))
             assert all(stop - start >= part_tokens for start, stop in cuts[:-1])
@@ -246,7 +246,7 @@ def test_a_large_file_is_not_read(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         tokens = open_tokens(path)
-        assert tokens.cuts(2**31, EOT) == [(i * 2**31, (i + 1) * 2**31) for i in range(4)]
+        assert tokens.find_ranges(2**31, EOT) == [(i * 2**31, (i + 1) * 2**31) for i in range(4)]
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
@@ -451,12 +451,12 @@ def assert_valid(file: TokenFile) -> None:
     if file.starts is not None:
         starts = file.starts.tolist()
         assert starts[0] == 0 and starts[-1] < n_tokens and starts == sorted(set(starts))
-    assert sum(stop - start for start, stop in file.cuts(5, EOT)) == n_tokens
+    assert sum(stop - start for start, stop in file.find_ranges(5, EOT)) == n_tokens
     assert sum(map(len, documents_of(file, None))) == n_tokens
     assert EOT not in [token for document in documents_of(file) for token in (document[0], document[-1])]
     expected = bool(((file.tokens >= 50257) | (file.tokens < 0)).any())
     try:
-        file.check(0, n_tokens, 50257)
+        file.check_ids(0, n_tokens, 50257)
     except UserError:
         assert expected
     else:
