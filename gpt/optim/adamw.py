@@ -18,8 +18,8 @@ class AdamW(torch.optim.Optimizer):
     Bit-exact with `torch.optim.AdamW(fused=True)`, whose constructor imports torch's compiler: that takes a second, as
     long as the rest of torch.
 
-    While the attribute `found_inf`, a scalar on the device, is set and 1, a step changes no parameter and no state. This
-    is the protocol of torch's fused optimizers, and needs no host sync.
+    While the attribute `found_inf`, a scalar on the device, is set and 1, a step changes no parameter and no state.
+    This is the protocol of torch's fused optimizers, and needs no host sync.
 
     Args:
         groups: parameter groups with `params` and `weight_decay`; `lr` is set before each step.
