@@ -1,4 +1,4 @@
-"""Compile gpt/ops/attention_cpu.c at installation; without a compiler torch computes attention, slower."""
+"""Compile gpt/ops/attention_cpu.c during installation; without a compiler, torch computes attention, more slowly."""
 
 import hashlib
 import platform
@@ -17,35 +17,35 @@ class CompileKernels(BuildHookInterface):
     """Build hook that puts the library next to its source, and into wheels."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile before a wheel is built, including that of an editable installation."""
+        """Compile before a wheel is built; an editable installation builds one too."""
         try:
             library = compile_kernel(Path(self.root) / SOURCE)
         except (OSError, subprocess.CalledProcessError) as error:
-            self.app.display_warning(f"{SOURCE} is not compiled, torch will compute attention instead: {error}")
+            self.app.display_warning(f"{SOURCE} is not compiled, torch computes attention instead: {error}")
             return
         build_data["artifacts"].append(str(library.relative_to(self.root)))
         build_data["pure_python"], build_data["infer_tag"] = False, True
 
 
 def compile_kernel(source: Path) -> Path:
-    """Compile `source` and return the library, a file in the same folder.
+    """Compile `source` into a library next to it, and return the library's path.
 
-    OpenMP functions stay unresolved: they come from the runtime that torch loads. A second runtime would compete for
-    the cores.
+    OpenMP's functions stay undefined, so that they are found in the runtime that torch loads: a second runtime would
+    compete with torch's threads for the cores.
 
     Raises:
-        OSError: unsupported platform, no compiler, or a folder that is not writable.
-        subprocess.CalledProcessError: the compiler failed.
+        OSError: this is not x86-64 Linux, there is no compiler, or the folder is not writable.
+        subprocess.CalledProcessError: the compiler fails.
     """
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        raise OSError("it needs x86-64 and Linux")
+        raise OSError(f"the kernel needs Linux on x86-64, not {sys.platform} on {platform.machine()}")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    # Python would import a library with the module's name as the module.
+    # With the prefix: Python would take attention_cpu.so for the module attention_cpu.
     library = source.with_name(f"lib{source.stem}.so")
     with TemporaryDirectory(dir=source.parent) as folder:
-        object_file, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         flags = ["-O3", "-ffp-contract=off", "-fPIC", "-fopenmp", f'-DSOURCE="{digest}"']
-        subprocess.run(["cc", *flags, "-c", str(source), "-o", str(object_file)], check=True, capture_output=True)
-        subprocess.run(["cc", "-shared", str(object_file), "-o", str(linked), "-lm"], check=True, capture_output=True)
+        subprocess.run(["cc", *flags, "-c", str(source), "-o", str(compiled)], check=True, capture_output=True)
+        subprocess.run(["cc", "-shared", str(compiled), "-o", str(linked), "-lm"], check=True, capture_output=True)
         linked.replace(library)
     return library

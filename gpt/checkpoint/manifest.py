@@ -191,7 +191,7 @@ def _current_environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": attention_cpu.in_use(),
+        "fused_attention": attention_cpu.is_enabled(),
     }
 
 

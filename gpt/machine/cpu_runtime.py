@@ -54,5 +54,5 @@ def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str
         "threads": torch.get_num_threads(),
         "keep_freed_memory": config.keep_freed_memory and keep_freed_memory(),
         "flush_denormals": config.flush_denormals and torch.set_flush_denormal(True),
-        "fused_attention": attention_cpu.switch(config.fused_attention),
+        "fused_attention": attention_cpu.set_enabled(config.fused_attention),
     }

@@ -1,1 +1,1 @@
-"""The model and its loss; nothing here knows of processes, devices or files."""
+"""The model and its loss; it knows nothing of ranks, devices or files."""

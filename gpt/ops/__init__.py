@@ -1,1 +1,1 @@
-"""C for what torch does slowly on a CPU; each function has its equal in torch, for where it was not compiled."""
+"""Custom ops: attention, the fused loss, recomputation, and the C kernel; README.md says how they work together."""

@@ -1,6 +1,6 @@
-"""Attention of bfloat16 on a CPU with AVX512_BF16, by attention.c, which the installation compiles (hatch_build.py).
+"""Causal attention in bfloat16 on CPUs with AVX512_BF16, by attention_cpu.c, which the installation compiles.
 
-Shapes: B rows, H heads, T tokens, D = width of a head.
+hatch_build.py compiles it. Shapes: B rows, H heads, T tokens, D = head_dim.
 """
 
 import ctypes
@@ -13,22 +13,22 @@ import torch
 
 SOURCE = Path(__file__).with_suffix(".c")
 LIBRARY = SOURCE.with_name("libattention_cpu.so")
-WIDTHS = 32
-"""What the width of a head must be a multiple of."""
+HEAD_DIM_MULTIPLE = 32
+"""Number that head_dim must be a multiple of."""
 
-_switched_on = True
+_enabled = True
 
 
 class Saved(NamedTuple):
-    """What a backward pass needs of the forward pass."""
+    """Tensors that the forward pass saves for backward."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     out: torch.Tensor
     log_sums: torch.Tensor
-    """(B, H, T) float32, for each query the logarithm, to base 2, of the sum of its weights before they are divided."""
-    begins: torch.Tensor | None
+    """(B, H, T) float32, log2 of each query's softmax denominator."""
+    doc_starts: torch.Tensor | None
 
 
 class _Tensor(ctypes.Structure):
@@ -38,67 +38,67 @@ class _Tensor(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, _Tensor) for name in ("q", "k", "v", "out", "out_grad", "q_grad", "k_grad", "v_grad")),
-        *((name, ctypes.c_void_p) for name in ("log_sums", "begins")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "width", "threads")),
+        *((name, ctypes.c_void_p) for name in ("log_sums", "doc_starts")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "head_dim", "threads")),
     )
 
 
-def switch(on: bool) -> bool:
-    """Let attention be computed here, or not, in this process; whether it is from now on."""
-    global _switched_on
-    _switched_on = on
-    return in_use()
+def set_enabled(enabled: bool) -> bool:
+    """Enable or disable the kernel in this process; return whether it is used from now on."""
+    global _enabled
+    _enabled = enabled
+    return is_enabled()
 
 
-def in_use() -> bool:
-    """Whether attention is computed here where it can be; it decides the last bits of a run."""
-    return _switched_on and _library() is not None
+def is_enabled() -> bool:
+    """Return whether the kernel computes what it supports; this decides the last bits of a run."""
+    return _enabled and _load_library() is not None
 
 
-def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `forward` takes such tensors."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % WIDTHS == 0 and in_use()
+def supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether `forward` takes such tensors."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % HEAD_DIM_MULTIPLE == 0 and is_enabled()
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begins: torch.Tensor | None) -> Saved:
-    """Causal attention; its result is `out` of what it returns, (B, H, T, D) with the heads of a token side by side.
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_starts: torch.Tensor | None) -> Saved:
+    """Compute causal attention; the result is `out`, (B, H, T, D), in which the heads of a token are contiguous.
 
     Args:
         q: (B, H, T, D) bfloat16, of any strides.
         k: (B, H, T, D).
         v: (B, H, T, D).
-        begins: (B, T) int32, the first position that each one sees, which does not decrease along a row; None: 0.
+        doc_starts: (B, T) int32, the first position that each position attends to, non-decreasing along a row; None: 0.
     """
     B, H, T, _ = q.shape
     assert q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype == torch.bfloat16
-    assert begins is None or (begins.shape == (B, T) and begins.dtype == torch.int32)
-    q, k, v = (_with_dense_rows(x) for x in (q, k, v))
+    assert doc_starts is None or (doc_starts.shape == (B, T) and doc_starts.dtype == torch.int32)
+    q, k, v = (_make_rows_dense(x) for x in (q, k, v))
     log_sums = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    saved = Saved(q, k, v, _empty_like(q), log_sums, begins)
+    saved = Saved(q, k, v, _empty_like(q), log_sums, doc_starts)
     _call("attention_forward", saved)
     return saved
 
 
 def backward(saved: Saved, out_grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, of their shapes, from that of `out`."""
+    """Return the gradients of q, k and v, each (B, H, T, D), from that of `out`."""
     grads = _empty_like(saved.q), _empty_like(saved.q), _empty_like(saved.q)
-    _call("attention_backward", saved, _with_dense_rows(out_grad), *grads)
+    _call("attention_backward", saved, _make_rows_dense(out_grad), *grads)
     return grads
 
 
 def _call(function: str, saved: Saved, *grads: torch.Tensor) -> None:
-    q, k, v, out, log_sums, begins = saved
+    q, k, v, out, log_sums, doc_starts = saved
     B, H, T, D = q.shape
     tensors = [_Tensor(x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, out, *grads)]
     tensors += [_Tensor()] * (8 - len(tensors))
-    begins = None if begins is None else begins.contiguous()
-    address = None if begins is None else begins.data_ptr()
+    doc_starts = None if doc_starts is None else doc_starts.contiguous()
+    address = None if doc_starts is None else doc_starts.data_ptr()
     call = _Attention(*tensors, log_sums.data_ptr(), address, B, H, T, D, torch.get_num_threads())
-    if not getattr(_library(), function)(ctypes.byref(call)):
-        raise MemoryError(f"{function}: no memory for {torch.get_num_threads()} threads")
+    if not getattr(_load_library(), function)(ctypes.byref(call)):
+        raise MemoryError(f"{function}: out of memory for the scratch of {torch.get_num_threads()} threads")
 
 
-def _with_dense_rows(x: torch.Tensor) -> torch.Tensor:
+def _make_rows_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
@@ -108,23 +108,23 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """What was compiled; None where nothing was, where it is of another source, or where this CPU cannot run it."""
+def _load_library() -> ctypes.CDLL | None:
+    """Return the compiled kernel; None where there is none, its source differs, or this CPU cannot run it."""
     try:
-        ctypes.CDLL(_openmp_runtime(), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(_find_openmp_runtime(), ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(LIBRARY))
         library.attention_source.restype = ctypes.c_char_p
-        fits = library.attention_source().decode() == hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+        is_current = library.attention_source().decode() == hashlib.sha256(SOURCE.read_bytes()).hexdigest()
     except (OSError, AttributeError):
         return None
-    return library if fits and library.attention_runs_here() else None
+    return library if is_current and library.attention_supported() else None
 
 
-def _openmp_runtime() -> str | None:
-    """The one that manages torch's threads: under a second one beside it twice as many would wait for the cores."""
+def _find_openmp_runtime() -> str | None:
+    """Return the OpenMP runtime that torch uses: a second one would compete with its threads for the cores."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     mapped = {Path(name) for line in maps.splitlines() for name in line.split(maxsplit=5)[5:]}
     runtimes = [path for path in mapped if path.name.startswith(("libgomp", "libiomp5"))]
-    # torch's lies in its folder, or beside that.
+    # torch's is in its own folder or in torch.libs next to it.
     ranked = sorted(runtimes, key=lambda path: ({"torch", "torch.libs"}.isdisjoint(path.parts), str(path)))
     return str(ranked[0]) if ranked else None

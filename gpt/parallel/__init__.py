@@ -1,1 +1,1 @@
-"""What is applied to a model so that it trains compiled and on several processes; it imports no model."""
+"""Activation checkpointing, compile and data parallelism, applied to a model from outside; imports no model."""

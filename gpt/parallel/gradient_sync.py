@@ -1,4 +1,4 @@
-"""How the gradients of a step's micro-batches, over all processes, become the gradient of the step."""
+"""Gradient synchronisation: the gradients of all micro-batches and ranks become the gradient of the step."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -8,28 +8,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class GradientSync(Protocol):
-    """Accumulates gradients over micro-batches and processes; the training step does not know how."""
+    """Accumulation of gradients over micro-batches and ranks, as the training step sees it."""
 
     @property
     def loss_factor(self) -> float:
-        """What each micro-batch's loss is multiplied by, so that the result is the gradient of their sum."""
+        """Factor of each micro-batch's loss, such that the result is the gradient of their sum."""
         ...
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """A context for the forward and backward pass of one micro-batch of this process; they come in order."""
+        """Return a context for one micro-batch's forward and backward pass on this rank; they come in order."""
         ...
 
     def finish(self) -> None:
-        """After the last micro-batch: every parameter's `grad` becomes that of the whole step, on every process."""
+        """Make every parameter's `grad` that of the whole step, on every rank; call it after the last micro-batch."""
         ...
 
 
 class AveragedGradients:
-    """Added up in `grad`, and averaged by DDP, once per step, while the last backward pass still runs.
+    """Gradients accumulated in `grad`, and averaged by DDP once per step, during the last backward pass.
 
     Args:
-        model: what the step calls: a bare module, or DDP around it.
-        world_size: processes that DDP averages over.
+        model: the module that the step calls: a bare model, or DDP around it.
+        world_size: number of ranks that DDP averages over.
     """
 
     def __init__(self, model: nn.Module, world_size: int):
@@ -37,14 +37,14 @@ class AveragedGradients:
 
     @property
     def loss_factor(self) -> float:
-        """Makes of DDP's mean a sum."""
+        """World size, which turns DDP's mean into a sum."""
         return float(self._world_size)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """Exchange gradients in the last one alone."""
+        """Return DDP's `no_sync` context, except for the last micro-batch."""
         if is_last or not isinstance(self._model, DistributedDataParallel):
             return nullcontext()
         return self._model.no_sync()
 
     def finish(self) -> None:
-        """DDP has done it."""
+        """Do nothing: DDP has averaged already."""

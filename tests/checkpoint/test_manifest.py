@@ -97,7 +97,7 @@ def test_the_manifest_records_environment_identity_and_finite_metrics(tmp_path: 
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_attention": attention_cpu.in_use(),
+        "fused_attention": attention_cpu.is_enabled(),
         "world_size": 1,
     }
     assert content["identity"] == {"the corpus's SHA-256": "a"}

@@ -128,7 +128,7 @@ def test_compiled_once_for_all_layouts() -> None:
 @pytest.fixture
 def on_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention where there is no GPU: without gradients it runs on a CPU, here without its compiler."""
-    monkeypatch.setattr(attention, "_flex_serves", lambda *args, **kwargs: True)
+    monkeypatch.setattr(attention, "_supports_flex", lambda *args, **kwargs: True)
     monkeypatch.setattr(attention, "_compile", lambda function: torch.compile(function, backend="eager"))
 
 
@@ -153,7 +153,7 @@ def test_flex_attention_gives_the_same(on_cpu_too: None, model_is_compiled: bool
     with torch.no_grad():
         given = model(tokens, documents=documents)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "_flex_serves", lambda *args, **kwargs: False)
+            patch.setattr(attention, "_supports_flex", lambda *args, **kwargs: False)
             expected = plain(tokens, documents=documents)
     torch.testing.assert_close(given, expected, atol=2e-5, rtol=0)
 
@@ -166,9 +166,9 @@ def test_where_flex_attention_serves(
     device: str, dropout: float, head_dim: int, serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "HAS_TRITON", True)
-    assert attention._flex_serves(torch.device(device), dropout=dropout, head_dim=head_dim) == serves
+    assert attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim) == serves
     monkeypatch.setattr(attention, "HAS_TRITON", False)
-    assert not attention._flex_serves(torch.device(device), dropout=dropout, head_dim=head_dim)
+    assert not attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -186,7 +186,7 @@ def test_on_cuda_the_loss_and_the_gradients_are_the_same(dropout: float) -> None
         torch.testing.assert_close(mine.grad, other.grad.cpu(), atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("length", [1, 7, 64, attention.QUERIES + 1, attention.SAVE_WEIGHTS_MAX_LEN + 88])
+@pytest.mark.parametrize("length", [1, 7, 64, attention.QUERY_BLOCK + 1, attention.SAVE_WEIGHTS_MAX_LEN + 88])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("width", [16, 32])  # plain products, and the kernel
 def test_our_own_attention_is_sdpa_to_within_rounding(length: int, masked: bool, width: int) -> None:
@@ -206,7 +206,7 @@ def test_our_own_attention_is_sdpa_to_within_rounding(length: int, masked: bool,
         assert (expected - found.float()).norm() <= 0.02 * expected.norm() + 1e-6
 
 
-@pytest.mark.skipif(not kernel.in_use(), reason="no compiler at the installation, or no AVX512_BF16")
+@pytest.mark.skipif(not kernel.is_enabled(), reason="no compiler at the installation, or no AVX512_BF16")
 def test_the_kernels_gradients_have_none_themselves() -> None:
     q = torch.randn(1, 1, 8, 32, dtype=torch.bfloat16, requires_grad=True)
     (gradient,) = torch.autograd.grad(attend(q, q, q, None, dropout=0.0).square().sum(), q, create_graph=True)

@@ -13,7 +13,7 @@ BEGINS = [0, 1, 1, 1, 4, 5, 5, 7]
 """Of the documents of a row, in eighths of it."""
 
 needs_kernel = pytest.mark.skipif(
-    not attention_cpu.in_use(), reason="no compiler at the installation, or no AVX512_BF16"
+    not attention_cpu.is_enabled(), reason="no compiler at the installation, or no AVX512_BF16"
 )
 
 
@@ -131,20 +131,20 @@ def test_what_is_no_number_is_not_hidden(broken: int) -> None:
 @needs_kernel
 def test_it_serves_what_it_was_made_for() -> None:
     cpu = torch.device("cpu")
-    assert attention_cpu.serves(cpu, torch.bfloat16, 64)
-    assert not attention_cpu.serves(cpu, torch.bfloat16, 16)
-    assert not attention_cpu.serves(cpu, torch.float32, 64)
-    assert not attention_cpu.serves(torch.device("cuda"), torch.bfloat16, 64)
-    assert not attention_cpu.switch(False)
+    assert attention_cpu.supports(cpu, torch.bfloat16, 64)
+    assert not attention_cpu.supports(cpu, torch.bfloat16, 16)
+    assert not attention_cpu.supports(cpu, torch.float32, 64)
+    assert not attention_cpu.supports(torch.device("cuda"), torch.bfloat16, 64)
+    assert not attention_cpu.set_enabled(False)
     try:
-        assert not attention_cpu.serves(cpu, torch.bfloat16, 64)
+        assert not attention_cpu.supports(cpu, torch.bfloat16, 64)
     finally:
-        assert attention_cpu.switch(True)
+        assert attention_cpu.set_enabled(True)
 
 
 @needs_kernel
 def test_a_library_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = attention_cpu._library.__wrapped__
+    load = attention_cpu._load_library.__wrapped__
     assert load() is not None
     changed = tmp_path / attention_cpu.SOURCE.name
     changed.write_bytes(attention_cpu.SOURCE.read_bytes() + b"\n")
@@ -154,7 +154,7 @@ def test_a_library_of_another_source_is_not_used(tmp_path: Path, monkeypatch: py
 
 def test_without_a_library_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cpu, "LIBRARY", tmp_path / "none.so")
-    assert attention_cpu._library.__wrapped__() is None
+    assert attention_cpu._load_library.__wrapped__() is None
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
