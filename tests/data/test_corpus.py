@@ -136,7 +136,7 @@ def test_full_disk_names_the_cache_and_leaves_no_finished_folder(tmp_path: Path)
     with (
         limit_file_size(20_000),
         pytest.raises(
-            UserError, match=r"--data.cache-dir .*: cannot be written: .*too large; the same command goes on"
+            UserError, match=r"--data.cache-dir .*: cannot be written: .*too large; run the same command again"
         ),
     ):
         prepare_corpus(config)
@@ -218,7 +218,10 @@ def test_other_tokenizer_than_a_prepared_folders_is_reported(tmp_path: Path) -> 
     assert note == f"the tokenizer is that of {folder}, not gpt2"
     other = tmp_path / "other.json"
     other.write_text(same.read_text().replace("<|endoftext|>", "</s>"))
-    with pytest.raises(UserError, match=rf"--data.tokenizer {other}: .* another one, of SHA-256 [0-9a-f]{{64}}; leave"):
+    with pytest.raises(
+        UserError,
+        match=rf"--data.tokenizer {other}: .* another tokenizer, of SHA-256 [0-9a-f]{{64}}; leave out the flag",
+    ):
         tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer=str(other)), corpus)
 
 

@@ -164,7 +164,9 @@ def test_changed_token_outside_the_vocabulary_is_named_with_its_offset(tmp_path:
     path.write_bytes(content)
     stream = TokenStream([(tmp_path, info)], 300)
     assert stream.read(0, 10).tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
-    with pytest.raises(UserError, match=f"{path}: changed since .* token 60000 at offset 25000 is no token at all"):
+    with pytest.raises(
+        UserError, match=f"{path}: changed since .* token 60000 at offset 25000 is not in the vocabulary"
+    ):
         stream.read(24_990, 20)
 
 

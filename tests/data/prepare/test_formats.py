@@ -117,7 +117,7 @@ def test_stream_address_names_configuration_and_split(hub: Path) -> None:
 
 
 def test_bad_record_of_a_stream_is_named(hub: Path) -> None:
-    with pytest.raises(UserError, match=r"hf:.*json: row 0 of shard 0: no text under 'body'; .* another of: id, text"):
+    with pytest.raises(UserError, match=r"hf:.*json: row 0 of shard 0: no text under 'body'; .* to one of: id, text"):
         read(f"hf:{hub / 'json'}", "body")
 
 
@@ -143,10 +143,10 @@ def test_train_split_of_a_dataset_is_read(tmp_path: Path) -> None:
 def test_text_field_is_configurable(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(json_lines("body"))
     assert read(tmp_path / "t.jsonl", "body") == TEXTS
-    with pytest.raises(UserError, match=r"line 1: no text under 'text'; --data.text-field names another of: id, body"):
+    with pytest.raises(UserError, match=r"line 1: no text under 'text'; set --data.text-field to one of: id, body"):
         read(tmp_path / "t.jsonl")
     write_parquet(tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"t.parquet: no column 'body'; .* another of: id, text"):
+    with pytest.raises(UserError, match=r"t.parquet: no column 'body'; .* to one of: id, text"):
         read(tmp_path / "t.parquet", "body")
 
 

@@ -290,11 +290,13 @@ def test_no_tokenizer_is_learned_from_token_files(tmp_path: Path) -> None:
     np.array([1, 2, 0] * 100, np.uint16).tofile(tmp_path / "train.bin")
     for kind in ("bpe", "char"):
         with pytest.raises(
-            UserError, match=r"train.bin holds tokens, of which no tokenizer can be learnt; name theirs"
+            UserError, match=r"train.bin holds tokens, from which no tokenizer can be learned; set --data.tokenizer"
         ):
             prepare(tmp_path / "out", [tmp_path / "train.bin"], tokenizer=kind)
     np.array([1, 2, 300] * 100, np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(UserError, match=r"train.bin: token 300 at offset 2 is beyond the vocabulary of 257; name the"):
+    with pytest.raises(
+        UserError, match=r"train.bin: token 300 at offset 2 is not in the vocabulary of 257; set --data.tokenizer"
+    ):
         prepare(tmp_path / "out", [tmp_path / "train.bin"], tokenizer="byte")
     assert not list(tmp_path.glob(".*unfinished*"))
 
@@ -331,7 +333,7 @@ def test_full_disk_is_reported_in_one_line_and_the_same_command_resumes(
     settings = {"workers": workers, "deduplicate": deduplicate, "on_error": "skip"}
     with (
         limit_file_size(limit),
-        pytest.raises(UserError, match=r"^--out .*out: cannot be written: File too large; the same"),
+        pytest.raises(UserError, match=r"^--out .*out: cannot be written: File too large; run the same command again"),
     ):
         prepare(tmp_path / "out", sources, **settings)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".out.unfinished"]
@@ -495,7 +497,9 @@ def test_preparation_resumes_after_any_kill(tmp_path: Path, lines: Path) -> None
             _, error = process.communicate(timeout=20)
             assert process.returncode == 2
             assert error.endswith(f"or delete {tmp_path / '.out.unfinished'}\n")
-            assert f"--out {out}: a process that prepares data was killed by SIGKILL; the same command" in error
+            assert (
+                f"--out {out}: a process that prepares data was killed by SIGKILL; run the same command again" in error
+            )
             assert len(error.splitlines()) == 1
         elif kill == "interrupt":
             os.killpg(process.pid, signal.SIGINT)

@@ -68,7 +68,7 @@ def test_pipes_and_broken_links_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "link.txt").symlink_to(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe.txt")
     assert list_names(read_documents(tmp_path)) == ["good.txt"]
-    with pytest.raises(UserError, match=r"pipe.txt: neither a file nor a folder"):
+    with pytest.raises(UserError, match=r"pipe.txt is neither a file nor a folder"):
         find_source(str(tmp_path / "pipe.txt"))
 
 
@@ -122,7 +122,7 @@ def test_fingerprint_depends_on_the_index_of_a_token_file(tmp_path: Path) -> Non
         return find_source(str(tmp_path / "m.bin")).sha256
 
     assert write([0, 1, 2]) != write([0, 2])
-    with pytest.raises(UserError, match=r"m.idx: an index; name the .bin file beside it"):
+    with pytest.raises(UserError, match=r"m.idx is the index of a token file; name the .bin file beside it"):
         find_source(str(tmp_path / "m.idx"))
 
 

@@ -106,7 +106,7 @@ def test_index_is_no_source(tmp_path: Path) -> None:
     assert is_token_index(index, index.read_bytes())
     assert not detect_tokens(index)
     assert not is_token_index(path, path.read_bytes())
-    with pytest.raises(UserError, match=rf"{index}: only the index of tokens; name the file of the tokens, {path}"):
+    with pytest.raises(UserError, match=rf"{index} is the index of a token file; name the file itself, {path}"):
         open_tokens(index)
     assert not is_token_index(tmp_path / "pack.idx", b"\xfftOc\0\0\0\2")  # git's
 
@@ -188,8 +188,8 @@ def test_first_id_outside_the_vocabulary_is_named(tmp_path: Path, monkeypatch: p
     file.check_ids(0, 8, 80001)
     file.check_ids(0, 6, 50257)
     message = (
-        rf"^{path}: token 70000 at offset 6 is beyond the vocabulary of 50257; "
-        r"name the tokenizer it was written with: --data\.tokenizer$"
+        rf"^{path}: token 70000 at offset 6 is not in the vocabulary of 50257; "
+        r"set --data\.tokenizer to the tokenizer that wrote the file$"
     )
     with pytest.raises(UserError, match=message):
         file.check_ids(1, 8, 50257)
@@ -277,18 +277,18 @@ def append(more: bytes) -> Callable[[bytearray], object]:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("nano.bin", append(b"\0"), r"35 bytes are no whole number of uint16 tokens; copy"),
+        ("nano.bin", append(b"\0"), r"35 bytes are not a whole number of uint16 tokens; copy"),
         ("nano.bin", truncate(0), r"the file is empty; name one with tokens in it"),
         ("llm.bin", truncate(100), r"100 bytes are less than llm\.c's header of 1024"),
         ("llm.bin", put_number(4, "<i", 2), r"llm\.c's format 20240520 in version 2; save it in version 1"),
         ("llama.bin", put_number(4, "<i", 1), r"llm\.c's format 20240801 in version 1; save it in version 7"),
-        ("llm.bin", append(b"\0\0"), r"1060 bytes, but by its header 17 tokens in 1058 bytes; copy"),
-        ("llm.bin", truncate(1050), r"1050 bytes, but by its header 17 tokens in 1058 bytes"),
-        ("llm.bin", put_number(8, "<i", -1), r"1058 bytes, but by its header -1 tokens"),
-        ("llama.bin", truncate(1050), r"1050 bytes, but by its header 17 tokens in 1092 bytes"),
+        ("llm.bin", append(b"\0\0"), r"1060 bytes, but its header says 17 tokens in 1058 bytes; copy"),
+        ("llm.bin", truncate(1050), r"1050 bytes, but its header says 17 tokens in 1058 bytes"),
+        ("llm.bin", put_number(8, "<i", -1), r"1058 bytes, but its header says -1 tokens"),
+        ("llama.bin", truncate(1050), r"1050 bytes, but its header says 17 tokens in 1092 bytes"),
         ("llm.bin", put_number(0, "<i", 20240522), r"the evaluation of llm\.c"),
         ("tokens.npy", truncate(200), r"mmap length is greater than file ?size; save it again"),
-        ("tokens.npy", append(b"\0"), r"265 bytes, but by its header 17 tokens in 264 bytes"),
+        ("tokens.npy", append(b"\0"), r"265 bytes, but its header says 17 tokens in 264 bytes"),
         ("megatron_text_document.bin", truncate(0), r"the file is empty"),
     ],
 )
@@ -302,13 +302,13 @@ def test_damage_is_reported(tmp_path: Path, name: str, change: Callable[[bytearr
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (truncate(0), r"no index of Megatron's, yet beside m\.bin"),
-        (put_number(0, "<B", 0), r"no index of Megatron's, yet beside m\.bin"),
+        (truncate(0), r"is beside m\.bin but is no index of Megatron's"),
+        (put_number(0, "<B", 0), r"is beside m\.bin but is no index of Megatron's"),
         (truncate(20), r"20 bytes are less than its header of 34"),
-        (truncate(121), r"121 bytes, but by its header 4 sequences and 5 entries of documents in 122 bytes; copy"),
-        (append(b"\0"), r"123 bytes, but by its header"),
-        (put_number(18, "<Q", 2**60), r"122 bytes, but by its header 1152921504606846976 sequences"),
-        (put_number(26, "<Q", 2**63), r"122 bytes, but by its header 4 sequences and 9223372036854775808 entries"),
+        (truncate(121), r"121 bytes, but its header says 4 sequences and 5 entries of documents in 122 bytes; copy"),
+        (append(b"\0"), r"123 bytes, but its header says"),
+        (put_number(18, "<Q", 2**60), r"122 bytes, but its header says 1152921504606846976 sequences"),
+        (put_number(26, "<Q", 2**63), r"122 bytes, but its header says 4 sequences and 9223372036854775808 entries"),
         (put_number(9, "<Q", 2), r"version 2, type 4"),
         (put_number(17, "<B", 11), r"version 1, type 11; save it in version 1 as integers"),
         (put_number(17, "<B", 6), r"version 1, type 6; save it in version 1 as integers"),
@@ -340,7 +340,7 @@ def test_index_without_documents_is_refused(tmp_path: Path) -> None:
 def test_missing_index_is_noticed_for_32_bit_ids(tmp_path: Path, dtype: str, vocab_size: int) -> None:
     ids = np.random.default_rng(0).integers(0, vocab_size, 2000)
     ids.astype(dtype).tofile(tmp_path / "m.bin")
-    with pytest.raises(UserError, match=r"m\.bin: holds ids of 32 bits, it seems; copy Megatron's m\.idx beside it"):
+    with pytest.raises(UserError, match=r"m\.bin: seems to hold 32-bit ids; copy Megatron's m\.idx beside it"):
         open_tokens(tmp_path / "m.bin")
     if vocab_size < 2**16:
         ids.astype("<u2").tofile(tmp_path / "m.bin")
