@@ -5,6 +5,8 @@ JSON lines        one object a line, whose text field is a document
 Parquet           one row a document, of the text column
 datasets folder   as `Dataset.save_to_disk` leaves it: one row a document
 Hugging Face hub  as `datasets` streams it: one row a document
+
+To add one: docs/extending.md, "A data format".
 """
 
 import gzip
