@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,20 +68,14 @@ def run(argv: Sequence[str]) -> int:
 
 def _bench_step(command: BenchCommand) -> int:
     from gpt.auto_batch import resolve_auto_micro_batch
-    from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
-    from gpt.machine.cpu_runtime import set_up_cpu
+    from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
     from gpt.machine.flops import flops_per_token
-    from gpt.machine.hardware import detect_machine, find_device
     from gpt.machine.peak_flops import load_or_measure_peak_flops
-    from gpt.utils.distributed import DistContext
+    from gpt.run import open_machine
 
-    device = find_device(command.device)
-    dist = DistContext(device)
-    config = _without_sources(command.as_train_config())
-    runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
-    corpus = CorpusFacts(_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
-    facts = replace(detect_machine(device, dist.world_size), runtime=runtime)
-    machine = MachineFacts(**dist.broadcast(asdict(facts)))
+    config = _drop_source_weights(command.as_train_config())
+    dist, machine = open_machine(config)
+    corpus = CorpusFacts(_choose_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
     plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
     measured = _measure(config, plan, dist, command.steps)
     peak = dist.on_main(
@@ -106,22 +100,22 @@ def _bench_step(command: BenchCommand) -> int:
             "flops_per_token": flops_per_token(plan.model),
             "peak_flops_per_second": peak,
             "mfu": flops / seconds / peak,
-            "own_shapes_flops_per_second": statistics.median(measured.own_rates),
+            "own_shapes_flops_per_second": statistics.median(measured.matmul_rates),
             "mfu_of_own_shapes": statistics.median(
-                flops / step / own for step, own in zip(measured.step_seconds, measured.own_rates, strict=True)
+                flops / step / rate for step, rate in zip(measured.step_seconds, measured.matmul_rates, strict=True)
             ),
         }
-        _print_figures(_rows(figures), figures, as_json=command.as_json)
+        _print_figures(_format_rows(figures), figures, as_json=command.as_json)
     dist.close()
     return 0
 
 
-def _without_sources(config: TrainConfig) -> TrainConfig:
+def _drop_source_weights(config: TrainConfig) -> TrainConfig:
     """Return `config` without weights of sources: there is one source, the synthetic tokens."""
     return config.model_copy(update={"data": config.data.model_copy(update={"weights": ()})})
 
 
-def _vocab_size(config: TrainConfig) -> int:
+def _choose_vocab_size(config: TrainConfig) -> int:
     """Return the vocabulary size of the configured tokenizer; a typical one if it depends on a text."""
     from gpt.data.tokenizer_builders import build_tokenizer
 
@@ -133,7 +127,7 @@ def _vocab_size(config: TrainConfig) -> int:
 @dataclass(frozen=True)
 class _Measurements:
     step_seconds: list[float]
-    own_rates: list[float]
+    matmul_rates: list[float]
     """FLOP/s of matmuls in the model's own shapes, measured after each step, under the same load of the machine."""
     phase_seconds: "dict[Phase, float]"
     """Median of each phase, over steps that were timed by phase."""
@@ -156,14 +150,14 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)
     rows = plan.batch.micro_batch_size * plan.batch.block_size
 
-    def seconds_of(step: int) -> float:
+    def time_step(step: int) -> float:
         synchronize(dist.device)
         start = time.perf_counter()
         train_step(step)
         synchronize(dist.device)
         return time.perf_counter() - start
 
-    def phases_of(step: int) -> "dict[Phase, float]":
+    def time_phases(step: int) -> "dict[Phase, float]":
         timer.take()
         train_step(step)
         return timer.take()
@@ -172,18 +166,18 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
         for step in range(WARMUP_STEPS):
             train_step(step)
         memory = peak_memory(dist.device.type)  # before the matmuls below allocate theirs
-        step_seconds, own_rates = [], []
+        step_seconds, matmul_rates = [], []
         for step in range(WARMUP_STEPS, WARMUP_STEPS + steps):
-            step_seconds.append(seconds_of(step))
-            own = dist.on_main(lambda: measure_model_flops(dist.device, getattr(torch, plan.dtype), plan.model, rows))
-            own_rates.append(own * dist.world_size)
+            step_seconds.append(time_step(step))
+            rate = dist.on_main(lambda: measure_model_flops(dist.device, getattr(torch, plan.dtype), plan.model, rows))
+            matmul_rates.append(rate * dist.world_size)
         timer.synchronizes = True
-        laps = [phases_of(step) for step in range(WARMUP_STEPS + steps, WARMUP_STEPS + 2 * steps)]
+        laps = [time_phases(step) for step in range(WARMUP_STEPS + steps, WARMUP_STEPS + 2 * steps)]
     phases = {phase: statistics.median(lap[phase] for lap in laps) for phase in laps[0]}
-    return _Measurements(step_seconds, own_rates, phases, memory)
+    return _Measurements(step_seconds, matmul_rates, phases, memory)
 
 
-def _rows(figures: Mapping[str, Any]) -> dict[str, str]:
+def _format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
     """Return the rows of the table of a step's figures."""
     from gpt.utils.helper import format_si, plural
 
@@ -193,12 +187,11 @@ def _rows(figures: Mapping[str, Any]) -> dict[str, str]:
         "model": f"{format_si(figures['parameters'])} parameters, "
         f"{format_si(figures['flops_per_token'])}FLOP per token",
         "tokens/s": format_si(figures["tokens_per_second"]),
-        "ms per step": f"{sum(phases.values()):.1f}: "
+        "ms per step": f"{1e3 * figures['tokens_per_step'] / figures['tokens_per_second']:.1f}; timed by phase: "
         + ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in phases.items())
         + f" (medians of {plural(figures['steps'], 'step')} of {figures['tokens_per_step']:,} tokens)",
         "peak memory": "unknown on this device" if memory is None else f"{format_si(memory)}B per process",
-        "MFU": f"{figures['mfu']:.1%} of the {format_si(figures['peak_flops_per_second'])}FLOP/s of large "
-        "matmuls; "
+        "MFU": f"{figures['mfu']:.1%} of the {format_si(figures['peak_flops_per_second'])}FLOP/s of large matmuls; "
         f"{figures['mfu_of_own_shapes']:.1%} of the {format_si(figures['own_shapes_flops_per_second'])}FLOP/s "
         "of matmuls in the model's own shapes",
     }

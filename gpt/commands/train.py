@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     from gpt.commands.output import print_json
     from gpt.pipeline import build_trainer
     from gpt.run import open_run
-    from gpt.training.sinks.console import RunConsole, plan_table
+    from gpt.training.sinks.console import RunConsole, build_plan_table
 
     reason = "finished"
     with open_run(config, dry_run=command.dry_run) as opened:
@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
                 console.print(message, markup=False, highlight=False, soft_wrap=True)
         elif command.dry_run:
             if console:
-                console.print(plan_table(opened.plan))
+                console.print(build_plan_table(opened.plan))
         else:
             with opened.dist.report_lost_ranks():
                 reason = build_trainer(opened, console).train()

@@ -1,4 +1,7 @@
-"""Presets: named configurations, each a function that returns a TrainConfig."""
+"""Presets: named configurations, each a function that returns a TrainConfig.
+
+A model family is a preset, too: docs/extending.md, "A model family".
+"""
 
 from collections.abc import Callable
 from pathlib import Path

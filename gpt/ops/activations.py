@@ -1,4 +1,7 @@
-"""The MLP's activations, by their names in GPTConfig; large outputs are recomputed in backward."""
+"""The MLP's activations, by their names in GPTConfig; large outputs are recomputed in backward.
+
+To add one: docs/extending.md, "A model family".
+"""
 
 from collections.abc import Callable
 from functools import partial

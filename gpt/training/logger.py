@@ -72,11 +72,15 @@ class _GuardedSink:
     def run(self, call: Callable[[], None]) -> BaseException | None:
         """Return the error of a call, a TimeoutError if it blocks, or None.
 
-        Behind a call that still blocks nobody waits for another one: a slow sink closes when it is done.
+        If an earlier call still blocks, this one is queued and not waited for, so a slow sink closes when it is done.
         """
         if self._thread is None:
-            self._thread = Thread(target=self._work, name=f"sink-{type(self.sink).__name__}", daemon=True)
-            self._thread.start()
+            thread = Thread(target=self._work, name=f"sink-{type(self.sink).__name__}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system allows no more threads
+                return error
+            self._thread = thread
         is_blocked = self._is_blocked
         future: Future[None] = Future()
         self._calls.put((call, future))
@@ -92,7 +96,7 @@ class _GuardedSink:
         """End the thread after its last call."""
         self._calls.put(None)
         if self._thread is not None and not self._is_blocked:
-            self._thread.join()
+            self._thread.join(self._timeout)
 
     @property
     def _is_blocked(self) -> bool:

@@ -32,7 +32,7 @@ class Observer(ABC):
 class Sink(ABC):
     """Records events, on rank 0; one that raises or blocks is dropped with a warning, and the run goes on.
 
-    Its methods are called on a thread of its own, one at a time. On other ranks it is attached to nothing. To add one:
+    Its methods are called on a thread of its own, one at a time. On other ranks it is never called. To add one:
     docs/extending.md, "A sink".
     """
 

@@ -88,21 +88,24 @@ class TrainStep:
             step: global batches consumed so far.
             probes: measure the gradient and the parameters before the update.
         """
+        # Batch and learning rate.
         with self._timer.phase("data"):
             batch = self._loader.get_batch(step)
         lr_multiplier = self._schedule(step)
         set_learning_rate(self._optimizer, lr_multiplier)
 
+        # Forward and backward over the micro-batches.
         scale = self._gradients.loss_factor / max(1, batch.n_targets)  # the mean over the step's tokens
         last = batch.micro_batches[-1]
-        losses = [self._accumulate(step, piece, scale, is_last=piece is last) for piece in batch.micro_batches]
+        losses = [self._accumulate(step, micro, scale, is_last=micro is last) for micro in batch.micro_batches]
         with self._timer.phase("backward"):
             self._gradients.finish()
 
+        # Clip and update.
         with self._timer.phase("optimizer"):
             self._scaler.unscale_(self._optimizer)
             measured = self._measure(probes)
-            grad_norm = clip(self._parameters, self._max_norm)
+            grad_norm = clip_gradients(self._parameters, self._max_norm)
             self._update(grad_norm.isfinite())
         lr = self._plan.lr.max_lr * lr_multiplier
         return StepStats(tree_sum(losses), grad_norm, batch.n_targets, lr, measured)
@@ -140,7 +143,7 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip like `torch.nn.utils.clip_grad_norm_`, bit-exactly; a CPU, which knows the norm, skips multiplying by one.
 
     Returns:

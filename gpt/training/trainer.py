@@ -5,6 +5,8 @@ from itertools import compress
 from pathlib import Path
 from types import MappingProxyType
 
+from torch import nn
+
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
@@ -90,17 +92,22 @@ class Trainer(Subject):
                     self.close(error)
 
     @property
+    def model(self) -> nn.Module:
+        """The bare module, for evaluation tasks and observers."""
+        return self._state.model
+
+    @property
     def _step(self) -> int:
         return self._state.progress.step
 
     def _advance(self) -> None:
         """Train one step, then report, evaluate and save as far as they are due."""
-        # Update: the step fetches its batch and sets its learning rate.
+        # Batch, learning rate and update.
         is_due = self._plan.logs_at(self._step + 1)
         self._meter.add(self._train_step(self._step, self._probes if is_due else ()))
         self._state.progress = self._state.progress.advance(self._plan.batch.tokens_per_step)
 
-        # Report: observers return what they want done.
+        # Report; observers return commands.
         commands = self._announce(self._checkpoints.poll())
         if is_due:
             commands += self._report()
@@ -108,7 +115,7 @@ class Trainer(Subject):
         if self._plan.saves_at(self._step):
             commands.append(Save())
 
-        # Act on commands. Saving closes the meter's window, and a run that stops leaves no step unreported.
+        # Act on commands. Saving ends the meter's window, and a run that stops leaves no step unreported.
         if commands and not is_due:
             commands += self._report()
         self._act_on(commands)

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the step, so no schedule has a state to checkpoint.
 
 A schedule maps the number of steps already taken (0 before the first update) to the lr multiplier of the next update,
-lr = max_lr * multiplier. `floor` is min_lr / max_lr.
+lr = max_lr * multiplier. `floor` is min_lr / max_lr. To add one: docs/extending.md, "A schedule".
 """
 
 import math

@@ -1,6 +1,6 @@
-"""The long soak: kills, flipped bits and mutated inputs by the thousands. `pytest -m soak -s` prints its figures.
+"""Long soak tests: thousands of kills, flipped bits and mutated inputs. `pytest -m soak -s` prints the figures.
 
-`--soak-scale 0.1` does a tenth of it.
+`--soak-scale 0.1` does a tenth of the work.
 """
 
 import contextlib
@@ -41,15 +41,15 @@ from tests.faults.test_damage import sign, write_signed
 
 pytestmark = pytest.mark.soak
 
-KILLS_AT_A_TIME = 50
-SHARES = 20
-"""Each of KILLS_AT_A_TIME kills, one of four on two ranks: 1,000 kills in all."""
-FLIPS = 10_000
-MUTATIONS = 20_000
-RUNS_AMONG_THEM = 400
-"""Mutated run folders that `gpt train` is started on; the others are read by the function that reads such a file."""
-LONGEST = 2.0
-"""Seconds until a mutated input is read or refused."""
+KILLS_PER_RUN = 50
+N_RUNS = 20
+"""Runs of `gpt verify-resume`, one in four of them with two ranks: 1,000 kills in all."""
+N_FLIPS = 10_000
+N_MUTATIONS = 20_000
+N_MUTATED_RUN_FOLDERS = 400
+"""Mutations that are tried by starting `gpt train` on the folder; the others go to the function that reads the file."""
+MAX_READ_SECONDS = 2.0
+"""Time within which a mutated input must be read or refused."""
 
 VARIANTS = [
     ["--checkpoint.keep-best", "--model.dropout", "0.1"],
@@ -64,43 +64,48 @@ def scale(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--soak-scale"))
 
 
-def tell(capfd: pytest.CaptureFixture[str], figures: str) -> None:
+def print_figures(capfd: pytest.CaptureFixture[str], figures: str) -> None:
     with capfd.disabled():
         print(f"\n{figures}")
 
 
-@pytest.mark.parametrize("share", range(SHARES))
-def test_kills(share: int, scale: float, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ranks = 2 if share % 4 == 3 else 1
-    (tmp_path / "text.txt").write_text("\n\n".join(make_text(100, seed) for seed in range(60)))  # an epoch: ~60 steps
-    kills = max(1, round(scale * KILLS_AT_A_TIME))
+@pytest.mark.parametrize("seed", range(N_RUNS))
+def test_killed_run_is_bit_exact(
+    seed: int, scale: float, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks = 2 if seed % 4 == 3 else 1
+    (tmp_path / "text.txt").write_text("\n\n".join(make_text(100, index) for index in range(60)))  # an epoch: ~60 steps
+    n_kills = max(1, round(scale * KILLS_PER_RUN))
     started = time.monotonic()
     status = verify_resume(
         [
             *("debug", "--device", "cpu", "--model.n-embd", "16", "--sample.max-new-tokens", "4"),
             *("--micro-batch-size", "2", "--checkpoint.interval", "5", "--eval.interval", "7"),
             *("--data.source", str(tmp_path / "text.txt"), "--data.cache-dir", str(cache_dir)),
-            *("--run-dir", str(tmp_path / "run"), "--ranks", str(ranks), "--kills", str(kills)),
-            *("--kill-seed", str(share), "--seed", str(share), *VARIANTS[share // 4 % len(VARIANTS)]),
+            *("--run-dir", str(tmp_path / "run"), "--ranks", str(ranks), "--kills", str(n_kills)),
+            *("--kill-seed", str(seed), "--seed", str(seed), *VARIANTS[seed // 4 % len(VARIANTS)]),
         ]
     )
-    said = capfd.readouterr().out
-    assert status == 0, said
-    places = Counter(re.findall(r"^kill \d+: (.*?), after", said, re.MULTILINE))
-    assert sum(places.values()) >= 0.9 * kills, said  # a short run may come to its end before the last ones
-    most = re.findall(r"most steps lost by a kill: (\d+)", said)
+    output = capfd.readouterr().out
+    assert status == 0, output
+    phases = Counter(re.findall(r"^kill \d+: (.*?), after", output, re.MULTILINE))
+    assert sum(phases.values()) >= 0.9 * n_kills, output  # a short run may finish before the last kills
+    max_lost_steps = re.findall(r"most steps lost by a kill: (\d+)", output)[0]
     seconds = time.monotonic() - started
-    tell(capfd, f"kills, {ranks} rank(s): {dict(places)}; most steps lost {most[0]}; {seconds:.0f} s; 0 differing bits")
+    print_figures(
+        capfd,
+        f"kills, {ranks} rank(s): {dict(phases)}; most steps lost {max_lost_steps}; {seconds:.0f} s; 0 differing bits",
+    )
 
 
-def test_flipped_bits(scale: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_flipped_bit_is_found(scale: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     step = tmp_path / "step"
     write_checkpoint(step, trained_state(n_embd=32), '{"seed": 1}', {"val/loss": 1.5})
     files = {path: path.read_bytes() for path in sorted(step.iterdir())}
-    drawn, flips, started = random.Random(0), round(scale * FLIPS), time.monotonic()
-    for number in range(flips):
-        path = list(files)[number % len(files)]  # each as often, for most bits are the tensors'
-        bit = drawn.randrange(8 * len(files[path]))
+    generator, n_flips, started = random.Random(0), round(scale * N_FLIPS), time.monotonic()
+    for number in range(n_flips):
+        path = list(files)[number % len(files)]  # each file equally often, since tensors hold most of the bits
+        bit = generator.randrange(8 * len(files[path]))
         content = bytearray(files[path])
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
@@ -108,24 +113,42 @@ def test_flipped_bits(scale: float, tmp_path: Path, capfd: pytest.CaptureFixture
             verify(step)
         path.write_bytes(files[path])
     verify(step)
-    tell(capfd, f"flipped bits: {flips:,}, all caught; {time.monotonic() - started:.0f} s")
+    print_figures(capfd, f"flipped bits: {n_flips:,}, all found; {time.monotonic() - started:.0f} s")
 
 
-ODD = [-1, 0, 2**63, 2**64, 10**400, 1e308, -0.0, float("nan"), None, True, "", "\0", "../x", "\ud800", [], {}, [[]]]
+ODD_VALUES = [
+    -1,
+    0,
+    2**63,
+    2**64,
+    10**400,
+    1e308,
+    -0.0,
+    float("nan"),
+    None,
+    True,
+    "",
+    "\0",
+    "../x",
+    "\ud800",
+    [],
+    {},
+    [[]],
+]
 
 
-def mutated(content: bytes, drawn: random.Random) -> bytes:
-    """Bytes that are no longer what they were: bits, slices, numbers, or JSON values and keys."""
-    if drawn.random() < 0.4:
+def mutate(content: bytes, generator: random.Random) -> bytes:
+    """Change bits, slices or numbers of the bytes, or a value or key if they are JSON."""
+    if generator.random() < 0.4:
         with contextlib.suppress(ValueError):
-            return with_odd_value(json.loads(content), drawn)
+            return mutate_json(json.loads(content), generator)
     changed = bytearray(content)
-    for _ in range(drawn.choice([1, 1, 1, 2, 5, 50])):
-        at = drawn.randrange(len(changed) + 1)
-        until = min(len(changed), at + drawn.choice([1, 4, 100, 10_000]))
-        match drawn.randrange(6):
+    for _ in range(generator.choice([1, 1, 1, 2, 5, 50])):
+        at = generator.randrange(len(changed) + 1)
+        until = min(len(changed), at + generator.choice([1, 4, 100, 10_000]))
+        match generator.randrange(6):
             case 0:
-                changed[at:at] = drawn.randbytes(drawn.choice([1, 8, 300]))
+                changed[at:at] = generator.randbytes(generator.choice([1, 8, 300]))
             case 1:
                 del changed[at:until]
             case 2:
@@ -135,36 +158,36 @@ def mutated(content: bytes, drawn: random.Random) -> bytes:
             case 4:
                 numbers = list(re.finditer(rb"\d+", changed))
                 if numbers:
-                    number = drawn.choice(numbers)
-                    changed[number.start() : number.end()] = json.dumps(drawn.choice(ODD)).encode()
+                    number = generator.choice(numbers)
+                    changed[number.start() : number.end()] = json.dumps(generator.choice(ODD_VALUES)).encode()
             case 5 if at < len(changed):
-                changed[at] ^= 1 << drawn.randrange(8)
+                changed[at] ^= 1 << generator.randrange(8)
     return bytes(changed)
 
 
-def with_odd_value(value: Any, drawn: random.Random) -> bytes:
-    """JSON with a leaf, a branch or a key that is not what it was."""
+def mutate_json(value: Any, generator: random.Random) -> bytes:
+    """Replace or delete a random leaf or branch of a JSON value, and return it as text."""
     holder, at = value, None
     while isinstance(holder, (dict, list)) and holder:
-        at = drawn.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
-        if not isinstance(holder[at], (dict, list)) or not holder[at] or drawn.random() < 0.2:
+        at = generator.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+        if not isinstance(holder[at], (dict, list)) or not holder[at] or generator.random() < 0.2:
             break
         holder = holder[at]
     if at is None:
-        return json.dumps(drawn.choice(ODD)).encode()
-    if drawn.random() < 0.2:
+        return json.dumps(generator.choice(ODD_VALUES)).encode()
+    if generator.random() < 0.2:
         del holder[at]
     else:
-        holder[at] = drawn.choice(ODD)
+        holder[at] = generator.choice(ODD_VALUES)
     return json.dumps(value).encode()
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """What takes longer is interrupted, or told once it is over."""
+def limit_time(seconds: float) -> Iterator[None]:
+    """Fail if the block takes longer, and interrupt it after five times as long."""
 
     def expire(*_: object) -> None:
-        raise AssertionError("it hangs")
+        raise AssertionError("the reader hangs")
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, 5 * seconds)
@@ -177,74 +200,84 @@ def at_most(seconds: float) -> Iterator[None]:
     assert time.monotonic() - started < seconds
 
 
-def soaked(name: str, content: bytes, read: Callable[[bytes], object], times: int, capfd: Any) -> None:
-    """Read mutations of a content: each gives a result, or one line."""
-    refused, longest, started = 0, 0.0, time.monotonic()
-    for number in range(times):
-        drawn = random.Random(f"{name} {number}")
-        change = mutated(content, drawn)
+def read_mutations(name: str, content: bytes, read: Callable[[bytes], object], n_mutations: int, capfd: Any) -> None:
+    """Read mutations of a content, each of which must give a result or be refused in one line."""
+    n_refused, max_seconds, started = 0, 0.0, time.monotonic()
+    for number in range(n_mutations):
+        generator = random.Random(f"{name} {number}")
+        mutation = mutate(content, generator)
         before = time.monotonic()
         try:
-            with at_most(LONGEST):
-                read(change)
+            with limit_time(MAX_READ_SECONDS):
+                read(mutation)
         except UserError as error:
-            refused += 1
+            n_refused += 1
             assert "\n" not in str(error), f"{name} {number}: {error}"
         except BaseException as error:
             raise AssertionError(f"{name}, mutation {number}: {type(error).__name__}: {error}") from error
-        longest = max(longest, time.monotonic() - before)
-        assert (said := capfd.readouterr().err) == "", f"{name}, mutation {number}: {said}"
+        max_seconds = max(max_seconds, time.monotonic() - before)
+        assert (stderr := capfd.readouterr().err) == "", f"{name}, mutation {number}: {stderr}"
     seconds = time.monotonic() - started
-    tell(capfd, f"mutated {name}: {times:,}, {refused:,} refused in one line; longest {longest:.2f} s; {seconds:.0f} s")
+    print_figures(
+        capfd,
+        f"mutated {name}: {n_mutations:,}, {n_refused:,} refused in one line; "
+        f"longest {max_seconds:.2f} s; {seconds:.0f} s",
+    )
 
 
-READERS = [
-    *("flags", "config.json", "a checkpoint's manifest.json", "the same, signed", "progress.json, signed"),
+INPUTS = [
+    *(
+        "flags",
+        "config.json",
+        "manifest.json",
+        "manifest.json with correct digests",
+        "progress.json with correct digests",
+    ),
     *("model.safetensors", "metrics.jsonl", "journal.jsonl", "tokenizer.json", "corpus.json", "shard"),
     *("text", "JSON lines"),
 ]
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_mutated_inputs(
+@pytest.mark.parametrize("name", INPUTS)
+def test_mutated_input_is_read_or_refused_in_one_line(
     name: str, scale: float, finished_run: Path, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    content, read = reader_of(name, finished_run, cache_dir, tmp_path)
+    content, read = make_reader(name, finished_run, cache_dir, tmp_path)
     read(content)
-    soaked(name, content, read, round(scale * (MUTATIONS - RUNS_AMONG_THEM) / len(READERS)), capfd)
+    read_mutations(name, content, read, round(scale * (N_MUTATIONS - N_MUTATED_RUN_FOLDERS) / len(INPUTS)), capfd)
 
 
-def reader_of(
+def make_reader(
     name: str, finished_run: Path, cache_dir: Path, tmp_path: Path
 ) -> tuple[bytes, Callable[[bytes], object]]:
-    """A sound input, and what reads such a one in the program."""
+    """Return a valid input of the kind `name`, and a function that reads a mutation of it as the program does."""
     file, step = tmp_path / "input", tmp_path / "step"
     write_checkpoint(step, trained_state(scaled=True), "{}", {"val/loss": 1.5})
-    kept = {path.name: path.read_bytes() for path in step.iterdir()}
+    valid = {path.name: path.read_bytes() for path in step.iterdir()}
 
-    def through(reads: Callable[[Path], object]) -> Callable[[bytes], object]:
+    def read_as_file(read_file: Callable[[Path], object]) -> Callable[[bytes], object]:
         def read(content: bytes) -> object:
             file.write_bytes(content)
-            return reads(file)
+            return read_file(file)
 
         return read
 
-    def in_checkpoint(of: str, then: Callable[[], object]) -> tuple[bytes, Callable[[bytes], object]]:
+    def read_in_checkpoint(file_name: str, load: Callable[[], object]) -> tuple[bytes, Callable[[bytes], object]]:
         def read(content: bytes) -> object:
-            for each, sound in kept.items():
-                (step / each).write_bytes(sound)
-            (step / of).write_bytes(content)
-            return then()
+            for valid_name, valid_content in valid.items():
+                (step / valid_name).write_bytes(valid_content)
+            (step / file_name).write_bytes(content)
+            return load()
 
-        return kept[of], read
+        return valid[file_name], read
 
-    def signed_manifest() -> None:
-        with contextlib.suppress(ValueError, AttributeError, TypeError):  # no JSON object: read as it is
+    def verify_signed_manifest() -> None:
+        with contextlib.suppress(ValueError, AttributeError, TypeError):  # no JSON object: it is verified as it is
             content = json.loads((step / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
             write_signed(step, content)
         verify(step)
 
-    def signed_progress() -> None:
+    def load_signed_progress() -> None:
         sign(step)
         verify_and_load(step, make_state(1, scaled=True))
 
@@ -253,68 +286,70 @@ def reader_of(
             words = "debug\t--max-steps\t7\t--lr.max-lr\t0.01\t--data.source\ta\tb\t--checkpoint.keep\t3\t--dry-run"
             return words.encode(), lambda content: parse_train(content.decode(errors="surrogateescape").split("\t"))
         case "config.json":
-            return (finished_run / name).read_bytes(), through(load_config)
-        case "a checkpoint's manifest.json":
-            return in_checkpoint(CHECKPOINT_MANIFEST, lambda: verify(step))
-        case "the same, signed":
-            return in_checkpoint(CHECKPOINT_MANIFEST, signed_manifest)
-        case "progress.json, signed":
-            return in_checkpoint(PROGRESS, signed_progress)
+            return (finished_run / name).read_bytes(), read_as_file(load_config)
+        case "manifest.json":
+            return read_in_checkpoint(CHECKPOINT_MANIFEST, lambda: verify(step))
+        case "manifest.json with correct digests":
+            return read_in_checkpoint(CHECKPOINT_MANIFEST, verify_signed_manifest)
+        case "progress.json with correct digests":
+            return read_in_checkpoint(PROGRESS, load_signed_progress)
         case "model.safetensors":
-            return kept[MODEL], through(read_tensors)
+            return valid[MODEL], read_as_file(read_tensors)
         case "metrics.jsonl":
-            return (finished_run / name).read_bytes(), through(lambda path: list(read_jsonl(path)))
+            return (finished_run / name).read_bytes(), read_as_file(lambda path: list(read_jsonl(path)))
         case "journal.jsonl":
             record = {"order": "a", "quarantined": {"7": "spike"}, "to_step": 5, "reason": "a spike"}
-            return json.dumps(record).encode() + b"\n", through(lambda path: read_journal(path, "a"))
+            return json.dumps(record).encode() + b"\n", read_as_file(lambda path: read_journal(path, "a"))
         case "tokenizer.json":
-            return (finished_run / name).read_bytes(), through(
+            return (finished_run / name).read_bytes(), read_as_file(
                 lambda path: (tokenizer := Tokenizer.from_file(path)).decode(tokenizer.encode("a text").tolist())
             )
         case "text" | "JSON lines":
             text = make_text(500) if name == "text" else "".join(json.dumps({"text": make_text(30)}) + "\n" * 9)
             file = file.with_suffix(".txt" if name == "text" else ".jsonl")
-            return text.encode(), through(lambda path: read_documents(path, Records("text", skip_bad=False)))
-    return in_corpus(name, cache_dir, tmp_path)
+            return text.encode(), read_as_file(lambda path: read_documents(path, Records("text", skip_bad=False)))
+    return make_corpus_reader(name, cache_dir, tmp_path)
 
 
-def in_corpus(name: str, cache_dir: Path, tmp_path: Path) -> tuple[bytes, Callable[[bytes], object]]:
-    """The file of a prepared corpus, and what opens the corpus and reads all of its tokens."""
+def make_corpus_reader(name: str, cache_dir: Path, tmp_path: Path) -> tuple[bytes, Callable[[bytes], object]]:
+    """Return a file of a prepared corpus, and a function that reads all tokens of the corpus with a mutation of it."""
     prepared = next(path.parent for path in cache_dir.glob("*/corpus.json"))
     corpus = Path(shutil.copytree(prepared, tmp_path / "corpus"))
     file = next(corpus.glob("corpus.json" if name == "corpus.json" else "train-*.safetensors"))
 
     def read(content: bytes) -> object:
         file.write_bytes(content)
-        opened = open_corpus([corpus], DataConfig(), block_size=16)
-        return [
-            np.asarray(stream.read(0, len(stream))).sum() for stream in (*opened.train.values(), *opened.val.values())
-        ]
+        corpus_with_mutation = open_corpus([corpus], DataConfig(), block_size=16)
+        streams = (*corpus_with_mutation.train.values(), *corpus_with_mutation.val.values())
+        return [np.asarray(stream.read(0, len(stream))).sum() for stream in streams]
 
     return file.read_bytes(), read
 
 
-def test_mutated_run_folders(
+def test_mutated_run_folder_is_trained_on_or_refused_in_one_line(
     scale: float, finished_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """`gpt train` on a finished run with a file that is not what it was: it trains on, or says in one line why not."""
+    """Start `gpt train` on copies of a finished run with one mutated file each."""
     statuses: Counter[int] = Counter()
     names = sorted(path.relative_to(finished_run) for path in finished_run.rglob("*") if path.is_file())
-    times, started = round(scale * RUNS_AMONG_THEM), time.monotonic()
-    for number in range(times):
-        drawn = random.Random(number)
+    n_folders, started = round(scale * N_MUTATED_RUN_FOLDERS), time.monotonic()
+    for number in range(n_folders):
+        generator = random.Random(number)
         folder = Path(shutil.copytree(finished_run, tmp_path / str(number)))
-        file = folder / drawn.choice(names)
-        file.write_bytes(mutated(file.read_bytes(), drawn))
-        said = io.StringIO()
+        file = folder / generator.choice(names)
+        file.write_bytes(mutate(file.read_bytes(), generator))
+        stderr = io.StringIO()
         config = ["--config", str(finished_run / "config.json"), "--run-dir", str(folder), "--max-steps", "9"]
-        with contextlib.redirect_stderr(said), at_most(10 * LONGEST):
+        with contextlib.redirect_stderr(stderr), limit_time(10 * MAX_READ_SECONDS):
             status = main(["train", *config])
-        errors = [line for line in said.getvalue().splitlines() if line.startswith("gpt: error: ")]
-        assert (status, len(errors)) in ((0, 0), (2, 1)), f"{file}: {status}: {said.getvalue()}"
+        errors = [line for line in stderr.getvalue().splitlines() if line.startswith("gpt: error: ")]
+        assert (status, len(errors)) in ((0, 0), (2, 1)), f"{file}: {status}: {stderr.getvalue()}"
         if status == 0:
             verify(RunFolder(folder).list_checkpoints()[-1])
         statuses[status] += 1
         shutil.rmtree(folder)
     capfd.readouterr()
-    tell(capfd, f"mutated run folders: {times:,}, {dict(statuses)} by exit status; {time.monotonic() - started:.0f} s")
+    print_figures(
+        capfd,
+        f"mutated run folders: {n_folders:,}, {dict(statuses)} by exit status; {time.monotonic() - started:.0f} s",
+    )

@@ -212,6 +212,19 @@ def test_event_is_written_before_the_logger_returns_and_always_on_one_thread() -
     assert threading.get_ident() not in {thread for _, thread in written}
 
 
+def test_sink_without_a_thread_is_dropped(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    logger = Logger(60.0)
+    logger.attach(Raising())
+    with caplog.at_level(logging.WARNING):
+        logger.write(EVENTS[0])
+        logger.close(None)
+    assert caplog.messages == ["Raising stopped recording at step 0: can't start new thread"]
+
+
 def test_only_the_main_rank_records(tmp_path: Path) -> None:
     logger, sink = Logger(60.0, is_main=False), JsonlSink(tmp_path / "m", tmp_path / "s")
     logger.attach(sink)

@@ -23,7 +23,7 @@ from gpt.optim.build import build_optimizer, set_learning_rate
 from gpt.parallel.gradient_sync import AveragedGradients
 from gpt.training.observer import Probe
 from gpt.training.step_timer import StepTimer
-from gpt.training.train_step import TrainStep, clip, scale_or_nan
+from gpt.training.train_step import TrainStep, clip_gradients, scale_or_nan
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
 from tests.training.test_logger import PLAN
@@ -262,7 +262,7 @@ def test_clipping_equals_torch_bit_exactly(max_norm: float) -> None:
     ours, theirs = ([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))] for _ in range(2))
     for parameters in (ours, theirs):
         parameters[0].grad = torch.tensor([3.0, 4.0])
-    norms = clip(ours, max_norm), torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    norms = clip_gradients(ours, max_norm), torch.nn.utils.clip_grad_norm_(theirs, max_norm)
     assert torch.equal(*norms)
     assert torch.equal(ours[0].grad, theirs[0].grad)
     assert ours[1].grad is None

@@ -17,7 +17,7 @@ class LayerNorms(Probe):
         weights: dict[str, list[torch.Tensor]] = defaultdict(list)
         gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
         for name, parameter in parameters.items():
-            layer = layer_name(name)
+            layer = find_layer(name)
             weights[layer].append(parameter)
             if parameter.grad is not None:
                 gradients[layer].append(parameter.grad)
@@ -25,7 +25,7 @@ class LayerNorms(Probe):
         return norms | {f"param_norm/{layer}": nn.utils.get_total_norm(tensors) for layer, tensors in weights.items()}
 
 
-def layer_name(parameter: str) -> str:
+def find_layer(parameter: str) -> str:
     """Return the layer of a parameter: `h.0.attn.c_attn.weight` -> `h.0`, `wte.weight` -> `wte`."""
     first, second, *_ = parameter.split(".")
     return f"{first}.{second}" if second.isdigit() else first

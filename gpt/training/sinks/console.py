@@ -100,14 +100,14 @@ class ConsoleSink(Sink):
                 self._print_line(f"step {step}: saved {path}")
             case TrainEnd(step=step, reason=reason):
                 self._progress.stop()
-                self._print_line(f"{reason} at step {step}; {self._next_command(step)}")
+                self._print_line(f"{reason} at step {step}; {self._suggest_command(step)}")
 
     def close(self, error: BaseException | None) -> None:
         """Stop the live bar."""
         self._progress.stop()
 
     def _start(self, event: TrainStart) -> None:
-        self._console.print(plan_table(self._plan))
+        self._console.print(build_plan_table(self._plan))
         if event.resumed_from:
             self._print_line(f"resuming from {event.resumed_from}")
         self._progress.update(self._task, total=self._plan.max_steps, completed=event.step)
@@ -133,7 +133,7 @@ class ConsoleSink(Sink):
         if bpb is not None and xz is not None:
             self._print_line(f"        bits per byte: {bpb:.3f}; xz -9e on the same files: {xz:.3f}")
 
-    def _next_command(self, step: int) -> str:
+    def _suggest_command(self, step: int) -> str:
         if step < self._plan.max_steps:
             return "the same command resumes the run"
         return f"try gpt sample {self._run_dir} --prompt TEXT"
@@ -142,7 +142,7 @@ class ConsoleSink(Sink):
         self._console.print(escape(line), highlight=False, soft_wrap=True)
 
 
-def plan_table(plan: RunPlan) -> Table:
+def build_plan_table(plan: RunPlan) -> Table:
     """Return the plan as a table for people."""
     machine, batch, corpus = plan.machine, plan.batch, plan.corpus
     processes = plural(machine.world_size, "process", "es")
@@ -158,7 +158,7 @@ def plan_table(plan: RunPlan) -> Table:
         f"of {batch.block_size} per process",
         "run": f"{plan.max_steps:,} steps, {format_si(plan.max_steps * batch.tokens_per_step)} tokens, "
         f"{plan.epochs:.2f} epochs",
-        **_source_rows(plan),
+        **_format_sources(plan),
         "learning rate": f"{plan.lr.schedule}, up to {_format_max_lrs(plan)} after {plan.lr.warmup_steps} steps",
     }
     table = Table.grid(padding=(0, 2))
@@ -181,7 +181,7 @@ def _format_runtime(plan: RunPlan) -> str:
     return ", ".join([plural(runtime.get("threads", 1), "thread"), *switches])
 
 
-def _source_rows(plan: RunPlan) -> dict[str, str]:
+def _format_sources(plan: RunPlan) -> dict[str, str]:
     """Return the row of a mixture's sources; none for a single source."""
     if len(plan.sources) < 2:
         return {}

@@ -12,7 +12,7 @@ from gpt.models.gpt import GPT
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.metrics import Meter
-from gpt.training.probes.layer_norms import LayerNorms, layer_name
+from gpt.training.probes.layer_norms import LayerNorms, find_layer
 
 Configure = Callable[..., TrainConfig]
 
@@ -29,7 +29,7 @@ Configure = Callable[..., TrainConfig]
     ],
 )
 def test_layer_of_a_parameter(parameter: str, layer: str) -> None:
-    assert layer_name(parameter) == layer
+    assert find_layer(parameter) == layer
 
 
 def test_norms_are_those_of_all_parameters_of_a_layer() -> None:

@@ -4,13 +4,13 @@ from io import StringIO
 from rich.console import Console
 
 from gpt.configs.run_plan import RunPlan, SourcePlan
-from gpt.training.sinks.console import plan_table
+from gpt.training.sinks.console import build_plan_table
 from tests.training.test_logger import PLAN
 
 
 def render(plan: RunPlan) -> str:
     out = StringIO()
-    Console(file=out, width=120).print(plan_table(plan))
+    Console(file=out, width=120).print(build_plan_table(plan))
     return out.getvalue()
 
 
