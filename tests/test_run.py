@@ -225,7 +225,9 @@ def test_padded_vocabulary_trains_and_samples_only_tokenizer_ids(tiny: Configure
 
 def test_prompt_that_cannot_be_tokenized_is_refused_before_training(tiny: Configure, tmp_path: Path) -> None:
     config = tiny(tmp_path, data={"tokenizer": "char"}, sample={"prompts": ("Ω",)})
-    with pytest.raises(UserError, match=r"--sample\.prompts 'Ω': the character 'Ω' is not among"):
+    with pytest.raises(
+        UserError, match=r"--sample\.prompts 'Ω': the character 'Ω' is not in the tokenizer's vocabulary"
+    ):
         build_trainer(open_run(config))
 
 

@@ -204,8 +204,8 @@ def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
     if Path(config.tokenizer).is_file():
         if Tokenizer.from_file(Path(config.tokenizer)).sha256 != corpus.tokenizer.sha256:
             raise UserError(
-                f"--data.tokenizer {config.tokenizer}: {config.source[0]} was prepared with another one, of SHA-256 "
-                f"{corpus.tokenizer.sha256}; leave the flag out, or prepare it again"
+                f"--data.tokenizer {config.tokenizer}: {config.source[0]} was prepared with another tokenizer, "
+                f"of SHA-256 {corpus.tokenizer.sha256}; leave out the flag, or prepare the folder again"
             )
         return None
     named = read_corpus_manifest(Path(config.source[0])).settings.get("tokenizer")

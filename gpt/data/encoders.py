@@ -206,6 +206,7 @@ class CharEncoder:
         if len(ids) and ids.min() < 0:
             unknown = text[int(ids.argmin())]
             raise UserError(
-                f"the character {unknown!r} is not among the tokenizer's; it knows those of its corpus alone"
+                f"the character {unknown!r} is not in the tokenizer's vocabulary, the characters of its corpus; "
+                "leave it out, or prepare the corpus with --data.tokenizer byte, bpe or gpt2"
             )
         return ids.astype(np.uint32)

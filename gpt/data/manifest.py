@@ -65,6 +65,8 @@ def read_corpus_manifest(folder: Path) -> CorpusManifest:
         content = read_sealed_json(path, format_version=CORPUS_FORMAT_VERSION, remedy=remedy)
         return CorpusManifest.model_validate(content)
     except FileNotFoundError:
-        raise UserError(f"{folder}: no prepared corpus here; do all machines read the same source?") from None
+        raise UserError(
+            f"{folder}: no prepared corpus here; run gpt prepare, or give this machine the same folder as the others"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: damaged; {remedy}") from error

@@ -300,7 +300,9 @@ class _Shard:
             if digest != self._digests[block]:
                 invalid = _find_too_large_id(tokens, self._vocab_size)
                 detail = (
-                    "" if invalid is None else f", token {invalid[1]} at offset {first + invalid[0]} is no token at all"
+                    ""
+                    if invalid is None
+                    else f", token {invalid[1]} at offset {first + invalid[0]} is not in the vocabulary"
                 )
                 raise UserError(
                     f"{self.path}: changed since it was prepared: tokens {first} to {first + len(tokens) - 1} have "

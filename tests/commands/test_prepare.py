@@ -126,7 +126,7 @@ def test_mistake_is_one_line_with_the_flags_of_this_command(
     assert "usage: gpt prepare SOURCE... --out DIR" in prepare_error(capsys, lines)
     assert "usage: gpt prepare SOURCE... --out DIR" in prepare_error(capsys, *out)
     error = prepare_error(capsys, lines, *out)
-    assert error.startswith(f"gpt: error: {lines}: line 1: no text under 'text'; --text-field names another of: body")
+    assert error.startswith(f"gpt: error: {lines}: line 1: no text under 'text'; set --text-field to one of: body")
     assert "(--on-error skip leaves such records out)" in error
     assert prepare_error(capsys, "none.txt", *out).startswith("gpt: error: none.txt: no such file or folder")
     error = prepare_error(capsys, lines, *out, "--text-field", "body", "--val-source", "none.txt")
@@ -221,7 +221,7 @@ def test_on_a_full_disk_the_same_command_finishes_when_there_is_room(lines: Path
     assert done.returncode == 0
     error = (tmp_path / "error").read_text()
     assert error.startswith(
-        f"gpt: error: --out {disk / 'out'}: cannot be written: No space left on device; the same command"
+        f"gpt: error: --out {disk / 'out'}: cannot be written: No space left on device; run the same command again"
     )
     assert error.count("\n") == 1
     assert (tmp_path / "status").read_text() == "2\n"

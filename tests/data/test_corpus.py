@@ -18,11 +18,11 @@ from tests.conftest import limit_file_size, make_text
 BLOCK = 16
 
 
-def opened(config: DataConfig) -> Corpus:
+def prepare_and_open(config: DataConfig) -> Corpus:
     return open_corpus(prepare_corpus(config), config, BLOCK)
 
 
-def folder_of(path: Path, sizes: list[int]) -> Path:
+def write_text_files(path: Path, sizes: list[int]) -> Path:
     path.mkdir()
     for index, size in enumerate(sizes):
         (path / f"{index:03d}.txt").write_text(chr(97 + index % 26) * size)
@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def test_documents_begin_with_end_of_text_and_keep_their_byte_counts(tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "s", [30] * 25)
+    source = write_text_files(tmp_path / "s", [30] * 25)
     (source / "000.txt").write_text("é" * 30)
     config = DataConfig(source=str(source), cache_dir=tmp_path / "cache", tokenizer="byte")
     (folder,) = prepare_corpus(config)
@@ -50,10 +50,10 @@ def test_documents_begin_with_end_of_text_and_keep_their_byte_counts(tmp_path: P
     assert corpus.facts.train_tokens == len(corpus.train["s"])
 
 
-def test_a_separate_validation_source_leaves_the_training_text_whole(tmp_path: Path) -> None:
+def test_validation_source_leaves_the_training_text_uncut(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a" * 100)
     (tmp_path / "val.txt").write_text("b" * 50)
-    corpus = opened(
+    corpus = prepare_and_open(
         DataConfig(
             source=str(tmp_path / "train.txt"),
             val_source=str(tmp_path / "val.txt"),
@@ -65,14 +65,14 @@ def test_a_separate_validation_source_leaves_the_training_text_whole(tmp_path: P
     assert corpus.val["val"].read(0, 50).tolist() == [1] * 50
 
 
-def test_a_second_preparation_reads_the_cache(config: DataConfig) -> None:
+def test_second_preparation_uses_the_cache(config: DataConfig) -> None:
     (folder,) = prepare_corpus(config)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare_corpus(config) == [folder]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_the_cache_is_keyed_by_content_and_settings(config: DataConfig) -> None:
+def test_cache_is_keyed_by_content_and_settings(config: DataConfig) -> None:
     changes: list[dict[str, Any]] = [
         {},
         {"val_fraction": 0.2},
@@ -93,7 +93,7 @@ def test_the_cache_is_keyed_by_content_and_settings(config: DataConfig) -> None:
     assert prepare_corpus(config.model_copy(update=same)) == folders[-1:]
 
 
-def test_the_cache_is_keyed_by_the_content_of_a_tokenizer_file(config: DataConfig, tmp_path: Path) -> None:
+def test_cache_is_keyed_by_the_content_of_a_tokenizer_file(config: DataConfig, tmp_path: Path) -> None:
     (folder,) = prepare_corpus(config)
     path = tmp_path / "mine.json"
     shutil.copy(folder / "tokenizer.json", path)
@@ -105,15 +105,15 @@ def test_the_cache_is_keyed_by_the_content_of_a_tokenizer_file(config: DataConfi
     assert prepare_corpus(config.model_copy(update={"tokenizer": str(tmp_path / "moved.json")})) == second
 
 
-def test_xz_is_told_for_the_validation_text(tmp_path: Path) -> None:
+def test_xz_bits_per_byte_of_the_validation_text(tmp_path: Path) -> None:
     source = tmp_path / "t.txt"
     source.write_text("a" * 9000 + "".join(chr(97 + (i * i) % 23) for i in range(1000)))
-    facts = opened(DataConfig(source=str(source), cache_dir=tmp_path, tokenizer="byte")).facts
+    facts = prepare_and_open(DataConfig(source=str(source), cache_dir=tmp_path, tokenizer="byte")).facts
     assert facts.xz_bits_per_byte is not None
     assert 0 < facts.xz_bits_per_byte < 8
 
 
-def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_preparation_leaves_no_folder(tmp_path: Path) -> None:
     source = tmp_path / "t.txt"
     source.write_text("text")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -123,35 +123,35 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     assert [path for path in (tmp_path / "c").iterdir() if path.is_dir()] == []
 
 
-def test_a_cache_without_its_manifest_is_made_again(config: DataConfig) -> None:
+def test_folder_without_its_manifest_is_prepared_again(config: DataConfig) -> None:
     (folder,) = prepare_corpus(config)
     (folder / "corpus.json").unlink()
-    assert len(opened(config).train["t"]) == 451
+    assert len(prepare_and_open(config).train["t"]) == 451
 
 
-def test_a_full_disk_names_the_cache_and_nothing_looks_finished(tmp_path: Path) -> None:
+def test_full_disk_names_the_cache_and_leaves_no_finished_folder(tmp_path: Path) -> None:
     source = tmp_path / "t.txt"
     source.write_text("some text " * 5000)
     config = DataConfig(source=str(source), cache_dir=tmp_path / "c", tokenizer="byte")
     with (
         limit_file_size(20_000),
         pytest.raises(
-            UserError, match=r"--data.cache-dir .*: cannot be written: .*too large; the same command goes on"
+            UserError, match=r"--data.cache-dir .*: cannot be written: .*too large; run the same command again"
         ),
     ):
         prepare_corpus(config)
     assert not [path for path in (tmp_path / "c").iterdir() if path.is_dir() and not path.name.startswith(".")]
-    assert len(opened(config).train["t"]) == 45_001
+    assert len(prepare_and_open(config).train["t"]) == 45_001
 
 
-def test_a_changed_cache_says_what_to_delete(config: DataConfig) -> None:
+def test_changed_cache_names_the_folder_to_delete(config: DataConfig) -> None:
     (folder,) = prepare_corpus(config)
     (folder / "train-000000.safetensors").unlink()
     with pytest.raises(UserError, match=rf"is missing; delete the folder {folder}"):
         open_corpus([folder], config, BLOCK)
 
 
-def test_another_tokenizer_of_the_same_size_is_found_by_its_digest(config: DataConfig) -> None:
+def test_another_tokenizer_of_the_same_size_is_detected_by_its_digest(config: DataConfig) -> None:
     (folder,) = prepare_corpus(config)
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"A":65,', '"A":66,').replace('"B":66,', '"B":65,'))
@@ -162,7 +162,7 @@ def test_another_tokenizer_of_the_same_size_is_found_by_its_digest(config: DataC
         open_corpus([folder], config, BLOCK)
 
 
-def prepared(tmp_path: Path, name: str, **settings: Any) -> Path:
+def prepare_named(tmp_path: Path, name: str, **settings: Any) -> Path:
     """A folder as gpt prepare leaves it."""
     (tmp_path / f"{name}.txt").write_text(make_text(800, seed=len(name)))
     cache = tmp_path / f"cache-{name}"
@@ -170,8 +170,8 @@ def prepared(tmp_path: Path, name: str, **settings: Any) -> Path:
     return prepare_corpus(DataConfig(**config))[0].rename(tmp_path / name)
 
 
-def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
-    one = prepared(tmp_path, "one")
+def test_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
+    one = prepare_named(tmp_path, "one")
     (tmp_path / "one.txt").unlink()
     config = tiny(tmp_path / "run", max_steps=2, data={"source": str(one), "tokenizer": "bpe"})  # the default
     layout = open_run(config)
@@ -181,7 +181,7 @@ def test_a_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., Train
 
 
 def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
-    folders = [str(prepared(tmp_path, name)) for name in ("one", "second")]
+    folders = [str(prepare_named(tmp_path, name)) for name in ("one", "second")]
     base = {"source": folders, "tokenizer": "bpe"}
     layout = open_run(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
     assert [*layout.corpus.train] == [*layout.corpus.val] == ["one", "second"]
@@ -193,21 +193,21 @@ def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[...
 
 
 def test_folders_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
-    folders = [prepared(tmp_path, "one"), prepared(tmp_path, "second", tokenizer="char")]
+    folders = [prepare_named(tmp_path, "one"), prepare_named(tmp_path, "second", tokenizer="char")]
     with pytest.raises(UserError, match=rf"{folders[1]} was prepared with another tokenizer than {folders[0]}"):
         open_corpus(folders, DataConfig(), BLOCK)
 
 
 def test_prepared_and_other_sources_are_not_mixed(tmp_path: Path) -> None:
-    folder = prepared(tmp_path, "one")
+    folder = prepare_named(tmp_path, "one")
     with pytest.raises(UserError, match=rf"--data.source {folder} is prepared and others are not; .*gpt prepare"):
         prepare_corpus(DataConfig(source=(str(folder), str(tmp_path / "one.txt")), cache_dir=tmp_path / "c"))
     with pytest.raises(UserError, match=rf"--data.source {folder} is prepared and others are not"):
         prepare_corpus(DataConfig(source=str(folder), val_source=str(tmp_path / "one.txt"), cache_dir=tmp_path / "c"))
 
 
-def test_a_wrong_tokenizer_for_a_prepared_folder_is_told_by_its_digest(tmp_path: Path) -> None:
-    folder = prepared(tmp_path, "one")
+def test_other_tokenizer_than_a_prepared_folders_is_reported(tmp_path: Path) -> None:
+    folder = prepare_named(tmp_path, "one")
     corpus = open_corpus([folder], DataConfig(), BLOCK)
     same = tmp_path / "same.json"
     shutil.copy(folder / "tokenizer.json", same)
@@ -218,10 +218,13 @@ def test_a_wrong_tokenizer_for_a_prepared_folder_is_told_by_its_digest(tmp_path:
     assert note == f"the tokenizer is that of {folder}, not gpt2"
     other = tmp_path / "other.json"
     other.write_text(same.read_text().replace("<|endoftext|>", "</s>"))
-    with pytest.raises(UserError, match=rf"--data.tokenizer {other}: .* another one, of SHA-256 [0-9a-f]{{64}}; leave"):
+    with pytest.raises(
+        UserError,
+        match=rf"--data.tokenizer {other}: .* another tokenizer, of SHA-256 [0-9a-f]{{64}}; leave out the flag",
+    ):
         tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer=str(other)), corpus)
 
 
-def test_weights_are_as_many_as_sources(config: DataConfig) -> None:
+def test_number_of_weights_must_equal_number_of_sources(config: DataConfig) -> None:
     with pytest.raises(UserError, match=r"--data.weights: 2 for 1 sources; give one for each"):
         prepare_corpus(config.model_copy(update={"weights": (1.0, 2.0)}))

@@ -21,7 +21,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
     return write_stream(tmp_path_factory.mktemp("shards"), [(np.arange(2000), 1)])
 
 
-def batches(stream: TokenStream, steps: list[int], world_size: int = 1, rank: int = 0) -> list[list[MicroBatch]]:
+def load_batches(stream: TokenStream, steps: list[int], world_size: int = 1, rank: int = 0) -> list[list[MicroBatch]]:
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=world_size, grad_accum_steps=4 // world_size)
     windows = Windows(stream, BLOCK, seed=1, document_mask=False)
     with DataLoader(windows, plan, rank=rank, device=torch.device("cpu")) as loader:
@@ -29,7 +29,7 @@ def batches(stream: TokenStream, steps: list[int], world_size: int = 1, rank: in
 
 
 def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
-    for batch in batches(stream, [0])[0]:
+    for batch in load_batches(stream, [0])[0]:
         assert batch.inputs.shape == batch.targets.shape == (2, BLOCK)
         assert batch.inputs.dtype == torch.int64
         assert torch.equal(batch.inputs + 1, batch.targets)
@@ -38,24 +38,26 @@ def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_global_batch_is_equal_at_every_world_size(stream: TokenStream, world_size: int) -> None:
     for step in (0, 7, 61, 62):  # an epoch has 249 windows, a step 8: step 31 straddles two
-        whole = {batch.index: batch.inputs.tolist() for batch in batches(stream, [step])[0]}
+        whole = {batch.index: batch.inputs.tolist() for batch in load_batches(stream, [step])[0]}
         parts = {
             batch.index: batch.inputs.tolist()
             for rank in range(world_size)
-            for batch in batches(stream, [step], world_size, rank)[0]
+            for batch in load_batches(stream, [step], world_size, rank)[0]
         }
         assert parts == whole
         assert sorted(whole) == [0, 1, 2, 3]
 
 
 def test_epoch_has_every_window_once(stream: TokenStream) -> None:
-    shown = [tuple(row) for step in batches(stream, list(range(31))) for batch in step for row in batch.inputs.tolist()]
+    shown = [
+        tuple(row) for step in load_batches(stream, list(range(31))) for batch in step for row in batch.inputs.tolist()
+    ]
     assert len(set(shown)) == len(shown) == 31 * 8
 
 
 def test_batch_is_equal_in_order_and_after_a_seek(stream: TokenStream) -> None:
-    in_order = batches(stream, [0, 1, 2, 3])[3]
-    at_once = batches(stream, [3])[0]
+    in_order = load_batches(stream, [0, 1, 2, 3])[3]
+    at_once = load_batches(stream, [3])[0]
     assert [b.inputs.tolist() for b in in_order] == [b.inputs.tolist() for b in at_once]
 
 
@@ -108,11 +110,11 @@ def test_get_batch_of_a_distant_step(sequences: dict[str, Sequences], kind: str)
 
 
 def test_batches_have_no_documents_without_a_document_mask(stream: TokenStream) -> None:
-    assert [batch.documents for batch in batches(stream, [0])[0]] == [None] * 4
+    assert [batch.documents for batch in load_batches(stream, [0])[0]] == [None] * 4
 
 
 def test_quarantined_batch_is_left_out_even_if_it_was_fetched_ahead(stream: TokenStream) -> None:
-    whole = [[batch.inputs.tolist() for batch in step] for step in batches(stream, list(range(8)))]
+    whole = [[batch.inputs.tolist() for batch in step] for step in load_batches(stream, list(range(8)))]
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=1, grad_accum_steps=4)
     windows, quarantine = Windows(stream, BLOCK, seed=1, document_mask=False), Quarantine([1])
     with DataLoader(windows, plan, rank=0, device=torch.device("cpu"), quarantine=quarantine) as loader:

@@ -26,7 +26,7 @@ def path(prepared: Path, tmp_path: Path) -> Path:
     return tmp_path / CORPUS_MANIFEST
 
 
-def test_it_says_what_the_folder_holds(prepared: Path) -> None:
+def test_manifest_describes_the_folder(prepared: Path) -> None:
     manifest = read_corpus_manifest(prepared)
     assert (manifest.documents, manifest.tokens, manifest.text_bytes) == (2, 502, 500)
     assert (manifest.vocab_size, manifest.special_ids, manifest.dtype) == (257, {"end_of_text": 256}, "uint16")
@@ -37,7 +37,7 @@ def test_it_says_what_the_folder_holds(prepared: Path) -> None:
     ]
 
 
-def test_it_is_read_as_it_was_written(prepared: Path, tmp_path: Path) -> None:
+def test_manifest_round_trips(prepared: Path, tmp_path: Path) -> None:
     manifest = read_corpus_manifest(prepared)
     manifest.write(tmp_path)
     assert (tmp_path / CORPUS_MANIFEST).read_bytes() == (prepared / CORPUS_MANIFEST).read_bytes()
@@ -48,7 +48,7 @@ def test_it_is_read_as_it_was_written(prepared: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "{}", "[]", "5", '{"splits": {"train": [{}]}}', "[" * 100_000, '{"sha256": 5}', "\xff"]
 )
-def test_a_damaged_manifest_says_what_to_delete(tmp_path: Path, content: str) -> None:
+def test_damaged_manifest_names_the_folder_to_delete(tmp_path: Path, content: str) -> None:
     (tmp_path / CORPUS_MANIFEST).write_text(content, encoding="latin-1")
     with pytest.raises(
         UserError, match=r"corpus.json: (damaged: .*|format None, .*); delete the folder and prepare it"
@@ -56,7 +56,7 @@ def test_a_damaged_manifest_says_what_to_delete(tmp_path: Path, content: str) ->
         read_corpus_manifest(tmp_path)
 
 
-def test_changed_bytes_are_found(path: Path) -> None:
+def test_changed_bytes_are_detected(path: Path) -> None:
     sound = path.read_bytes()
     for place in range(0, len(sound), 3):
         changed = bytearray(sound)
@@ -66,15 +66,15 @@ def test_changed_bytes_are_found(path: Path) -> None:
             read_corpus_manifest(path.parent)
 
 
-def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def list_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where each value of a nested one lies."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, inner in items for found in paths_of(inner, (*path, key)))][bool(not path) :]
+    return [path, *(found for key, inner in items for found in list_paths(inner, (*path, key)))][bool(not path) :]
 
 
-def test_every_changed_field_is_found(path: Path) -> None:
+def test_changed_fields_are_detected(path: Path) -> None:
     sound = json.loads(path.read_text())
-    for place in paths_of(sound):
+    for place in list_paths(sound):
         changed = json.loads(json.dumps(sound))
         inner = changed
         for key in place[:-1]:
@@ -90,7 +90,7 @@ def test_every_changed_field_is_found(path: Path) -> None:
             read_corpus_manifest(path.parent)
 
 
-def resigned(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def reseal_with(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest and give it the digest that it should have then."""
     content = json.loads(path.read_text())
     del content["sha256"]
@@ -104,25 +104,25 @@ def resigned(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ["../train-000000.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b.safetensors", "x.safetensors\n"],
 )
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-def test_a_shard_lies_in_the_folder(path: Path, name: str) -> None:
-    resigned(path, lambda content: content["sources"][0]["train"][0].update(file=name))
+def test_shard_outside_the_folder_is_refused(path: Path, name: str) -> None:
+    reseal_with(path, lambda content: content["sources"][0]["train"][0].update(file=name))
     with pytest.raises(UserError, match=rf"{path}: damaged; delete the folder and prepare it again"):
         read_corpus_manifest(path.parent)
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-def test_a_digest_that_fits_is_accepted(path: Path) -> None:
-    resigned(path, lambda content: content["sources"][0].update(name="other"))
+def test_matching_digest_is_accepted(path: Path) -> None:
+    reseal_with(path, lambda content: content["sources"][0].update(name="other"))
     assert read_corpus_manifest(path.parent).sources[0].name == "other"
 
 
-def test_nothing_follows_the_digest(path: Path) -> None:
+def test_key_after_the_digest_is_refused(path: Path) -> None:
     path.write_text(path.read_text().replace("\n}\n", ',\n  "tokens": 7\n}\n'))
     with pytest.raises(UserError, match=rf"{path}: damaged"):
         read_corpus_manifest(path.parent)
 
 
-def test_another_format_is_named(path: Path) -> None:
+def test_other_format_version_is_named(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
     with pytest.raises(
         UserError, match=rf"{path}: format 1, but this version reads format {CORPUS_FORMAT_VERSION}; delete the folder"
@@ -130,7 +130,7 @@ def test_another_format_is_named(path: Path) -> None:
         read_corpus_manifest(path.parent)
 
 
-def test_a_folder_without_a_manifest_is_told(tmp_path: Path) -> None:
+def test_folder_without_a_manifest_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tmp_path}: no prepared corpus here"):
         read_corpus_manifest(tmp_path)
     with pytest.raises(UserError, match=r"none: no prepared corpus here"):

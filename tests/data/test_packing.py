@@ -20,7 +20,7 @@ from tests.conftest import write_stream
 LENGTHS = [random.Random(0).choice([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 100]) for _ in range(100)]
 
 
-def numbered(folder: Path, lengths: Sequence[int], per_shard: int = 1000) -> TokenStream:
+def write_numbered_stream(folder: Path, lengths: Sequence[int], per_shard: int = 1000) -> TokenStream:
     """Documents of which every token is another one: 1, 2, 3 and so on through all of them."""
     ends = np.cumsum(lengths)
     return write_stream(
@@ -28,12 +28,12 @@ def numbered(folder: Path, lengths: Sequence[int], per_shard: int = 1000) -> Tok
     )
 
 
-def firsts(lengths: Sequence[int]) -> list[int]:
+def first_tokens(lengths: Sequence[int]) -> list[int]:
     """The first token of every document that `numbered` makes."""
     return (np.cumsum([0, *lengths[:-1]]) + 1).tolist()
 
 
-def equal(ours: Packing, theirs: Packing) -> bool:
+def is_equal(ours: Packing, theirs: Packing) -> bool:
     return all(np.array_equal(value, getattr(theirs, name)) for name, value in vars(ours).items())
 
 
@@ -50,7 +50,7 @@ def test_epoch_has_every_token_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, per_shard: int, block_size: int, has_end: bool
 ) -> None:
     monkeypatch.setattr(packing, "DOCUMENTS_PER_GROUP", group)
-    stream = numbered(tmp_path / "shards", LENGTHS, per_shard)
+    stream = write_numbered_stream(tmp_path / "shards", LENGTHS, per_shard)
     packed = pack(stream, block_size, ends_are_targets=has_end)
     end = 0 if has_end else None
     sequences = PackedDocuments(stream, packed, block_size, seed=1, end_of_text=end, document_mask=True)
@@ -62,7 +62,7 @@ def test_epoch_has_every_token_once(
         if has_end:  # the next document's first token stands for the end of the one before it
             assert predicted == [0, *every[1:]]
         else:
-            assert predicted == sorted(set(every) - set(firsts(LENGTHS)))
+            assert predicted == sorted(set(every) - set(first_tokens(LENGTHS)))
         where = (rows.targets != IGNORED) & (rows.targets > 0)
         assert np.array_equal(rows.targets[where], rows.inputs[where] + 1)
     sums = [(row != IGNORED).sum() for row in sequences.read(0, packed.n_sequences).targets]
@@ -73,9 +73,9 @@ def test_epoch_has_every_token_once(
 
 @pytest.mark.parametrize("block_size", [8, 16, 50])
 def test_only_documents_longer_than_a_sequence_are_cut(tmp_path: Path, block_size: int) -> None:
-    packed = pack(numbered(tmp_path / "shards", LENGTHS), block_size, ends_are_targets=True)
+    packed = pack(write_numbered_stream(tmp_path / "shards", LENGTHS), block_size, ends_are_targets=True)
     expected = []
-    for first, length in zip(firsts(LENGTHS), LENGTHS, strict=True):
+    for first, length in zip(first_tokens(LENGTHS), LENGTHS, strict=True):
         for start in range(0, length, block_size):
             expected.append((first - 1 + start, min(block_size, length - start)))
     assert sorted(zip(packed.starts.tolist(), packed.lengths.tolist(), strict=True)) == expected
@@ -109,10 +109,10 @@ def test_best_fit_fills_rows_as_the_plain_algorithm_does(capacity: int) -> None:
 
 
 def test_empty_documents_and_empty_streams(tmp_path: Path) -> None:
-    packed = pack(numbered(tmp_path / "some", [3, 0, 5, 0]), 8, ends_are_targets=True)
+    packed = pack(write_numbered_stream(tmp_path / "some", [3, 0, 5, 0]), 8, ends_are_targets=True)
     assert (packed.n_sequences, sorted(packed.lengths.tolist())) == (1, [3, 5])
     assert pack(TokenStream([], 10), 8, ends_are_targets=True).n_sequences == 0
-    assert pack(numbered(tmp_path / "one", [5]), 8, ends_are_targets=True).lengths.tolist() == [5]
+    assert pack(write_numbered_stream(tmp_path / "one", [5]), 8, ends_are_targets=True).lengths.tolist() == [5]
 
 
 @pytest.mark.parametrize("has_end", [True, False])
@@ -130,13 +130,15 @@ def test_document_that_continues_in_other_shards_is_one_document(tmp_path: Path,
         assert info is not None
         shards.append((path.parent, info))
     apart = pack(TokenStream(shards, 100), 8, ends_are_targets=has_end)
-    assert equal(apart, pack(numbered(tmp_path / "one", [4, 26, 3, 2, 30]), 8, ends_are_targets=has_end))
+    assert is_equal(
+        apart, pack(write_numbered_stream(tmp_path / "one", [4, 26, 3, 2, 30]), 8, ends_are_targets=has_end)
+    )
 
 
 @pytest.fixture
 def load_packing(tmp_path: Path) -> Callable[[], Packing]:
     """The packing of some documents, saved in tmp_path/packing.safetensors."""
-    stream = numbered(tmp_path / "shards", [3, 7, 20, 5, 5, 1])
+    stream = write_numbered_stream(tmp_path / "shards", [3, 7, 20, 5, 5, 1])
     return lambda: load_or_pack(stream, 8, ends_are_targets=True, path=tmp_path / "packing.safetensors")
 
 
@@ -144,9 +146,11 @@ def test_saved_packing_is_loaded_and_not_packed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_packing: Callable[[], Packing]
 ) -> None:
     packed = load_packing()
-    assert equal(packed, pack(numbered(tmp_path / "again", [3, 7, 20, 5, 5, 1]), 8, ends_are_targets=True))
+    assert is_equal(
+        packed, pack(write_numbered_stream(tmp_path / "again", [3, 7, 20, 5, 5, 1]), 8, ends_are_targets=True)
+    )
     monkeypatch.setattr(packing, "pack", None)
-    assert equal(load_packing(), packed)
+    assert is_equal(load_packing(), packed)
     assert sorted(p.name for p in tmp_path.glob("packing*")) == ["packing.safetensors"]
 
 
@@ -175,7 +179,7 @@ def test_damaged_packing_is_reported_in_one_line(tmp_path: Path, load_packing: C
 
 
 def test_packing_that_cannot_be_saved_is_reported_in_one_line(tmp_path: Path) -> None:
-    stream = numbered(tmp_path / "shards", [3, 7])
+    stream = write_numbered_stream(tmp_path / "shards", [3, 7])
     with pytest.raises(UserError, match=r"no/folder/x.safetensors: .*; delete it if it is there, or name another"):
         load_or_pack(
             stream, 8, ends_are_targets=True, path=tmp_path / "shards/train-000000.safetensors/no/folder/x.safetensors"

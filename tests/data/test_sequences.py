@@ -22,7 +22,7 @@ BLOCK = 8
 END = 0
 
 
-def stream_of(folder: Path, seed: int, n_documents: int = 60, per_shard: int = 1000) -> TokenStream:
+def write_numbered_stream(folder: Path, seed: int, n_documents: int = 60, per_shard: int = 1000) -> TokenStream:
     """Documents of 1 to 30 tokens; each begins with END, and no other token is END or comes twice."""
     draw = random.Random(seed)
     documents, at = [], 1
@@ -33,19 +33,19 @@ def stream_of(folder: Path, seed: int, n_documents: int = 60, per_shard: int = 1
     return write_stream(folder, documents, per_shard=per_shard)
 
 
-def document_of_each_token(stream: TokenStream) -> np.ndarray:
+def number_documents_of_stream(stream: TokenStream) -> np.ndarray:
     """For every position of the stream its document's number."""
     return np.cumsum(stream.read(0, len(stream)) == END)
 
 
-def first_appearances(numbers: np.ndarray) -> list[int]:
+def label_in_order_of_appearance(numbers: np.ndarray) -> list[int]:
     """Labels as 0, 1, 2 in the order in which they appear: the same grouping has the same result."""
     return np.unique(numbers, return_inverse=True)[1].tolist()
 
 
-def kinds(folder: Path, *, document_mask: bool = True) -> dict[str, TraceableSequences]:
+def build_every_kind(folder: Path, *, document_mask: bool = True) -> dict[str, TraceableSequences]:
     """Sequences of every kind."""
-    streams = [stream_of(folder / str(seed), seed) for seed in range(3)]
+    streams = [write_numbered_stream(folder / str(seed), seed) for seed in range(3)]
     windows = [Windows(stream, BLOCK, seed=1, document_mask=document_mask) for stream in streams]
     packings = [pack(stream, BLOCK, ends_are_targets=True) for stream in streams]
     packed = [
@@ -64,7 +64,7 @@ def kinds(folder: Path, *, document_mask: bool = True) -> dict[str, TraceableSeq
 KINDS = ("windows", "packed", "mixed windows", "mixed packed", "mixed, one rare")
 
 
-def parts(rows: SequenceArrays) -> list[list[int]]:
+def as_rows(rows: SequenceArrays) -> list[list[int]]:
     arrays = [rows.inputs, rows.targets] + ([] if rows.documents is None else [rows.documents])
     return np.concatenate(arrays, axis=1).tolist()
 
@@ -72,21 +72,21 @@ def parts(rows: SequenceArrays) -> list[list[int]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("document_mask", [True, False])
 def test_sequences_do_not_depend_on_how_many_are_read_at_a_time(tmp_path: Path, kind: str, document_mask: bool) -> None:
-    sequences = kinds(tmp_path, document_mask=document_mask)[kind]
-    whole = parts(sequences.read(5, 400))  # some epochs of each source
+    sequences = build_every_kind(tmp_path, document_mask=document_mask)[kind]
+    whole = as_rows(sequences.read(5, 400))  # some epochs of each source
     draw = random.Random(0)
     for largest in (1, 7, 150):
         at, together = 0, []
         while at < 400:
             count = min(draw.randint(1, largest), 400 - at)
-            together += parts(sequences.read(5 + at, count))
+            together += as_rows(sequences.read(5 + at, count))
             at += count
         assert together == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_count_targets_equals_counting_in_read_sequences(tmp_path: Path, kind: str) -> None:
-    sequences = kinds(tmp_path)[kind]
+    sequences = build_every_kind(tmp_path)[kind]
     for first, count in ((0, 1), (0, 500), (13, 300), (10**12, 64)):
         rows = sequences.read(first, count)
         assert sequences.count_targets(first, count) == (rows.targets != IGNORED).sum()
@@ -96,7 +96,7 @@ def test_count_targets_equals_counting_in_read_sequences(tmp_path: Path, kind: s
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_traced_ranges_hold_the_inputs(tmp_path: Path, kind: str) -> None:
-    sequences = kinds(tmp_path)[kind]
+    sequences = build_every_kind(tmp_path)[kind]
     for first, count in ((0, 200), (13, 1), (10**12, 64)):
         for pieces, row in zip(sequences.trace(first, count), sequences.read(first, count).inputs, strict=True):
             tokens = np.concatenate([piece.stream.read(piece.start, piece.length) for piece in pieces])
@@ -106,19 +106,19 @@ def test_traced_ranges_hold_the_inputs(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1, 1, 1), (0.01, 0.98, 0.01)])
 def test_each_source_of_a_mixture_keeps_its_own_order_without_gaps(tmp_path: Path, weights: tuple[float, ...]) -> None:
-    streams = [stream_of(tmp_path / str(seed), seed) for seed in range(3)]
+    streams = [write_numbered_stream(tmp_path / str(seed), seed) for seed in range(3)]
     each = [Windows(stream, BLOCK, seed=4, document_mask=True) for stream in streams]
     mixture = Mixture(weights, 4)
     mixed = MixedSources(each, mixture)
     for first, count in ((0, 600), (601, 77)):
-        read, chosen = parts(mixed.read(first, count)), mixture.choose_sources(first, count)
+        read, chosen = as_rows(mixed.read(first, count)), mixture.choose_sources(first, count)
         for source, alone in enumerate(each):
             mine = [row for row, index in zip(read, chosen, strict=True) if index == source]
-            assert mine == parts(alone.read(mixture.count(source, first), len(mine)))
+            assert mine == as_rows(alone.read(mixture.count(source, first), len(mine)))
 
 
 def test_windows_hold_tokens_and_the_tokens_after_them(tmp_path: Path) -> None:
-    stream = stream_of(tmp_path, 0)
+    stream = write_numbered_stream(tmp_path, 0)
     tokens = stream.read(0, len(stream)).astype(np.int64)
     rows = Windows(stream, BLOCK, seed=1, document_mask=False).read(0, 50)
     assert rows.documents is None
@@ -129,22 +129,22 @@ def test_windows_hold_tokens_and_the_tokens_after_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("per_shard", [1, 7, 1000])
 def test_windows_number_their_documents(tmp_path: Path, per_shard: int) -> None:
-    stream = stream_of(tmp_path, 0, per_shard=per_shard)
-    known = document_of_each_token(stream)
+    stream = write_numbered_stream(tmp_path, 0, per_shard=per_shard)
+    known = number_documents_of_stream(stream)
     for start in range(len(stream) - BLOCK):
         numbers = number_documents(stream, start, BLOCK)
-        assert first_appearances(numbers) == first_appearances(known[start : start + BLOCK])
+        assert label_in_order_of_appearance(numbers) == label_in_order_of_appearance(known[start : start + BLOCK])
         assert (np.diff(numbers) >= 0).all()
     rows = Windows(stream, BLOCK, seed=1, document_mask=True).read(0, 60)
     assert rows.documents is not None
     for inputs, numbers in zip(rows.inputs, rows.documents, strict=True):
         begins = np.concatenate([[False], inputs[1:] == END])
-        assert first_appearances(numbers) == np.cumsum(begins).tolist()
+        assert label_in_order_of_appearance(numbers) == np.cumsum(begins).tolist()
 
 
 def test_packed_documents_and_padding_are_numbered(tmp_path: Path) -> None:
-    stream = stream_of(tmp_path, 0)
-    known = dict(zip(stream.read(0, len(stream)).tolist(), document_of_each_token(stream).tolist(), strict=True))
+    stream = write_numbered_stream(tmp_path, 0)
+    known = dict(zip(stream.read(0, len(stream)).tolist(), number_documents_of_stream(stream).tolist(), strict=True))
     packing = pack(stream, 16, ends_are_targets=True)
     rows = PackedDocuments(stream, packing, 16, seed=1, end_of_text=END, document_mask=True).read(
         0, packing.n_sequences

@@ -23,7 +23,7 @@ def write(path: Path, documents: list[tuple[list[int], int]], vocab_size: int = 
 
 
 @pytest.mark.parametrize("per_shard", [1, 2, 100])
-def test_documents_come_back_as_one_stream_however_they_are_sharded(tmp_path: Path, per_shard: int) -> None:
+def test_stream_does_not_depend_on_how_documents_are_sharded(tmp_path: Path, per_shard: int) -> None:
     stream = write_stream(tmp_path, DOCUMENTS, per_shard=per_shard)
     assert len(stream) == 70
     assert stream.n_documents == 7
@@ -37,7 +37,7 @@ def test_documents_come_back_as_one_stream_however_they_are_sharded(tmp_path: Pa
 
 
 @pytest.mark.parametrize("per_shard", [1, 2, 100])
-def test_positions_are_located_by_shard_document_and_token(tmp_path: Path, per_shard: int) -> None:
+def test_locate_returns_shard_document_and_offset(tmp_path: Path, per_shard: int) -> None:
     stream = write_stream(tmp_path, DOCUMENTS, per_shard=per_shard)
     for position in range(70):
         document, token = divmod(position, 10)
@@ -45,7 +45,7 @@ def test_positions_are_located_by_shard_document_and_token(tmp_path: Path, per_s
         assert stream.locate(position) == (shard, document % per_shard, token)
 
 
-def test_a_further_piece_of_a_document_is_the_first_of_its_shard(tmp_path: Path) -> None:
+def test_continued_document_is_the_first_of_its_shard(tmp_path: Path) -> None:
     first = write(tmp_path / "train-0.safetensors", DOCUMENTS[:2])
     with ShardWriter(tmp_path / "train-1.safetensors", 2**16, continues=True) as writer:
         for ids, n_bytes in DOCUMENTS[2:4]:
@@ -59,7 +59,7 @@ def test_a_further_piece_of_a_document_is_the_first_of_its_shard(tmp_path: Path)
 
 @pytest.mark.parametrize("vocab_size", [2**16, 2**16 + 1])
 @pytest.mark.parametrize("n_tokens", [0, 1, PER_BLOCK - 1, PER_BLOCK, 2 * PER_BLOCK + 3])
-def test_a_shard_is_a_safetensors_file_with_offsets_and_byte_counts(
+def test_shard_is_a_safetensors_file_with_offsets_and_byte_counts(
     tmp_path: Path, vocab_size: int, n_tokens: int
 ) -> None:
     ids = np.random.default_rng(0).integers(0, vocab_size, n_tokens).tolist()
@@ -75,18 +75,18 @@ def test_a_shard_is_a_safetensors_file_with_offsets_and_byte_counts(
         assert file.get_tensor("tokens").tolist() == [*ids, 7, 8]
 
 
-def test_the_same_documents_are_the_same_bytes(tmp_path: Path) -> None:
+def test_shards_of_equal_documents_have_equal_bytes(tmp_path: Path) -> None:
     for index in range(8):
         write(tmp_path / f"s{index}.safetensors", DOCUMENTS)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
-def test_the_smallest_type_that_holds_every_id_is_taken() -> None:
+def test_token_dtype_is_the_smallest_that_holds_every_id() -> None:
     assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)
 
 
 @pytest.mark.parametrize("wrong", [300, 70_000, -1])
-def test_an_id_that_would_become_another_is_refused(tmp_path: Path, wrong: int) -> None:
+def test_id_outside_the_vocabulary_is_refused(tmp_path: Path, wrong: int) -> None:
     with (
         pytest.raises(UserError, match=f"token {wrong} is not in a vocabulary of 300"),
         ShardWriter(tmp_path / "train-0.safetensors", 300) as writer,
@@ -95,14 +95,14 @@ def test_an_id_that_would_become_another_is_refused(tmp_path: Path, wrong: int) 
     assert not list(tmp_path.iterdir())
 
 
-def test_no_documents_make_no_file(tmp_path: Path) -> None:
+def test_shard_without_documents_is_not_written(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "val-0.safetensors", 300) as writer:
         assert writer.finish() is None
     assert not list(tmp_path.iterdir())
     assert len(TokenStream([], 300)) == 0
 
 
-def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError),
         limit_file_size(10_000),
@@ -114,7 +114,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
+def test_missing_or_truncated_shard_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train-0.safetensors"
     info = write(path, DOCUMENTS)
     path.write_bytes(path.read_bytes()[:-1])
@@ -131,7 +131,7 @@ def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
         TokenStream([(tmp_path, info)], 2**16)
 
 
-def test_every_flipped_bit_is_found_where_it_is_read_and_only_there(tmp_path: Path) -> None:
+def test_flipped_bit_is_detected_when_its_block_is_read(tmp_path: Path) -> None:
     path = tmp_path / "train-0.safetensors"
     info = write(path, [(list(range(1000)) * 30, 1)])
     sound = path.read_bytes()
@@ -155,7 +155,7 @@ def sound_token(content: bytes, first_token: int, index: int) -> int:
     return int.from_bytes(content[first_token + 2 * index : first_token + 2 * index + 2], "little")
 
 
-def test_a_changed_token_beyond_the_vocabulary_is_named_with_its_offset(tmp_path: Path) -> None:
+def test_changed_token_outside_the_vocabulary_is_named_with_its_offset(tmp_path: Path) -> None:
     path = tmp_path / "train-0.safetensors"
     info = write(path, [([1, 2, 3] * 10_000, 1)], vocab_size=300)
     content = bytearray(path.read_bytes())
@@ -164,11 +164,13 @@ def test_a_changed_token_beyond_the_vocabulary_is_named_with_its_offset(tmp_path
     path.write_bytes(content)
     stream = TokenStream([(tmp_path, info)], 300)
     assert stream.read(0, 10).tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
-    with pytest.raises(UserError, match=f"{path}: changed since .* token 60000 at offset 25000 is no token at all"):
+    with pytest.raises(
+        UserError, match=f"{path}: changed since .* token 60000 at offset 25000 is not in the vocabulary"
+    ):
         stream.read(24_990, 20)
 
 
-def test_a_shard_of_a_larger_vocabulary_is_refused_with_the_token(tmp_path: Path) -> None:
+def test_shard_of_a_larger_vocabulary_is_refused_and_names_the_token(tmp_path: Path) -> None:
     path = tmp_path / "train-0.safetensors"
     info = write(path, [([1, 2, 400, 3], 1)])
     with pytest.raises(UserError, match=f"{path}: token 400 at offset 2 is not in the tokenizer's vocabulary of 300"):

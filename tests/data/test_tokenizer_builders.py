@@ -28,7 +28,7 @@ def test_char_tokenizer_ids_are_in_code_point_order() -> None:
     assert tokenizer.encode("\nabn🙂").tolist() == [0, 1, 2, 3, 4]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (5, None)
     assert build_char_tokenizer("abc", has_documents=True).end_of_text == 3
-    with pytest.raises(UserError, match="the character 'x' is not among the tokenizer's"):
+    with pytest.raises(UserError, match="the character 'x' is not in the tokenizer's vocabulary"):
         tokenizer.encode("bax")
 
 

@@ -59,7 +59,7 @@ class Records:
             self.refuse(f"{place}: not a JSON object")
         else:
             keys = ", ".join(map(str, record)) or "none"
-            self.refuse(f"{place}: no text under {self.text_field!r}; --data.text-field names another of: {keys}")
+            self.refuse(f"{place}: no text under {self.text_field!r}; set --data.text-field to one of: {keys}")
 
     def refuse(self, message: str) -> None:
         """Count a bad record.
@@ -186,7 +186,7 @@ def read_row_group_sizes(path: Path, text_field: str) -> list[int]:
         file = import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
         if text_field not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {text_field!r}; --data.text-field names another of: {columns}")
+            raise UserError(f"{path}: no column {text_field!r}; set --data.text-field to one of: {columns}")
         return [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
 
 

@@ -167,7 +167,7 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
         except OSError as error:
             what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
             raise UserError(
-                f"{flag} {folder}: {what}; the same command goes on where this one ended, or delete {unfinished}"
+                f"{flag} {folder}: {what}; run the same command again to resume, or delete {unfinished}"
             ) from error
 
 
@@ -221,8 +221,8 @@ class _Preparation:
         for file in (file for source in self._plan.sources for file in source.files):
             if file.kind == "tokens":
                 raise UserError(
-                    f"{file.path} holds tokens, of which no tokenizer can be learnt; "
-                    "name theirs: --data.tokenizer gpt2, or a tokenizer.json"
+                    f"{file.path} holds tokens, from which no tokenizer can be learned; "
+                    "set --data.tokenizer to gpt2 or the tokenizer.json that wrote them"
                 )
         return None
 

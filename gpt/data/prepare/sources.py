@@ -74,7 +74,7 @@ def find_source(source: str, flag: str = "--data.source") -> Source:
     if not _is_folder(path, flag):
         kind = detect_format(path)
         if kind == "token-index":
-            raise UserError(f"{flag} {source}: an index; name the .bin file beside it")
+            raise UserError(f"{flag} {source} is the index of a token file; name the .bin file beside it")
         if not path.stat().st_size:
             raise UserError(f"{flag} {source}: the file is empty; name one with text in it")
         return _make_source(
@@ -146,7 +146,7 @@ def _is_folder(path: Path, flag: str) -> bool:
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        raise UserError(f"{flag} {path}: neither a file nor a folder")
+        raise UserError(f"{flag} {path} is neither a file nor a folder; name a text file, a folder or stdlib")
     return stat.S_ISDIR(mode)
 
 

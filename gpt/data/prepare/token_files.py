@@ -108,8 +108,8 @@ class TokenFile:
                 continue
             offset = block + int(((piece >= vocab_size) | (piece < 0)).argmax())
             raise UserError(
-                f"{self.path}: token {self.tokens[offset]} at offset {offset} is beyond the vocabulary of "
-                f"{vocab_size}; name the tokenizer it was written with: --data.tokenizer"
+                f"{self.path}: token {self.tokens[offset]} at offset {offset} is not in the vocabulary of "
+                f"{vocab_size}; set --data.tokenizer to the tokenizer that wrote the file"
             )
 
     def _find_next_start(self, position: int, end_of_text: int | None) -> int:
@@ -159,7 +159,7 @@ def open_tokens(path: Path) -> TokenFile:
         raise UserError(f"{path}: the file is empty; name one with tokens in it")
     reader = _choose_reader(path, head)
     if reader is None and is_token_index(path, head):
-        raise UserError(f"{path}: only the index of tokens; name the file of the tokens, {path.with_suffix('.bin')}")
+        raise UserError(f"{path} is the index of a token file; name the file itself, {path.with_suffix('.bin')}")
     if reader is None:
         known = LLM_C_OTHER_FILES.get(_magic_number(head))
         found = f"the {known} of llm.c" if known else "not a file of tokens"
@@ -189,12 +189,12 @@ def _choose_reader(path: Path, head: bytes) -> Callable[[Path, bytes], TokenFile
 def _read_nanogpt(path: Path, head: bytes) -> TokenFile:
     size = path.stat().st_size
     if size % 2:
-        raise UserError(f"{path}: {size} bytes are no whole number of uint16 tokens; copy the file again")
+        raise UserError(f"{path}: {size} bytes are not a whole number of uint16 tokens; copy the file again")
     # 32-bit ids read as uint16 have almost only zeros in every second place.
     low, high = np.frombuffer(head[: len(head) // 4 * 4], "<u2").astype(int).reshape(-1, 2).T
     if len(high) >= 256 and high.max() <= 3 and low.max() > 16 * (1 + high.max()):
         index = path.with_suffix(".idx").name
-        raise UserError(f"{path}: holds ids of 32 bits, it seems; copy Megatron's {index} beside it or save as .npy")
+        raise UserError(f"{path}: seems to hold 32-bit ids; copy Megatron's {index} beside it, or save it as .npy")
     return TokenFile(path, np.memmap(path, "<u2", mode="r"))
 
 
@@ -209,7 +209,7 @@ def _read_llm_c(path: Path, head: bytes) -> TokenFile:
         raise UserError(f"{path}: llm.c's format {magic} in version {version}; save it in version {known_version}")
     size, expected = path.stat().st_size, LLM_C_HEADER_BYTES + count * np.dtype(dtype).itemsize
     if size != expected or not count:
-        raise UserError(f"{path}: {size} bytes, but by its header {count} tokens in {expected} bytes; copy it again")
+        raise UserError(f"{path}: {size} bytes, but its header says {count} tokens in {expected} bytes; copy it again")
     return TokenFile(path, np.memmap(path, dtype, mode="r", offset=LLM_C_HEADER_BYTES))
 
 
@@ -218,7 +218,7 @@ def _read_megatron(path: Path, head: bytes) -> TokenFile:
     header = _read_head(index)[: MEGATRON_HEADER.size]
     size, size_of_tokens = index.stat().st_size, path.stat().st_size
     if not header.startswith(MEGATRON_MAGIC):
-        raise UserError(f"{index}: no index of Megatron's, yet beside {path.name}; copy it again or move it away")
+        raise UserError(f"{index}: is beside {path.name} but is no index of Megatron's; copy it again or move it away")
     if len(header) < MEGATRON_HEADER.size:
         raise UserError(f"{index}: {size} bytes are less than its header of {MEGATRON_HEADER.size}; copy it again")
     _, version, code, sequences, entries = MEGATRON_HEADER.unpack(header)
@@ -229,7 +229,7 @@ def _read_megatron(path: Path, head: bytes) -> TokenFile:
     end = at_documents + 8 * entries
     if size not in (end, end + sequences):  # multimodal: a byte more for each sequence
         claim = f"{sequences} sequences and {entries} entries of documents in {end} bytes"
-        raise UserError(f"{index}: {size} bytes, but by its header {claim}; copy it again")
+        raise UserError(f"{index}: {size} bytes, but its header says {claim}; copy it again")
     content, dtype = np.memmap(index, np.uint8, mode="r"), np.dtype(MEGATRON_DTYPES[code])
     lengths = content[MEGATRON_HEADER.size : at_pointers].view("<i4")
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
@@ -261,7 +261,7 @@ def _read_numpy(path: Path, head: bytes) -> TokenFile:
     size, expected = path.stat().st_size, tokens.offset + tokens.nbytes
     if size != expected or not len(tokens):
         raise UserError(
-            f"{path}: {size} bytes, but by its header {len(tokens)} tokens in {expected} bytes; copy it again"
+            f"{path}: {size} bytes, but its header says {len(tokens)} tokens in {expected} bytes; copy it again"
         )
     return TokenFile(path, tokens)
 

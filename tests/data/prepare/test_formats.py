@@ -55,12 +55,12 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.jsonl.zst", "t.parquet"])
-def test_formats_are_told_apart_by_content_and_not_by_name_alone(tmp_path: Path, name: str) -> None:
+def test_format_is_recognised_by_content(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / "data.bin")
     assert read(tmp_path / "data.bin") == TEXTS
 
 
-def test_a_folder_may_mix_formats(tmp_path: Path) -> None:
+def test_folder_may_mix_formats(tmp_path: Path) -> None:
     for name in ("t.jsonl", "t.jsonl.gz", "t.parquet"):
         WRITERS[name](tmp_path / name)
     (tmp_path / "plain.txt").write_text("plain")
@@ -68,12 +68,12 @@ def test_a_folder_may_mix_formats(tmp_path: Path) -> None:
     assert read(tmp_path) == ['{\n  "pretty": 1\n}\n', "plain", *TEXTS * 3]
 
 
-def test_a_compressed_text_is_one_document(tmp_path: Path) -> None:
+def test_compressed_text_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress("Käse".encode()))
     assert read(tmp_path / "t.txt.gz") == ["Käse"]
 
 
-def test_an_empty_text_is_no_document(tmp_path: Path) -> None:
+def test_empty_text_is_no_document(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('\n{"text": ""}\n\n{"text": "one"}\n')
     assert read(tmp_path / "t.jsonl") == ["one"]
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b""))
@@ -103,25 +103,25 @@ STREAMED = [f"document {index}.{number} é" for index in range(3) for number in 
 
 
 @pytest.mark.parametrize("name", ["json", "parquet"])
-def test_a_stream_gives_the_rows_of_its_files(hub: Path, name: str) -> None:
+def test_stream_yields_the_rows_of_its_files(hub: Path, name: str) -> None:
     address = f"hf:{hub / name}"
     assert find_source(address).files[0].size == 3  # files, each a part
     assert read(address) == STREAMED == datasets.load_dataset(str(hub / name), split="train")["text"][:]
     assert find_source(address).name == name
 
 
-def test_a_streams_configuration_and_split_can_be_named(hub: Path) -> None:
+def test_stream_address_names_configuration_and_split(hub: Path) -> None:
     assert read(f"hf:{hub / 'parquet'}:default:validation") == STREAMED[-4:]
     with pytest.raises(UserError, match=r"hf:.*parquet:default:nothing: cannot be read"):
         read(f"hf:{hub / 'parquet'}:default:nothing")
 
 
-def test_a_streams_bad_record_is_named(hub: Path) -> None:
-    with pytest.raises(UserError, match=r"hf:.*json: row 0 of shard 0: no text under 'body'; .* another of: id, text"):
+def test_bad_record_of_a_stream_is_named(hub: Path) -> None:
+    with pytest.raises(UserError, match=r"hf:.*json: row 0 of shard 0: no text under 'body'; .* to one of: id, text"):
         read(f"hf:{hub / 'json'}", "body")
 
 
-def test_a_stream_is_told_by_its_files_and_settings(hub: Path, tmp_path: Path) -> None:
+def test_fingerprint_of_a_stream_depends_on_files_and_address(hub: Path, tmp_path: Path) -> None:
     shutil.copytree(hub / "parquet", tmp_path / "parquet")
     digests = [
         find_source(f"hf:{address}").sha256
@@ -131,7 +131,7 @@ def test_a_stream_is_told_by_its_files_and_settings(hub: Path, tmp_path: Path) -
     assert len(set(digests)) == 3
 
 
-def test_a_datasets_train_split_is_taken(tmp_path: Path) -> None:
+def test_train_split_of_a_dataset_is_read(tmp_path: Path) -> None:
     one, two = (datasets.Dataset.from_dict({"text": [text]}) for text in ("one", "two"))
     datasets.DatasetDict({"test": one, "train": two}).save_to_disk(str(tmp_path / "both"))
     assert read(tmp_path / "both") == ["two"]
@@ -140,13 +140,13 @@ def test_a_datasets_train_split_is_taken(tmp_path: Path) -> None:
         read(tmp_path / "none")
 
 
-def test_the_text_field_can_be_named(tmp_path: Path) -> None:
+def test_text_field_is_configurable(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(json_lines("body"))
     assert read(tmp_path / "t.jsonl", "body") == TEXTS
-    with pytest.raises(UserError, match=r"line 1: no text under 'text'; --data.text-field names another of: id, body"):
+    with pytest.raises(UserError, match=r"line 1: no text under 'text'; set --data.text-field to one of: id, body"):
         read(tmp_path / "t.jsonl")
     write_parquet(tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"t.parquet: no column 'body'; .* another of: id, text"):
+    with pytest.raises(UserError, match=r"t.parquet: no column 'body'; .* to one of: id, text"):
         read(tmp_path / "t.parquet", "body")
 
 
@@ -161,14 +161,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "message"), BAD)
-def test_a_bad_record_names_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
+def test_bad_record_names_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(json_lines() + b"\n" + line + b"\n")
     with pytest.raises(UserError, match=rf"{path}: line 5: {message}.*--data.on-error skip"):
         read(path)
 
 
-def test_bad_records_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
+def test_bad_records_are_skipped_and_counted_if_configured(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"\n".join(line for line, _ in BAD) + b"\n" + json_lines())
     records = Records("text", skip_bad=True)
@@ -176,7 +176,7 @@ def test_bad_records_are_left_out_and_counted_when_asked(tmp_path: Path) -> None
     assert records.skipped == 6
 
 
-def test_a_line_that_is_too_long_is_one_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_line_is_one_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "MAX_LINE_BYTES", 100)
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"text": "' + b"x" * 500 + b'"}\n' + b'{"text": "short"}\n')
@@ -194,7 +194,7 @@ def test_a_line_that_is_too_long_is_one_bad_record(tmp_path: Path, monkeypatch: 
         ("t.parquet", b"PAR1 and no more", "cannot be read"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}: {message}"):
         read(tmp_path / name)
@@ -208,7 +208,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, mess
         ("saved", "datasets", "datasets"),
     ],
 )
-def test_a_missing_reader_names_its_extra(
+def test_missing_library_names_the_extra_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str, extra: str
 ) -> None:
     WRITERS[name](tmp_path / name)
@@ -217,7 +217,7 @@ def test_a_missing_reader_names_its_extra(
         read(tmp_path / name)
 
 
-def test_records_are_documents_of_the_corpus(tmp_path: Path) -> None:
+def test_records_become_documents_of_the_corpus(tmp_path: Path) -> None:
     lines = [json.dumps({"body": f"document {index} " * (index % 7 + 1)}) for index in range(60)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     config = DataConfig(
@@ -228,7 +228,7 @@ def test_records_are_documents_of_the_corpus(tmp_path: Path) -> None:
     assert facts.val_tokens == facts.val_bytes + facts.val_documents
 
 
-def test_documents_are_named_by_the_place_where_they_begin(tmp_path: Path) -> None:
+def test_documents_are_named_by_the_offset_where_they_begin(tmp_path: Path) -> None:
     WRITERS["t.jsonl"](tmp_path / "t.jsonl")
     write_parquet(tmp_path / "t.parquet")
     second = json_lines().index(b"\n") + 1

@@ -32,7 +32,7 @@ def gpt2() -> Tokenizer:
     return build_gpt2_tokenizer()
 
 
-def parts_of(
+def cut(
     path: Path | str,
     *,
     val_fraction: float = 0.0,
@@ -43,29 +43,29 @@ def parts_of(
     return cut_into_parts(files, RECORDS.text_field, val_fraction=val_fraction, role=role, tokenizer=tokenizer)
 
 
-def folder(path: Path) -> Path:
+def write_folder(path: Path) -> Path:
     path.mkdir()
     for index, text in enumerate(TEXTS):
         (path / f"{index:03d}.txt").write_bytes(text.encode())
     return path
 
 
-def wrote(path: Path, content: bytes) -> Path:
+def write_bytes(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
 
 
-def parquet(path: Path) -> Path:
+def write_parquet(path: Path) -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=7)
     return path
 
 
-def dataset(path: Path) -> Path:
+def write_dataset(path: Path) -> Path:
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(path))
     return path
 
 
-def hub(path: Path) -> str:
+def write_hub(path: Path) -> str:
     path.mkdir()
     for index in range(4):
         (path / f"train-{index:05d}-of-00004.jsonl").write_bytes(
@@ -76,28 +76,28 @@ def hub(path: Path) -> str:
 
 # Source, whether it is cut into more parts if they are to be smaller.
 SOURCES: dict[str, tuple[Callable[[Path], Path | str], bool]] = {
-    "folder": (folder, True),
-    "t.jsonl": (lambda path: wrote(path, LINES), True),
-    "t.jsonl.gz": (lambda path: wrote(path, gzip.compress(LINES)), False),
-    "t.jsonl.zst": (lambda path: wrote(path, zstandard.compress(LINES)), False),
-    "t.parquet": (parquet, True),
-    "saved": (dataset, True),
-    "streamed": (hub, True),
+    "folder": (write_folder, True),
+    "t.jsonl": (lambda path: write_bytes(path, LINES), True),
+    "t.jsonl.gz": (lambda path: write_bytes(path, gzip.compress(LINES)), False),
+    "t.jsonl.zst": (lambda path: write_bytes(path, zstandard.compress(LINES)), False),
+    "t.parquet": (write_parquet, True),
+    "saved": (write_dataset, True),
+    "streamed": (write_hub, True),
 }
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_has_the_same_documents_whatever_the_size_of_its_parts(
+def test_documents_of_a_source_do_not_depend_on_the_part_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     write, is_cut = SOURCES[name]
     source = write(tmp_path / name)
-    whole = [document for part in parts_of(source) for document in read_part(part, RECORDS)]
+    whole = [document for part in cut(source) for document in read_part(part, RECORDS)]
     assert [document.content.decode() for document in whole] == TEXTS
     for size in (1000, 5000) if name == "folder" else (1, 100, 1000, 5000):
         monkeypatch.setattr(module, "PART_BYTES", size)
         monkeypatch.setattr(module, "ROWS_PER_PART", max(1, size // 100))
-        parts = parts_of(source)
+        parts = cut(source)
         assert [document for part in parts for document in read_part(part, RECORDS)] == whole
         assert not any(part.continues for part in parts)
         assert (len(parts) > 1) == is_cut
@@ -107,22 +107,26 @@ def test_a_source_has_the_same_documents_whatever_the_size_of_its_parts(
 
 def test_lines_belong_to_the_part_in_which_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 2000)
-    for part in parts_of(wrote(tmp_path / "t.jsonl", LINES)):
+    for part in cut(write_bytes(tmp_path / "t.jsonl", LINES)):
         assert part.start == 0 or LINES[part.start - 1 : part.start] == b"\n"
         assert part.stop is not None and LINES[part.stop - 1 : part.stop] == b"\n"
         assert part.stop - part.start < 2000 + max(map(len, LINES.splitlines()))
 
 
-def test_a_bad_line_of_a_later_part_has_its_number_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_line_of_a_later_part_is_named_by_its_number_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 2000)
-    path = wrote(tmp_path / "t.jsonl", b"\n" + LINES + b'{"text": 5}\n')
-    *_, last = parts_of(path)
+    path = write_bytes(tmp_path / "t.jsonl", b"\n" + LINES + b'{"text": 5}\n')
+    *_, last = cut(path)
     assert last.start > 0
     with pytest.raises(UserError, match=rf"^{path}: line 62: no text under 'text'"):
         list(read_part(last, RECORDS))
 
 
-def test_a_bad_row_of_a_later_part_has_its_number_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_row_of_a_later_part_is_named_by_its_number_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 1)
     monkeypatch.setattr(module, "ROWS_PER_PART", 7)
     path = tmp_path / "t.parquet"
@@ -130,7 +134,7 @@ def test_a_bad_row_of_a_later_part_has_its_number_in_the_file(tmp_path: Path, mo
     datasets.Dataset.from_dict({"text": ["a"] * 20 + [None]}).save_to_disk(str(tmp_path / "saved"))
     for source in (path, tmp_path / "saved"):
         with pytest.raises(UserError, match=rf"^{source}: row 20: no text under 'text'"):
-            list(read_part(parts_of(source)[-1], RECORDS))
+            list(read_part(cut(source)[-1], RECORDS))
 
 
 WHITE = [" ", " ", " ", "\n", "\n\n", "  ", "\t", "\r\n", " \n ", "\u00a0", "\u3000"]
@@ -143,12 +147,12 @@ def large_text(seed: int, n_words: int = 4000) -> str:
 
 
 @pytest.mark.parametrize("size", [50, 999, 20_000])
-def test_the_pieces_of_a_large_text_have_the_ids_of_the_whole(
+def test_ids_of_a_large_text_do_not_depend_on_its_cuts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2: Tokenizer, size: int
 ) -> None:
     monkeypatch.setattr(module, "PART_BYTES", size)
     text = large_text(size)
-    parts = parts_of(wrote(tmp_path / "t.txt", text.encode()))
+    parts = cut(write_bytes(tmp_path / "t.txt", text.encode()))
     assert len(parts) > 1
     assert [part.continues for part in parts] == [False] + [True] * (len(parts) - 1)
     pieces = [document.content.decode() for part in parts for document in read_part(part, RECORDS)]
@@ -156,7 +160,7 @@ def test_the_pieces_of_a_large_text_have_the_ids_of_the_whole(
     theirs = tiktoken.Encoding(
         "gpt2",
         pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        mergeable_ranks=ranks(gpt2),
+        mergeable_ranks=decode_ranks(gpt2),
         special_tokens={},
     )
     assert [index for piece in pieces for index in gpt2.encode(piece).tolist()] == theirs.encode_ordinary(text)
@@ -164,7 +168,7 @@ def test_the_pieces_of_a_large_text_have_the_ids_of_the_whole(
         assert sum(len(piece.encode()) < 2 * size for piece in pieces) > 0.9 * len(pieces)
 
 
-def ranks(gpt2: Tokenizer) -> dict[bytes, int]:
+def decode_ranks(gpt2: Tokenizer) -> dict[bytes, int]:
     """The vocabulary of GPT-2 with bytes for its printable characters, as ByteLevel decodes them."""
     vocabulary = json.loads(gpt2.definition)["model"]["vocab"]
     byte_of = {token: index for token, index in vocabulary.items() if len(token) == 1}
@@ -175,13 +179,11 @@ def ranks(gpt2: Tokenizer) -> dict[bytes, int]:
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.25])
-def test_the_tail_of_a_large_text_is_held_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_fraction: float
-) -> None:
+def test_tail_of_a_large_text_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_fraction: float) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 1000)
     for lead in ("", "x", "xx"):  # so that the border falls on every byte of a character
         content = (lead + "字" * 5000).encode()
-        parts = parts_of(wrote(tmp_path / "t.txt", content), val_fraction=val_fraction, role=None)
+        parts = cut(write_bytes(tmp_path / "t.txt", content), val_fraction=val_fraction, role=None)
         texts = {
             role: b"".join(d.content for part in parts if part.role == role for d in read_part(part, RECORDS))
             for role in ("train", "val")
@@ -191,24 +193,24 @@ def test_the_tail_of_a_large_text_is_held_out(
         assert not next(part for part in parts if part.role == "val").continues
 
 
-def test_a_text_without_a_place_to_cut_is_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_word_boundaries_is_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 1000)
-    assert len(parts_of(wrote(tmp_path / "t.txt", b"a" * 200_000))) == 1
-    assert len(parts_of(wrote(tmp_path / "t.txt", b"a" * 100_000 + b" " + b"b" * 100_000))) == 2
-    assert len(parts_of(wrote(tmp_path / "t.jsonl", b'{"text": "' + b"a" * 100_000 + b'"}'))) == 1
+    assert len(cut(write_bytes(tmp_path / "t.txt", b"a" * 200_000))) == 1
+    assert len(cut(write_bytes(tmp_path / "t.txt", b"a" * 100_000 + b" " + b"b" * 100_000))) == 2
+    assert len(cut(write_bytes(tmp_path / "t.jsonl", b'{"text": "' + b"a" * 100_000 + b'"}'))) == 1
 
 
-def test_text_that_is_not_utf8_is_told_by_its_offset_in_the_file(
+def test_text_that_is_not_utf8_is_named_with_its_offset_in_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 1000)
-    path = wrote(tmp_path / "t.txt", b"some words " * 1000 + b"\xff" + b" more" * 100)
+    path = write_bytes(tmp_path / "t.txt", b"some words " * 1000 + b"\xff" + b" more" * 100)
     with pytest.raises(UserError, match=rf"^{path}: not UTF-8 at byte offset 11000 \(0xff\)"):
-        [list(read_part(part, RECORDS)) for part in parts_of(path)]
+        [list(read_part(part, RECORDS)) for part in cut(path)]
 
 
 @pytest.mark.parametrize("size", [1, 6, 11])
-def test_of_many_texts_that_are_large_the_asked_fraction_is_held_out(
+def test_configured_fraction_of_many_large_texts_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """Two texts make up a part: were it split by itself, half of it would be held out."""
@@ -218,7 +220,7 @@ def test_of_many_texts_that_are_large_the_asked_fraction_is_held_out(
     for index in range(60):
         names.append(f"{index:02d}.txt")
         (tmp_path / "texts" / names[-1]).write_bytes(b"word " * 200 * size)
-    parts = parts_of(tmp_path / "texts", val_fraction=0.1, role=None)
+    parts = cut(tmp_path / "texts", val_fraction=0.1, role=None)
     found = {role: [name for part in parts if part.role == role for name, _ in part.files] for role in ("train", "val")}
     assert len(set(found["val"])) == 6
     assert sorted({*found["train"], *found["val"]}) == names
@@ -227,14 +229,14 @@ def test_of_many_texts_that_are_large_the_asked_fraction_is_held_out(
         assert found[role] == sorted(found[role])
 
 
-def test_of_a_large_source_the_parts_are_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_large_source_are_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 100)
     monkeypatch.setattr(module, "MAX_PARTS", 5)
-    assert 3 <= len(parts_of(wrote(tmp_path / "t.jsonl", LINES))) <= 6
-    assert 3 <= len(parts_of(folder(tmp_path / "folder"))) <= 7
+    assert 3 <= len(cut(write_bytes(tmp_path / "t.jsonl", LINES))) <= 6
+    assert 3 <= len(cut(write_folder(tmp_path / "folder"))) <= 7
 
 
-def test_a_part_survives_its_way_to_another_process(tmp_path: Path) -> None:
+def test_part_round_trips_through_json(tmp_path: Path) -> None:
     path = tmp_path / "caf\udce9\n.txt"
     part = Part("text", (("a", str(path)), ("b", "c")), 7, 1, 2, "val", continues=True)
     assert Part.from_json(json.loads(json.dumps(part.to_json()))) == part
@@ -246,41 +248,43 @@ END = 50256
 STREAM = [token for document in DOCUMENTS for token in [END, *document]]
 
 
-def llm_c(path: Path) -> Path:
+def write_llm_c(path: Path) -> Path:
     header = struct.pack("<3i", 20240520, 1, len(STREAM)).ljust(1024, b"\0")
-    return wrote(path, header + np.array(STREAM, "<u2").tobytes())
+    return write_bytes(path, header + np.array(STREAM, "<u2").tobytes())
 
 
-def npy(path: Path) -> Path:
+def write_npy(path: Path) -> Path:
     np.save(path, np.array(STREAM, np.int64))
     return path
 
 
-def megatron(path: Path) -> Path:
+def write_megatron(path: Path) -> Path:
     n = len(DOCUMENTS)
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, n, n + 1)
     pointers = range(0, 6 * n, 6)
-    wrote(path.with_suffix(".idx"), header + struct.pack(f"<{n}i{n}q{n + 1}q", *[3] * n, *pointers, *range(n + 1)))
-    return wrote(path, np.array(DOCUMENTS, "<u2").tobytes())
+    write_bytes(
+        path.with_suffix(".idx"), header + struct.pack(f"<{n}i{n}q{n + 1}q", *[3] * n, *pointers, *range(n + 1))
+    )
+    return write_bytes(path, np.array(DOCUMENTS, "<u2").tobytes())
 
 
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("nano.bin", lambda path: wrote(path, np.array(STREAM, "<u2").tobytes())),
-        ("llm.bin", llm_c),
-        ("tokens.npy", npy),
-        ("m_text_document.bin", megatron),
+        ("nano.bin", lambda path: write_bytes(path, np.array(STREAM, "<u2").tobytes())),
+        ("llm.bin", write_llm_c),
+        ("tokens.npy", write_npy),
+        ("m_text_document.bin", write_megatron),
     ],
 )
-def test_tokens_have_the_same_documents_whatever_the_size_of_their_parts(
+def test_documents_of_token_files_do_not_depend_on_the_part_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2: Tokenizer, name: str, write: Callable[[Path], Path]
 ) -> None:
     source = write(tmp_path / name)
-    length = {index: len(token) for token, index in ranks(gpt2).items()}
+    length = {index: len(token) for token, index in decode_ranks(gpt2).items()}
     for size in (64, 500, 2**20):
         monkeypatch.setattr(module, "PART_BYTES", size)
-        parts = parts_of(source, tokenizer=gpt2)
+        parts = cut(source, tokenizer=gpt2)
         documents = [document for part in parts for document in read_part(part, RECORDS, gpt2)]
         assert [document.encode(gpt2)[0].tolist() for document in documents] == DOCUMENTS
         assert [document.encode(gpt2)[1] for document in documents] == [sum(map(length.get, d)) for d in DOCUMENTS]

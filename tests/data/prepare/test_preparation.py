@@ -37,7 +37,7 @@ def prepare(out: Path, sources: Sequence[Path | str], **settings: Any) -> Corpus
     return read_corpus_manifest(out)
 
 
-def texts_of(folder: Path, role: str) -> list[str]:
+def decode_documents(folder: Path, role: str) -> list[str]:
     """Every document of a prepared folder, decoded; pieces of one text joined."""
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     found: list[str] = []
@@ -80,7 +80,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_the_folder_is_the_same_at_any_number_of_workers(tmp_path: Path, sources: list[Path]) -> None:
+def test_folder_is_equal_at_any_number_of_workers(tmp_path: Path, sources: list[Path]) -> None:
     folders = []
     for workers in (1, 2, 3):
         settings = {"tokenizer": "bpe", "vocab_size": 300, "on_error": "skip", "deduplicate": True}
@@ -94,9 +94,9 @@ def test_the_folder_is_the_same_at_any_number_of_workers(tmp_path: Path, sources
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_no_document_is_lost_and_none_is_in_both_splits(tmp_path: Path, sources: list[Path]) -> None:
+def test_every_document_is_in_exactly_one_split(tmp_path: Path, sources: list[Path]) -> None:
     prepare(tmp_path / "out", sources, on_error="skip", val_fraction=0.2)
-    train, val = (texts_of(tmp_path / "out", role) for role in ("train", "val"))
+    train, val = (decode_documents(tmp_path / "out", role) for role in ("train", "val"))
     texts = [make_text(60 + index % 50, seed=index % 70) for index in range(120)]
     large = make_text(20_000, seed=1000)
     assert train[-1] + val[-1] == large
@@ -107,11 +107,11 @@ def test_no_document_is_lost_and_none_is_in_both_splits(tmp_path: Path, sources:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_of_equal_documents_the_first_is_kept(tmp_path: Path, sources: list[Path]) -> None:
+def test_first_of_equal_documents_is_kept(tmp_path: Path, sources: list[Path]) -> None:
     manifest = prepare(tmp_path / "out", sources, on_error="skip", deduplicate=True, val_fraction=0.0)
     texts = [make_text(60 + index % 50, seed=index % 70) for index in range(120)]
     kept = [*dict.fromkeys([*texts[:40], *texts, *texts[::-1]])]
-    assert texts_of(tmp_path / "out", "train") == [*kept, make_text(20_000, seed=1000)]
+    assert decode_documents(tmp_path / "out", "train") == [*kept, make_text(20_000, seed=1000)]
     in_folder, in_lines = len({*texts[:40]}), len({*texts})
     assert [entry.duplicates for entry in manifest.sources] == [
         40 - in_folder,
@@ -124,7 +124,7 @@ def test_of_equal_documents_the_first_is_kept(tmp_path: Path, sources: list[Path
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_large_text_has_the_ids_of_the_whole_and_one_end_of_text(tmp_path: Path, sources: list[Path]) -> None:
+def test_large_text_has_the_ids_of_the_uncut_text_and_one_end_of_text(tmp_path: Path, sources: list[Path]) -> None:
     manifest = prepare(tmp_path / "out", [sources[3]], tokenizer="bpe", vocab_size=400, val_fraction=0.0)
     (entry,) = manifest.sources
     assert len(entry.train) > 10
@@ -137,7 +137,7 @@ def test_a_large_text_has_the_ids_of_the_whole_and_one_end_of_text(tmp_path: Pat
     assert stream.document_starts(0, len(stream)).tolist() == [0]
 
 
-def test_the_same_content_elsewhere_gives_the_same_folder(tmp_path: Path, sources: list[Path]) -> None:
+def test_folder_does_not_depend_on_where_the_sources_are(tmp_path: Path, sources: list[Path]) -> None:
     for name in ("here", "there"):
         shutil.copytree(sources[0], tmp_path / name / "texts")
         prepare(tmp_path / name / "out", [tmp_path / name / "texts"])
@@ -147,7 +147,7 @@ def test_the_same_content_elsewhere_gives_the_same_folder(tmp_path: Path, source
             assert secret.encode() not in content
 
 
-def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_records_and_duplicates_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "t.jsonl"
     source.write_text('{"text": "one"}\nnonsense\n{"text": "one"}\n{"body": "two"}\n{"text": "three"}\n')
     with caplog.at_level(logging.INFO):
@@ -160,7 +160,7 @@ def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 # The tokenizers that are learnt.
 
 
-def test_bpe_never_sees_the_validation_text(tmp_path: Path) -> None:
+def test_bpe_is_not_trained_on_validation_text(tmp_path: Path) -> None:
     source = tmp_path / "t.txt"
     source.write_text("abab" * 1000 + "zqzq" * 111)
     prepare(tmp_path / "out", [source], tokenizer="bpe", vocab_size=260)
@@ -189,12 +189,12 @@ def test_bpe_is_trained_on_all_of_a_small_training_set(
 ) -> None:
     settings = {"tokenizer": "bpe", "vocab_size": 300, "on_error": "skip", "deduplicate": deduplicate}
     prepare(tmp_path / "out", sources, **settings)
-    train = texts_of(tmp_path / "out", "train")
+    train = decode_documents(tmp_path / "out", "train")
     assert sorted(learnt_from[: len(train) - 1]) == sorted(train[:-1])
     assert "".join(learnt_from[len(train) - 1 :]) == train[-1]
 
 
-def test_bpe_is_trained_on_a_bounded_sample_from_everywhere(
+def test_bpe_is_trained_on_a_bounded_sample_from_all_over_the_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt_from: list[str]
 ) -> None:
     monkeypatch.setattr(parts, "PART_BYTES", 2**20)
@@ -205,13 +205,13 @@ def test_bpe_is_trained_on_a_bounded_sample_from_everywhere(
             file.write(json.dumps({"text": f"document {index:04d} " * 800}) + "\n")
     prepare(tmp_path / "out", [source], tokenizer="bpe", vocab_size=300)
     assert 2**20 < sum(map(len, learnt_from)) < 2**21 + 20_000
-    assert not {*learnt_from} & {*texts_of(tmp_path / "out", "val")}
+    assert not {*learnt_from} & {*decode_documents(tmp_path / "out", "val")}
     numbers = [int(text.split()[1]) for text in learnt_from]
     assert min(numbers) < 100
     assert max(numbers) > 300
 
 
-def test_a_compressed_source_is_no_larger_a_sample(
+def test_sample_of_a_compressed_source_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt_from: list[str]
 ) -> None:
     import gzip
@@ -224,7 +224,7 @@ def test_a_compressed_source_is_no_larger_a_sample(
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_char_sees_every_character_and_separates_documents_where_there_are_several(tmp_path: Path) -> None:
+def test_char_tokenizer_has_every_character_and_end_of_text_if_needed(tmp_path: Path) -> None:
     def tokenizer(name: str, *sources: Path, **settings: Any) -> Tokenizer:
         prepare(tmp_path / name, sources, tokenizer="char", **settings)
         return Tokenizer.from_file(tmp_path / name / "tokenizer.json")
@@ -255,7 +255,7 @@ def word_tokenizer(path: Path, size: int) -> Path:
     return path
 
 
-def test_ids_beyond_16_bits_survive(tmp_path: Path) -> None:
+def test_ids_above_16_bits_are_kept(tmp_path: Path) -> None:
     tokenizer = str(word_tokenizer(tmp_path / "words.json", 70_001))
     (tmp_path / "t.txt").write_text("w70000 w1 w65536")
     np.save(tmp_path / "t.npy", np.array([70_000, 1, 65_536]))
@@ -269,7 +269,7 @@ def test_ids_beyond_16_bits_survive(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_token_files_are_prepared_unchanged(tmp_path: Path) -> None:
     encoding = tiktoken.Encoding(
         "gpt2",
         pat_str=r"\S+|\s+",
@@ -280,21 +280,23 @@ def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     ids = [index for text in texts for index in [*encoding.encode_ordinary(text), 256]]
     np.array(ids, np.uint16).tofile(tmp_path / "train.bin")
     manifest = prepare(tmp_path / "out", [tmp_path / "train.bin"], tokenizer="byte", val_fraction=0.0)
-    assert texts_of(tmp_path / "out", "train") == texts
+    assert decode_documents(tmp_path / "out", "train") == texts
     assert manifest.text_bytes == sum(map(len, texts))
     assert len(manifest.sources[0].train) > 3
     assert manifest.xz_bits_per_byte is None
 
 
-def test_no_tokenizer_is_learnt_from_tokens(tmp_path: Path) -> None:
+def test_no_tokenizer_is_learned_from_token_files(tmp_path: Path) -> None:
     np.array([1, 2, 0] * 100, np.uint16).tofile(tmp_path / "train.bin")
     for kind in ("bpe", "char"):
         with pytest.raises(
-            UserError, match=r"train.bin holds tokens, of which no tokenizer can be learnt; name theirs"
+            UserError, match=r"train.bin holds tokens, from which no tokenizer can be learned; set --data.tokenizer"
         ):
             prepare(tmp_path / "out", [tmp_path / "train.bin"], tokenizer=kind)
     np.array([1, 2, 300] * 100, np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(UserError, match=r"train.bin: token 300 at offset 2 is beyond the vocabulary of 257; name the"):
+    with pytest.raises(
+        UserError, match=r"train.bin: token 300 at offset 2 is not in the vocabulary of 257; set --data.tokenizer"
+    ):
         prepare(tmp_path / "out", [tmp_path / "train.bin"], tokenizer="byte")
     assert not list(tmp_path.glob(".*unfinished*"))
 
@@ -304,7 +306,7 @@ def test_no_tokenizer_is_learnt_from_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_record_of_a_later_part_ends_it_with_one_line(tmp_path: Path, sources: list[Path], workers: int) -> None:
+def test_bad_record_of_a_later_part_is_reported_in_one_line(tmp_path: Path, sources: list[Path], workers: int) -> None:
     with pytest.raises(UserError, match=rf"^{sources[1]}: line 121: no text under 'text'") as caught:
         prepare(tmp_path / "out", sources, workers=workers)
     assert "\n" not in str(caught.value)
@@ -313,7 +315,7 @@ def test_a_bad_record_of_a_later_part_ends_it_with_one_line(tmp_path: Path, sour
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 @pytest.mark.parametrize("content", ["\n\n", '{"text": ""}\n'])
-def test_a_source_without_any_text_is_an_error(tmp_path: Path, kind: str, content: str) -> None:
+def test_source_without_text_is_an_error(tmp_path: Path, kind: str, content: str) -> None:
     (tmp_path / "t.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"^t: no document has any text; name a source with text in it"):
         prepare(tmp_path / "out", [tmp_path / "t.jsonl"], tokenizer=kind)
@@ -325,13 +327,13 @@ def test_a_source_without_any_text_is_an_error(tmp_path: Path, kind: str, conten
     ("workers", "limit", "deduplicate"),
     [(1, 100, False), (1, 3000, False), (1, 200, True), (1, 12_000, True), (2, 12_000, False)],
 )
-def test_a_full_disk_is_one_line_and_the_same_command_finishes_later(
+def test_full_disk_is_reported_in_one_line_and_the_same_command_resumes(
     tmp_path: Path, sources: list[Path], workers: int, limit: int, deduplicate: bool
 ) -> None:
     settings = {"workers": workers, "deduplicate": deduplicate, "on_error": "skip"}
     with (
         limit_file_size(limit),
-        pytest.raises(UserError, match=r"^--out .*out: cannot be written: File too large; the same"),
+        pytest.raises(UserError, match=r"^--out .*out: cannot be written: File too large; run the same command again"),
     ):
         prepare(tmp_path / "out", sources, **settings)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".out.unfinished"]
@@ -356,7 +358,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_what_was_begun_is_another_preparation(
+def test_unfinished_folder_of_another_preparation_is_refused(
     tmp_path: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_after(monkeypatch, 3)
@@ -375,7 +377,7 @@ def test_what_was_begun_is_another_preparation(
 
 
 @pytest.mark.parametrize("has_identity", [True, False])
-def test_a_complete_folder_without_its_name_is_not_given_to_another_preparation(
+def test_kill_before_the_final_rename_is_resumed(
     tmp_path: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch, has_identity: bool
 ) -> None:
     """Killed between the manifest and the rename."""
@@ -403,7 +405,7 @@ def test_a_complete_folder_without_its_name_is_not_given_to_another_preparation(
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_stream_that_breaks_leaves_what_is_finished(
+def test_broken_stream_keeps_finished_parts(
     tmp_path: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "hub"
@@ -424,7 +426,7 @@ def test_a_stream_that_breaks_leaves_what_is_finished(
     assert len(shards) == 2
     prepare(tmp_path / "out", [f"hf:{folder}"], val_fraction=0.0)
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in shards} == shards
-    assert texts_of(tmp_path / "out", "train") == ["text 0", "text 1", "text 2"]
+    assert decode_documents(tmp_path / "out", "train") == ["text 0", "text 1", "text 2"]
 
 
 # Processes that are killed.
@@ -444,7 +446,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(lines: Path, out: Path) -> "subprocess.Popen[str]":
+def start_preparation(lines: Path, out: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", START, "prepare", str(lines), "--out", str(out)]
     flags = ["--workers", "2", "--tokenizer", "byte", "--deduplicate"]
     return subprocess.Popen(
@@ -452,7 +454,7 @@ def start(lines: Path, out: Path) -> "subprocess.Popen[str]":
     )
 
 
-def finished(out: Path) -> dict[str, tuple[int, int]]:
+def list_finished_shards(out: Path) -> dict[str, tuple[int, int]]:
     """The shards of the finished parts, as they lie on the disk."""
     unfinished = out.with_name(f".{out.name}.unfinished")
     found = {}
@@ -477,17 +479,17 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_whatever_is_killed_and_when_the_same_command_finishes_what_is_left(tmp_path: Path, lines: Path) -> None:
+def test_preparation_resumes_after_any_kill(tmp_path: Path, lines: Path) -> None:
     out = tmp_path / "out"
     draw = random.Random(0)
     kept: dict[str, tuple[int, int]] = {}
     for kill in ("group", "group", "worker", "interrupt", "parent"):
-        process = start(lines, out)
+        process = start_preparation(lines, out)
         if kill == "group" and not kept:
             wait_for((tmp_path / ".out.unfinished").exists, process)  # in the midst of looking for duplicates
         else:
             wanted = len(kept) + draw.randrange(1, 8)
-            wait_for(lambda: len(finished(out)) >= wanted, process)  # noqa: B023
+            wait_for(lambda: len(list_finished_shards(out)) >= wanted, process)  # noqa: B023
         time.sleep(draw.random() / 30)
         workers = children(process.pid)
         if kill == "worker":
@@ -495,7 +497,9 @@ def test_whatever_is_killed_and_when_the_same_command_finishes_what_is_left(tmp_
             _, error = process.communicate(timeout=20)
             assert process.returncode == 2
             assert error.endswith(f"or delete {tmp_path / '.out.unfinished'}\n")
-            assert f"--out {out}: a process that prepares data was killed by SIGKILL; the same command" in error
+            assert (
+                f"--out {out}: a process that prepares data was killed by SIGKILL; run the same command again" in error
+            )
             assert len(error.splitlines()) == 1
         elif kill == "interrupt":
             os.killpg(process.pid, signal.SIGINT)
@@ -509,10 +513,10 @@ def test_whatever_is_killed_and_when_the_same_command_finishes_what_is_left(tmp_
             assert time.monotonic() < until
             time.sleep(0.01)
         assert not out.exists()
-        assert kept.items() <= finished(out).items()
-        kept = finished(out)
+        assert kept.items() <= list_finished_shards(out).items()
+        kept = list_finished_shards(out)
     assert len(kept) > 0
-    process = start(lines, out)
+    process = start_preparation(lines, out)
     _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (0, "")
     assert {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in kept} == kept
@@ -525,12 +529,12 @@ def test_whatever_is_killed_and_when_the_same_command_finishes_what_is_left(tmp_
     assert read_corpus_manifest(whole).sources[0].duplicates == 100
 
 
-def test_a_worker_imports_no_torch() -> None:
+def test_worker_imports_no_torch() -> None:
     code = "import sys, gpt.data.prepare.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_key_says_what_decides_the_content(sources: list[Path]) -> None:
+def test_cache_key_depends_on_everything_that_decides_the_content(sources: list[Path]) -> None:
     def key(*names: Path, **settings: Any) -> str:
         return plan_preparation([str(name) for name in names], PreparationConfig(**settings)).key
 

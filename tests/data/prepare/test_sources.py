@@ -12,28 +12,28 @@ from gpt.errors import UserError
 from tests.conftest import read_documents
 
 
-def names(documents: Sequence[Document]) -> list[str]:
+def list_names(documents: Sequence[Document]) -> list[str]:
     return [document.name for document in documents]
 
 
-def test_stdlib_is_its_sources_without_tests_and_tables() -> None:
+def test_stdlib_excludes_tests_and_tables() -> None:
     documents = read_documents(STDLIB)
-    assert {"argparse.py", "json/decoder.py"} <= set(names(documents))
-    assert not [name for name in names(documents) if EXCLUDED_FROM_STDLIB.intersection(Path(name).parts)]
-    assert all(name.endswith(".py") for name in names(documents))
+    assert {"argparse.py", "json/decoder.py"} <= set(list_names(documents))
+    assert not [name for name in list_names(documents) if EXCLUDED_FROM_STDLIB.intersection(Path(name).parts)]
+    assert all(name.endswith(".py") for name in list_names(documents))
     assert sum(document.size for document in documents) > 4_000_000
 
 
-def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_in_the_order_of_names(tmp_path: Path) -> None:
     for name in ("b.txt", "a.py", "sub/c.md", "sub/.hidden", ".git/config", "__pycache__/x.py", "empty.txt"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("" if name.startswith("empty") else name)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
-    assert names(read_documents(tmp_path)) == ["a.py", "b.txt", "sub/c.md"]
+    assert list_names(read_documents(tmp_path)) == ["a.py", "b.txt", "sub/c.md"]
 
 
-def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
+def test_text_is_kept_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     content = "\ufeffa\r\nb\0é🙂\n".encode()
     path.write_bytes(content)
@@ -48,7 +48,7 @@ def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
         (None, r"--data.source .*t.txt: no such file or folder"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_bad_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "t.txt"
     if content is not None:
         path.write_bytes(content)
@@ -56,51 +56,51 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None, message: str
         read_documents(path)
 
 
-def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
+def test_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.txt").write_bytes(b"\xe9t\xe9")
     with pytest.raises(UserError, match=r"bad.txt: not UTF-8 at byte offset 0"):
         read_documents(tmp_path)
 
 
-def test_pipes_and_broken_links_are_no_documents(tmp_path: Path) -> None:
+def test_pipes_and_broken_links_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "link.txt").symlink_to(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe.txt")
-    assert names(read_documents(tmp_path)) == ["good.txt"]
-    with pytest.raises(UserError, match=r"pipe.txt: neither a file nor a folder"):
+    assert list_names(read_documents(tmp_path)) == ["good.txt"]
+    with pytest.raises(UserError, match=r"pipe.txt is neither a file nor a folder"):
         find_source(str(tmp_path / "pipe.txt"))
 
 
-def test_names_that_are_not_unicode_are_read(tmp_path: Path) -> None:
+def test_file_names_may_be_invalid_unicode(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("good")
     assert len(find_source(str(tmp_path)).sha256) == 64
     assert [document.content for document in read_documents(tmp_path)] == [b"good"]
 
 
-def test_a_name_that_is_too_long_is_told() -> None:
+def test_too_long_name_is_reported() -> None:
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         find_source("x" * 300)
 
 
-def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
+def test_folder_without_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder holds no text"):
         find_source(str(tmp_path))
 
 
-def test_the_flag_of_a_validation_source_is_named(tmp_path: Path) -> None:
+def test_message_names_the_flag_of_a_validation_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--data.val-source .*none: no such file or folder"):
         find_source(str(tmp_path / "none"), "--data.val-source")
 
 
-def test_a_source_has_a_name_without_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_of_a_source_has_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "book.txt").write_text("text")
     assert find_source(str(tmp_path / "book.txt")).name == "book"
     monkeypatch.chdir(tmp_path)
     assert find_source(".").name == tmp_path.name
 
 
-def test_fingerprint_sees_names_texts_and_their_borders(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_names_texts_and_file_boundaries(tmp_path: Path) -> None:
     variants = [{"a": "bc"}, {"ab": "c"}, {"a": "bd"}, {"a": "b", "c": "c"}, {"a": "b", "c": "d"}]
     digests = []
     for index, files in enumerate(variants):
@@ -113,7 +113,7 @@ def test_fingerprint_sees_names_texts_and_their_borders(tmp_path: Path) -> None:
     assert find_source(str(tmp_path / "elsewhere")).sha256 == digests[4]
 
 
-def test_fingerprint_sees_the_index_of_tokens(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_index_of_a_token_file(tmp_path: Path) -> None:
     def write(documents: list[int]) -> str:
         header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 4, 2, len(documents))
         body = struct.pack(f"<2i2q{len(documents)}q", 3, 3, 0, 12, *documents)
@@ -122,11 +122,11 @@ def test_fingerprint_sees_the_index_of_tokens(tmp_path: Path) -> None:
         return find_source(str(tmp_path / "m.bin")).sha256
 
     assert write([0, 1, 2]) != write([0, 2])
-    with pytest.raises(UserError, match=r"m.idx: an index; name the .bin file beside it"):
+    with pytest.raises(UserError, match=r"m.idx is the index of a token file; name the .bin file beside it"):
         find_source(str(tmp_path / "m.idx"))
 
 
-def test_fingerprint_of_a_dataset_sees_its_rows_and_not_its_place(tmp_path: Path) -> None:
+def test_fingerprint_of_a_dataset_depends_on_rows_and_not_on_the_folder(tmp_path: Path) -> None:
     for name, text in (("one", "a"), ("two", "b")):
         datasets.Dataset.from_dict({"text": [text]}).save_to_disk(str(tmp_path / name))
     digests = [find_source(str(tmp_path / name)).sha256 for name in ("one", "two")]
@@ -136,6 +136,6 @@ def test_fingerprint_of_a_dataset_sees_its_rows_and_not_its_place(tmp_path: Path
 
 
 @pytest.mark.parametrize("address", ["hf:", "hf::config"])
-def test_a_dataset_without_a_name_is_refused(address: str) -> None:
+def test_dataset_address_without_a_name_is_refused(address: str) -> None:
     with pytest.raises(UserError, match=rf"{address}: name a dataset: hf:NAME"):
         find_source(address)

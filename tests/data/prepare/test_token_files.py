@@ -75,38 +75,38 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def tells(path: Path) -> bool:
+def detect_tokens(path: Path) -> bool:
     return is_token_file(path, path.read_bytes()[:8192])
 
 
-def documents_of(file: TokenFile, end_of_text: int | None = EOT) -> list[list[int]]:
+def read_documents(file: TokenFile, end_of_text: int | None = EOT) -> list[list[int]]:
     return [document.tolist() for document in file.documents(0, len(file.tokens), end_of_text)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path / name)
-    assert tells(path)
+    assert detect_tokens(path)
     file = open_tokens(path)
     assert isinstance(file.tokens, np.memmap)
-    assert documents_of(file) == DOCUMENTS
+    assert read_documents(file) == DOCUMENTS
     assert [end for _, end in file.find_ranges(1000, EOT)] == [len(file.tokens)]
 
 
 @pytest.mark.parametrize("name", ["llm.bin", "llama.bin", "tokens.npy"])
-def test_a_format_with_a_header_needs_no_suffix(tmp_path: Path, name: str) -> None:
+def test_format_with_a_header_needs_no_suffix(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path / "fineweb_train_000001")
-    assert tells(path)
-    assert documents_of(open_tokens(path)) == DOCUMENTS
+    assert detect_tokens(path)
+    assert read_documents(open_tokens(path)) == DOCUMENTS
 
 
-def test_the_index_is_no_source(tmp_path: Path) -> None:
+def test_index_is_no_source(tmp_path: Path) -> None:
     path = megatron(tmp_path / "m.bin")
     index = path.with_suffix(".idx")
     assert is_token_index(index, index.read_bytes())
-    assert not tells(index)
+    assert not detect_tokens(index)
     assert not is_token_index(path, path.read_bytes())
-    with pytest.raises(UserError, match=rf"{index}: only the index of tokens; name the file of the tokens, {path}"):
+    with pytest.raises(UserError, match=rf"{index} is the index of a token file; name the file itself, {path}"):
         open_tokens(index)
     assert not is_token_index(tmp_path / "pack.idx", b"\xfftOc\0\0\0\2")  # git's
 
@@ -130,66 +130,66 @@ def archive() -> bytes:
         ("gpt2_124M.bin", struct.pack("<3i", 20240326, 3, 1024).ljust(2048, b"\0")),
     ],
 )
-def test_what_holds_no_tokens(tmp_path: Path, name: str, content: bytes) -> None:
+def test_other_files_are_not_token_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert not tells(tmp_path / name)
+    assert not detect_tokens(tmp_path / name)
     with pytest.raises(UserError, match=rf"{tmp_path / name}: .*; name "):
         open_tokens(tmp_path / name)
 
 
-def test_tokens_are_told_by_content_that_is_no_text(tmp_path: Path) -> None:
-    assert tells(nano_gpt(tmp_path / "hello.bin", [15496, 995]))  # 88 3c e3 03: no NUL, but not UTF-8
-    assert tells(nano_gpt(tmp_path / "char.bin", [1, 2, 3]))
+def test_raw_tokens_are_recognised_by_content_that_is_no_text(tmp_path: Path) -> None:
+    assert detect_tokens(nano_gpt(tmp_path / "hello.bin", [15496, 995]))  # 88 3c e3 03: no NUL, but not UTF-8
+    assert detect_tokens(nano_gpt(tmp_path / "char.bin", [1, 2, 3]))
 
 
-def test_a_megatron_file_of_bytes_is_told_by_its_index(tmp_path: Path) -> None:
+def test_megatron_file_is_recognised_by_its_index(tmp_path: Path) -> None:
     path = megatron(tmp_path / "m.bin", [[72, 101], [108]], code=1, letter="B")
-    assert tells(path)
-    assert documents_of(open_tokens(path)) == [[72, 101], [108]]
+    assert detect_tokens(path)
+    assert read_documents(open_tokens(path)) == [[72, 101], [108]]
 
 
 @pytest.mark.parametrize(("code", "letter"), [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H"), (9, "I")])
-def test_every_type_of_megatron(tmp_path: Path, code: int, letter: str) -> None:
+def test_every_dtype_of_megatron(tmp_path: Path, code: int, letter: str) -> None:
     path = megatron(tmp_path / "m.bin", [[1, 2], [100]], code=code, letter=letter)
-    assert documents_of(open_tokens(path)) == [[1, 2], [100]]
+    assert read_documents(open_tokens(path)) == [[1, 2], [100]]
 
 
 @pytest.mark.parametrize("modes", [False, True])
-def test_megatrons_documents_are_made_of_sequences_and_may_be_empty(tmp_path: Path, modes: bool) -> None:
+def test_megatron_documents_consist_of_sequences_and_may_be_empty(tmp_path: Path, modes: bool) -> None:
     sequences = [[1, 2], [3], [], [4, 5, 6], [7]]
     path = megatron(tmp_path / "m.bin", sequences, [0, 0, 2, 3, 3, 5, 5], modes=modes)
     file = open_tokens(path)
     assert file.starts is not None and file.starts.tolist() == [0, 3]
-    assert documents_of(file, None) == [[1, 2, 3], [4, 5, 6, 7]]
+    assert read_documents(file, None) == [[1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_known_documents_lose_end_of_text_at_their_edges_only(tmp_path: Path) -> None:
+def test_end_of_text_is_stripped_at_the_edges_of_documents_only(tmp_path: Path) -> None:
     path = megatron(tmp_path / "m.bin", [[9, 9, 1, 9, 2, 9], [9], [3]])
-    assert documents_of(open_tokens(path), 9) == [[1, 9, 2], [3]]
-    assert documents_of(open_tokens(path), None) == [[9, 9, 1, 9, 2, 9], [9], [3]]
+    assert read_documents(open_tokens(path), 9) == [[1, 9, 2], [3]]
+    assert read_documents(open_tokens(path), None) == [[9, 9, 1, 9, 2, 9], [9], [3]]
 
 
-def test_without_an_end_of_text_token_all_is_one_document(tmp_path: Path) -> None:
+def test_file_is_one_document_without_an_end_of_text_token(tmp_path: Path) -> None:
     file = open_tokens(nano_gpt(tmp_path / "a.bin"))
-    assert documents_of(file, None) == [APPENDED]
-    assert documents_of(file, 100_257) == [APPENDED]  # beyond what the type can hold
+    assert read_documents(file, None) == [APPENDED]
+    assert read_documents(file, 100_257) == [APPENDED]  # beyond what the type can hold
     assert [d.tolist() for d in file.documents(2, 6, EOT)] == [[13], [198]]
 
 
 def test_npy_may_be_big_endian(tmp_path: Path) -> None:
     np.save(tmp_path / "big.npy", np.array(APPENDED, ">u2"))
-    assert documents_of(open_tokens(tmp_path / "big.npy")) == DOCUMENTS
+    assert read_documents(open_tokens(tmp_path / "big.npy")) == DOCUMENTS
 
 
-def test_the_first_id_beyond_the_vocabulary_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_id_outside_the_vocabulary_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_files, "SCAN_TOKENS", 4)
     path = llama(tmp_path / "a.bin", [1, 2, 3, 4, 5, 50256, 70000, 80000])
     file = open_tokens(path)
     file.check_ids(0, 8, 80001)
     file.check_ids(0, 6, 50257)
     message = (
-        rf"^{path}: token 70000 at offset 6 is beyond the vocabulary of 50257; "
-        r"name the tokenizer it was written with: --data\.tokenizer$"
+        rf"^{path}: token 70000 at offset 6 is not in the vocabulary of 50257; "
+        r"set --data\.tokenizer to the tokenizer that wrote the file$"
     )
     with pytest.raises(UserError, match=message):
         file.check_ids(1, 8, 50257)
@@ -200,7 +200,7 @@ def test_the_first_id_beyond_the_vocabulary_is_named(tmp_path: Path, monkeypatch
         open_tokens(negative).check_ids(0, 3, 50257)
 
 
-def test_cuts_are_before_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_begin_at_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_files, "SCAN_TOKENS", 2)
     file = open_tokens(nano_gpt(tmp_path / "a.bin", [9, 1, 1, 1, 9, 2, 9, 3, 3, 3, 3, 3]))
     assert file.find_ranges(3, 9) == [(0, 4), (4, 7), (7, 10), (10, 12)]  # none begins after 7
@@ -213,7 +213,7 @@ def test_cuts_are_before_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert known.find_ranges(2, None) == [(0, 6), (6, 8), (8, 10)]
 
 
-def test_a_search_for_a_cut_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_for_a_document_start_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_files, "SCAN_TOKENS", 4)
     monkeypatch.setattr(token_files, "MAX_SEARCH_TOKENS", 10)
     file = open_tokens(nano_gpt(tmp_path / "a.bin", [1] * 29 + [9] + [1] * 20))
@@ -222,7 +222,7 @@ def test_a_search_for_a_cut_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("write", [nano_gpt, llama, npy])
-def test_parts_hold_the_documents_of_the_whole(
+def test_ranges_together_have_the_documents_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, list[int]], Path]
 ) -> None:
     monkeypatch.setattr(token_files, "SCAN_TOKENS", 16)
@@ -239,7 +239,7 @@ def test_parts_hold_the_documents_of_the_whole(
             assert [d.tolist() for start, stop in cuts for d in tokens.documents(start, stop, 0)] == documents
 
 
-def test_a_large_file_is_not_read(tmp_path: Path) -> None:
+def test_large_file_is_mapped_and_not_read(tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     with path.open("wb") as file:
         file.truncate(2**34)  # a hole: takes no room on the disk
@@ -255,45 +255,45 @@ def test_a_large_file_is_not_read(tmp_path: Path) -> None:
 # Damage: who writes the file, what is done to it, what is said.
 
 
-def changed(path: Path, change: Callable[[bytearray], object]) -> Path:
+def change_file(path: Path, change: Callable[[bytearray], object]) -> Path:
     content = bytearray(path.read_bytes())
     change(content)
     path.write_bytes(content)
     return path
 
 
-def put(offset: int, form: str, value: int) -> Callable[[bytearray], object]:
+def put_number(offset: int, form: str, value: int) -> Callable[[bytearray], object]:
     return lambda content: struct.pack_into(form, content, offset, value)
 
 
-def cut(size: int) -> Callable[[bytearray], object]:
+def truncate(size: int) -> Callable[[bytearray], object]:
     return lambda content: content.__delitem__(slice(size, None))
 
 
-def add(more: bytes) -> Callable[[bytearray], object]:
+def append(more: bytes) -> Callable[[bytearray], object]:
     return lambda content: content.extend(more)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("nano.bin", add(b"\0"), r"35 bytes are no whole number of uint16 tokens; copy"),
-        ("nano.bin", cut(0), r"the file is empty; name one with tokens in it"),
-        ("llm.bin", cut(100), r"100 bytes are less than llm\.c's header of 1024"),
-        ("llm.bin", put(4, "<i", 2), r"llm\.c's format 20240520 in version 2; save it in version 1"),
-        ("llama.bin", put(4, "<i", 1), r"llm\.c's format 20240801 in version 1; save it in version 7"),
-        ("llm.bin", add(b"\0\0"), r"1060 bytes, but by its header 17 tokens in 1058 bytes; copy"),
-        ("llm.bin", cut(1050), r"1050 bytes, but by its header 17 tokens in 1058 bytes"),
-        ("llm.bin", put(8, "<i", -1), r"1058 bytes, but by its header -1 tokens"),
-        ("llama.bin", cut(1050), r"1050 bytes, but by its header 17 tokens in 1092 bytes"),
-        ("llm.bin", put(0, "<i", 20240522), r"the evaluation of llm\.c"),
-        ("tokens.npy", cut(200), r"mmap length is greater than file ?size; save it again"),
-        ("tokens.npy", add(b"\0"), r"265 bytes, but by its header 17 tokens in 264 bytes"),
-        ("megatron_text_document.bin", cut(0), r"the file is empty"),
+        ("nano.bin", append(b"\0"), r"35 bytes are not a whole number of uint16 tokens; copy"),
+        ("nano.bin", truncate(0), r"the file is empty; name one with tokens in it"),
+        ("llm.bin", truncate(100), r"100 bytes are less than llm\.c's header of 1024"),
+        ("llm.bin", put_number(4, "<i", 2), r"llm\.c's format 20240520 in version 2; save it in version 1"),
+        ("llama.bin", put_number(4, "<i", 1), r"llm\.c's format 20240801 in version 1; save it in version 7"),
+        ("llm.bin", append(b"\0\0"), r"1060 bytes, but its header says 17 tokens in 1058 bytes; copy"),
+        ("llm.bin", truncate(1050), r"1050 bytes, but its header says 17 tokens in 1058 bytes"),
+        ("llm.bin", put_number(8, "<i", -1), r"1058 bytes, but its header says -1 tokens"),
+        ("llama.bin", truncate(1050), r"1050 bytes, but its header says 17 tokens in 1092 bytes"),
+        ("llm.bin", put_number(0, "<i", 20240522), r"the evaluation of llm\.c"),
+        ("tokens.npy", truncate(200), r"mmap length is greater than file ?size; save it again"),
+        ("tokens.npy", append(b"\0"), r"265 bytes, but its header says 17 tokens in 264 bytes"),
+        ("megatron_text_document.bin", truncate(0), r"the file is empty"),
     ],
 )
-def test_damage_is_told(tmp_path: Path, name: str, change: Callable[[bytearray], object], message: str) -> None:
-    path = changed(WRITERS[name](tmp_path / name), change)
+def test_damage_is_reported(tmp_path: Path, name: str, change: Callable[[bytearray], object], message: str) -> None:
+    path = change_file(WRITERS[name](tmp_path / name), change)
     with pytest.raises(UserError, match=rf"^{path}: {message}"):
         open_tokens(path)
 
@@ -302,45 +302,45 @@ def test_damage_is_told(tmp_path: Path, name: str, change: Callable[[bytearray],
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cut(0), r"no index of Megatron's, yet beside m\.bin"),
-        (put(0, "<B", 0), r"no index of Megatron's, yet beside m\.bin"),
-        (cut(20), r"20 bytes are less than its header of 34"),
-        (cut(121), r"121 bytes, but by its header 4 sequences and 5 entries of documents in 122 bytes; copy"),
-        (add(b"\0"), r"123 bytes, but by its header"),
-        (put(18, "<Q", 2**60), r"122 bytes, but by its header 1152921504606846976 sequences"),
-        (put(26, "<Q", 2**63), r"122 bytes, but by its header 4 sequences and 9223372036854775808 entries"),
-        (put(9, "<Q", 2), r"version 2, type 4"),
-        (put(17, "<B", 11), r"version 1, type 11; save it in version 1 as integers"),
-        (put(17, "<B", 6), r"version 1, type 6; save it in version 1 as integers"),
-        (put(17, "<B", 8), r"lengths add up to 13 tokens of 2 bytes, but m\.bin has 52 bytes; copy both"),
-        (put(34, "<i", 4), r"lengths add up to 14 tokens of 4 bytes, but m\.bin has 52 bytes"),
+        (truncate(0), r"is beside m\.bin but is no index of Megatron's"),
+        (put_number(0, "<B", 0), r"is beside m\.bin but is no index of Megatron's"),
+        (truncate(20), r"20 bytes are less than its header of 34"),
+        (truncate(121), r"121 bytes, but its header says 4 sequences and 5 entries of documents in 122 bytes; copy"),
+        (append(b"\0"), r"123 bytes, but its header says"),
+        (put_number(18, "<Q", 2**60), r"122 bytes, but its header says 1152921504606846976 sequences"),
+        (put_number(26, "<Q", 2**63), r"122 bytes, but its header says 4 sequences and 9223372036854775808 entries"),
+        (put_number(9, "<Q", 2), r"version 2, type 4"),
+        (put_number(17, "<B", 11), r"version 1, type 11; save it in version 1 as integers"),
+        (put_number(17, "<B", 6), r"version 1, type 6; save it in version 1 as integers"),
+        (put_number(17, "<B", 8), r"lengths add up to 13 tokens of 2 bytes, but m\.bin has 52 bytes; copy both"),
+        (put_number(34, "<i", 4), r"lengths add up to 14 tokens of 4 bytes, but m\.bin has 52 bytes"),
         (lambda c: struct.pack_into("<2i", c, 34, -3, 7), r"lengths add up to 13 tokens of 4 bytes, but"),
-        (put(58, "<q", 8), r"pointers and lengths of the sequences disagree"),
-        (put(82, "<q", 1), r"the document index does not ascend from 0 to 4 sequences"),
-        (put(90, "<q", 3), r"the document index does not ascend from 0 to 4 sequences"),
-        (put(90, "<q", -1), r"the document index does not ascend from 0 to 4 sequences"),
-        (put(98, "<q", 5), r"the document index does not ascend from 0 to 4 sequences"),
-        (put(114, "<q", 3), r"the document index does not ascend from 0 to 4 sequences"),
+        (put_number(58, "<q", 8), r"pointers and lengths of the sequences disagree"),
+        (put_number(82, "<q", 1), r"the document index does not ascend from 0 to 4 sequences"),
+        (put_number(90, "<q", 3), r"the document index does not ascend from 0 to 4 sequences"),
+        (put_number(90, "<q", -1), r"the document index does not ascend from 0 to 4 sequences"),
+        (put_number(98, "<q", 5), r"the document index does not ascend from 0 to 4 sequences"),
+        (put_number(114, "<q", 3), r"the document index does not ascend from 0 to 4 sequences"),
     ],
 )
-def test_damage_of_an_index_is_told(tmp_path: Path, change: Callable[[bytearray], object], message: str) -> None:
+def test_damage_of_an_index_is_reported(tmp_path: Path, change: Callable[[bytearray], object], message: str) -> None:
     path = megatron(tmp_path / "m.bin")
-    index = changed(path.with_suffix(".idx"), change)
+    index = change_file(path.with_suffix(".idx"), change)
     with pytest.raises(UserError, match=rf"^{index}: {message}"):
         open_tokens(path)
 
 
-def test_an_index_without_documents_is_refused(tmp_path: Path) -> None:
+def test_index_without_documents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="document index does not ascend from 0 to 4"):
         open_tokens(megatron(tmp_path / "m.bin", documents=[]))
 
 
 @pytest.mark.parametrize("dtype", ["<i4", "<i8"])
 @pytest.mark.parametrize("vocab_size", [65, 50257, 128_256])
-def test_a_lost_index_is_noticed_where_ids_are_wide(tmp_path: Path, dtype: str, vocab_size: int) -> None:
+def test_missing_index_is_noticed_for_32_bit_ids(tmp_path: Path, dtype: str, vocab_size: int) -> None:
     ids = np.random.default_rng(0).integers(0, vocab_size, 2000)
     ids.astype(dtype).tofile(tmp_path / "m.bin")
-    with pytest.raises(UserError, match=r"m\.bin: holds ids of 32 bits, it seems; copy Megatron's m\.idx beside it"):
+    with pytest.raises(UserError, match=r"m\.bin: seems to hold 32-bit ids; copy Megatron's m\.idx beside it"):
         open_tokens(tmp_path / "m.bin")
     if vocab_size < 2**16:
         ids.astype("<u2").tofile(tmp_path / "m.bin")
@@ -386,7 +386,7 @@ def npy_header(header: str, data: bytes = b"\1\0\2\0") -> bytes:
         (b"\x93NUMPY", ""),
     ],
 )
-def test_npy_that_holds_no_tokens(tmp_path: Path, content: bytes, message: str) -> None:
+def test_npy_without_tokens_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.npy"
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"^{path}: .*{message}") as caught:
@@ -394,7 +394,7 @@ def test_npy_that_holds_no_tokens(tmp_path: Path, content: bytes, message: str) 
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
+def test_unreadable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.bin: cannot be read: No such file"):
         open_tokens(tmp_path / "none.bin")
     (tmp_path / "folder.bin").mkdir()
@@ -402,7 +402,7 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
         open_tokens(tmp_path / "folder.bin")
 
 
-def mutations(content: bytes, n: int, seed: str) -> Iterator[bytes]:
+def mutate(content: bytes, n: int, seed: str) -> Iterator[bytes]:
     """Cut at every byte of the header, then bytes replaced at random, mostly early ones."""
     draw = random.Random(seed)
     for size in range(min(len(content), 140)):
@@ -417,7 +417,7 @@ def mutations(content: bytes, n: int, seed: str) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".npy"])
-def test_no_content_escapes(tmp_path: Path, name: str, suffix: str) -> None:
+def test_any_content_is_read_or_refused(tmp_path: Path, name: str, suffix: str) -> None:
     path = WRITERS[name](tmp_path / name)
     target = path.with_suffix(suffix)
     if not target.exists():
@@ -425,7 +425,7 @@ def test_no_content_escapes(tmp_path: Path, name: str, suffix: str) -> None:
     opened = 0
     tracemalloc.start()
     try:
-        for content in mutations(target.read_bytes(), 400, name):
+        for content in mutate(target.read_bytes(), 400, name):
             target.unlink()  # a mapped file is not to be cut under its map
             target.write_bytes(content)
             tracemalloc.reset_peak()
@@ -452,8 +452,8 @@ def assert_valid(file: TokenFile) -> None:
         starts = file.starts.tolist()
         assert starts[0] == 0 and starts[-1] < n_tokens and starts == sorted(set(starts))
     assert sum(stop - start for start, stop in file.find_ranges(5, EOT)) == n_tokens
-    assert sum(map(len, documents_of(file, None))) == n_tokens
-    assert EOT not in [token for document in documents_of(file) for token in (document[0], document[-1])]
+    assert sum(map(len, read_documents(file, None))) == n_tokens
+    assert EOT not in [token for document in read_documents(file) for token in (document[0], document[-1])]
     expected = bool(((file.tokens >= 50257) | (file.tokens < 0)).any())
     try:
         file.check_ids(0, n_tokens, 50257)
