@@ -144,7 +144,7 @@ def list_system_calls(server: SaveServer, base: Path, run_dir: Path, request: di
 
 
 def kill_at_each_call(
-    server: SaveServer, base: Path, run_dir: Path, request: dict[str, Any], *, min_calls: int = 60
+    server: SaveServer, base: Path, run_dir: Path, request: dict[str, Any], *, min_calls: int = 100
 ) -> Iterator[list[int] | str]:
     """Yield the steps of the valid checkpoints after a save is killed at each of its system calls, in their order."""
     calls = list_system_calls(server, base, run_dir, request)
