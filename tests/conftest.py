@@ -32,6 +32,9 @@ WORDS = [
 ]  # fmt: skip
 
 
+SLOW_FOLDERS = tuple(f"tests/{folder}/" for folder in "distributed e2e faults invariants parity soak".split())
+"""Folders whose tests start processes or train for more than a second each."""
+
 # The models of these tests are so small that a second thread makes them slower.
 torch.set_num_threads(1)
 
@@ -40,6 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-scale", type=float, default=1.0, help="fraction of the soak tests' work to do (pytest -m soak)"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `fast` every test outside SLOW_FOLDERS that is not marked `slow`: `pytest -m fast` runs them."""
+    for item in items:
+        if not item.nodeid.startswith(SLOW_FOLDERS) and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.fast)
 
 
 def make_text(n_words: int, seed: int = 0) -> str:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FAULTS = """
 import ctypes, resource, sys
 from gpt.machine.cpu_runtime import keep_freed_memory

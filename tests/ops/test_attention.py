@@ -107,6 +107,7 @@ def test_a_row_of_one_document_needs_no_mask() -> None:
     torch.testing.assert_close(model(tokens, documents=documents), model(tokens), atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_document_layouts_do_not_recompile() -> None:
     config = CONFIG.model_copy(update={"n_layer": 1})
@@ -143,6 +144,7 @@ def test_block_mask_equals_the_boolean_mask(flex_on_cpu: None) -> None:
     assert torch.equal(blocks.to_dense().bool(), padded.any(dim=5).any(dim=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_is_compiled", [False, True])
 def test_flex_attention_matches_sdpa(flex_on_cpu: None, model_is_compiled: bool) -> None:
     documents = layout(300)

@@ -376,6 +376,7 @@ def test_unfinished_folder_of_another_preparation_is_refused(
     assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_identity", [True, False])
 def test_kill_before_the_final_rename_is_resumed(
     tmp_path: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch, has_identity: bool
@@ -478,6 +479,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_preparation_resumes_after_any_kill(tmp_path: Path, lines: Path) -> None:
     out = tmp_path / "out"
