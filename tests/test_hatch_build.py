@@ -22,14 +22,14 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What a build sees, without what was compiled here."""
+    """Return a copy of the files that a build reads, without compiled libraries."""
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "gpt", tmp_path / "gpt", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return tmp_path
 
 
-def wheel(checkout: Path, **environment: str) -> Path:
+def build_wheel(checkout: Path, **environment: str) -> Path:
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", "dist"]
     subprocess.run(command, cwd=checkout, env=environment or None, check=True, capture_output=True)
     (built,) = (checkout / "dist").glob("*.whl")
@@ -37,20 +37,20 @@ def wheel(checkout: Path, **environment: str) -> Path:
 
 
 @needs_compiler
-def test_a_wheel_brings_what_was_compiled_and_says_for_what_machine(checkout: Path) -> None:
-    built = wheel(checkout)
+def test_a_wheel_contains_the_library_and_has_a_platform_tag(checkout: Path) -> None:
+    built = build_wheel(checkout)
     assert {LIBRARY, "gpt/ops/attention_cpu.c"} <= set(zipfile.ZipFile(built).namelist())
     assert not built.name.endswith("-none-any.whl")
 
 
-def test_without_a_compiler_there_is_a_wheel_for_every_machine(checkout: Path) -> None:
-    built = wheel(checkout, PATH="")
+def test_without_a_compiler_the_wheel_is_pure_python(checkout: Path) -> None:
+    built = build_wheel(checkout, PATH="")
     assert LIBRARY not in zipfile.ZipFile(built).namelist()
     assert built.name.endswith("-py3-none-any.whl")
 
 
 @needs_compiler
-def test_what_does_not_compile_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_compilation_leaves_no_file(tmp_path: Path) -> None:
     source = tmp_path / "broken.c"
     source.write_text("int broken(")
     with pytest.raises(subprocess.CalledProcessError):

@@ -1,1 +1,1 @@
-"""The optimizer."""
+"""Optimizers: AdamW and Muon, and the parameter groups that they train."""

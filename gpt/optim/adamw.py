@@ -1,4 +1,4 @@
-"""AdamW, by torch's fused kernel."""
+"""AdamW by torch's fused kernel, without importing torch's compiler."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -13,21 +13,21 @@ Group = dict[str, Any]
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as one kernel, which cpu, cuda and mps all have.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), by the fused kernel of cpu, cuda and mps.
 
-    To the bit what `torch.optim.AdamW(fused=True)` does, a second sooner: that one imports torch's compiler when it is
-    made, which takes as long as the rest of torch.
+    Bit-exact with `torch.optim.AdamW(fused=True)`, whose constructor imports torch's compiler: that takes a second, as
+    long as the rest of torch.
 
-    While an attribute `found_inf` is set, a scalar on the device, and it is 1, a step changes no bit of parameters and
-    state: as in torch's fused optimizers, so that nobody has to wait for the device to know.
+    While the attribute `found_inf`, a scalar on the device, is set and 1, a step changes no parameter and no state.
+    This is the protocol of torch's fused optimizers, and needs no host sync.
 
     Args:
-        groups: with `params` and `weight_decay`; `lr` is set before each step.
-        betas: decays of the running means of the gradient and of its square.
+        groups: parameter groups with `params` and `weight_decay`; `lr` is set before each step.
+        betas: decay rates of the running means of the gradient and of its square.
     """
 
     _step_supports_amp_scaling = True
-    """Tells GradScaler to hand `found_inf` over instead of waiting for it."""
+    """Makes GradScaler set `found_inf` instead of waiting for its value."""
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        assert closure is None, "no part of this program has one"
+        assert closure is None, "closures are not supported"
         for group in self.param_groups:
             self._update(group)
 
@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         return getattr(self, "found_inf", None)
 
     def _state_of(self, p: torch.Tensor, *names: str) -> dict[str, torch.Tensor]:
-        """The state of a parameter, with zeros of its shape for each name that is not there yet."""
+        """Return the state of a parameter, in which missing names are filled with zeros of its shape."""
         state: dict[str, torch.Tensor] = self.state[p]
         for name in names:
             if name not in state:

@@ -1,4 +1,4 @@
-"""The optimizer of a configuration: AdamW with decay on matrices only, or Muon for the matrices of hidden layers."""
+"""Builds the optimizer: AdamW with weight decay on matrices only, or Muon for the hidden matrices with AdamW."""
 
 from collections.abc import Mapping, Set
 from types import MappingProxyType
@@ -20,16 +20,16 @@ def build_optimizer(
     hidden: Mapping[torch.Tensor, tuple[int, ...]] = MappingProxyType({}),
     precision: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
-    """AdamW, or Muon with it.
+    """Build AdamW, or Muon with AdamW for the parameters that it does not take.
 
-    Each group holds its highest rate as `max_lr`, and begins with it; `set_learning_rate` sets the rate of an update.
+    Each group holds its peak learning rate as `max_lr`, and starts with it; `set_learning_rate` sets that of an update.
 
     Args:
-        model: whose parameters it updates.
-        config: which optimizer, and how.
-        max_lr: highest rate of AdamW.
-        hidden: the matrices that Muon takes, each with the rows of those that are fused in it.
-        precision: type in which Muon orthogonalises.
+        model: the model to train.
+        config: name and hyperparameters of the optimizer.
+        max_lr: peak learning rate of AdamW.
+        hidden: hidden matrices that Muon takes -> rows of each matrix that is fused in them.
+        precision: dtype in which Muon orthogonalises.
     """
     betas = (config.beta1, config.beta2)
     optimizer: torch.optim.Optimizer
@@ -52,7 +52,7 @@ def build_optimizer(
 def decay_groups(
     model: nn.Module, weight_decay: float, max_lr: float, without: Set[torch.Tensor] = frozenset()
 ) -> list[dict[str, Any]]:
-    """Matrices, which decay, and vectors (biases, norms), which do not: GPT-3 paper, appendix B, and nanoGPT."""
+    """Group the parameters: matrices decay, vectors (biases, norms) do not (GPT-3 paper, appendix B, and nanoGPT)."""
     parameters = [p for p in model.parameters() if p.requires_grad and p not in without]
     groups = (
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "max_lr": max_lr},
@@ -62,6 +62,6 @@ def decay_groups(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-    """The rates of the next update: each group's own highest times the schedule's multiplier."""
+    """Set each group's learning rate for the next update: lr = max_lr * multiplier of the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * multiplier

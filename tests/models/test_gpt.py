@@ -16,7 +16,7 @@ MODERN = CONFIG.model_copy(
 
 
 @pytest.mark.parametrize("config", [CONFIG, MODERN.model_copy(update={"n_kv_head": 1})])
-def test_a_token_sees_only_what_came_before_it(config: GPTConfig) -> None:
+def test_attention_is_causal(config: GPTConfig) -> None:
     model = GPT(config, seed=0).eval()
     tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
@@ -26,7 +26,7 @@ def test_a_token_sees_only_what_came_before_it(config: GPTConfig) -> None:
     assert not torch.equal(before[:, 9:], after[:, 9:])
 
 
-def test_the_seed_alone_decides_the_weights() -> None:
+def test_initial_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     first = GPT(CONFIG, seed=5).state_dict()
     torch.manual_seed(2)
@@ -47,13 +47,13 @@ def test_init_is_gpt2s_with_scaled_residual_projections() -> None:
             assert parameter.std().item() == pytest.approx(expected, rel=0.05)
 
 
-def test_a_fresh_model_knows_nothing() -> None:
+def test_initial_loss_is_that_of_a_uniform_distribution() -> None:
     model = GPT(CONFIG, seed=0)
     tokens = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(0))
     assert model(tokens, tokens.roll(1)).item() / 64 == pytest.approx(math.log(50), abs=0.1)
 
 
-def test_without_bias_there_is_none() -> None:
+def test_without_bias_no_parameter_is_a_bias() -> None:
     names = GPT(CONFIG.model_copy(update={"bias": False}), seed=0).state_dict()
     assert not [name for name in names if name.endswith("bias")]
 
@@ -100,6 +100,6 @@ def test_dropout_acts_in_training_only(dropped: str) -> None:
     assert torch.equal(model(tokens), model(tokens))
 
 
-def test_an_unresolved_vocabulary_is_refused() -> None:
+def test_vocab_size_zero_is_an_error() -> None:
     with pytest.raises(ValueError, match="vocab_size=0"):
         GPT(GPTConfig(), seed=0)

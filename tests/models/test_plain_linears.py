@@ -153,7 +153,7 @@ def check(config: GPTConfig, linears: list[str], modify: Modify, batch: int, *, 
 @pytest.mark.parametrize("min_bytes", [NEVER, ALWAYS], ids=["small", "large"])
 @pytest.mark.parametrize("modification", MODIFICATIONS)
 @pytest.mark.parametrize("linear", LINEARS)
-def test_what_is_done_to_a_linear_layer_acts(
+def test_modifications_of_a_linear_layer_act(
     linear: str, modification: str, min_bytes: int, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", min_bytes)
@@ -162,7 +162,7 @@ def test_what_is_done_to_a_linear_layer_acts(
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("modification", MODIFICATIONS)
-def test_it_acts_on_inputs_of_more_than_8_mib(modification: str, autocast: bool) -> None:
+def test_modifications_act_on_inputs_above_8_mib(modification: str, autocast: bool) -> None:
     config = CONFIG.model_copy(update={"n_embd": 128, "block_size": 128})
     assert 4 * 128 * config.block_size * config.n_embd >= recompute.RECOMPUTE_MIN_BYTES
     check(config, LINEARS, MODIFICATIONS[modification], 128, autocast=autocast)

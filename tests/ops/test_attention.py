@@ -14,26 +14,26 @@ from gpt.ops.attention import DocumentMask, attend, positions_in_documents
 from gpt.utils.helper import IGNORED
 
 CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=1024, vocab_size=50)
-WAYS = [(torch.float32, 32), (torch.bfloat16, 32), (torch.bfloat16, 64)]
-"""Types and widths of the model: SDPA, plain products, and the kernel, which takes heads of 32 channels."""
+IMPLEMENTATIONS = [(torch.float32, 32), (torch.bfloat16, 32), (torch.bfloat16, 64)]
+"""Dtype and n_embd: SDPA, matmuls, and the kernel, which takes heads of 32 channels."""
 
 
 def rows(*lengths: Sequence[int]) -> torch.Tensor:
-    """(B, T) documents: of each row the lengths of its documents."""
+    """Return (B, T) documents, given the lengths of each row's documents."""
     return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
 
 
 def layout(length: int) -> torch.Tensor:
-    """Documents of many lengths, one of a single token, in two rows that are cut differently."""
+    """Return documents of many lengths, one of a single token, in two rows of different layout."""
     return rows([length // 4 + 1, length // 3, 1, length - length // 4 - length // 3 - 2], [5, length - 12, 4, 3])
 
 
-def some_tokens(documents: torch.Tensor) -> torch.Tensor:
+def random_tokens(documents: torch.Tensor) -> torch.Tensor:
     return torch.randint(CONFIG.vocab_size, documents.shape, generator=torch.Generator().manual_seed(0))
 
 
 def large_model(config: GPTConfig = CONFIG) -> GPT:
-    """Weights larger than at the start, so that attention is far from even."""
+    """Return a model with weights larger than at init, so that attention is far from uniform."""
     model = GPT(config, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -49,15 +49,15 @@ def test_positions_restart_with_each_document() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize(("dtype", "width"), WAYS)
+@pytest.mark.parametrize(("dtype", "width"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("length", [64, 100, 256, 1024])
-def test_a_document_changes_no_bit_of_another(length: int, dtype: torch.dtype, width: int, dropout: float) -> None:
+def test_documents_are_isolated_bit_exactly(length: int, dtype: torch.dtype, width: int, dropout: float) -> None:
     model = large_model(CONFIG.model_copy(update={"dropout": dropout, "n_embd": width}))
     documents = layout(length)
-    tokens = some_tokens(documents)
+    tokens = random_tokens(documents)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        torch.manual_seed(0)  # the same weights are dropped
+        torch.manual_seed(0)  # drops the same weights
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(tokens, documents=documents)
 
@@ -71,12 +71,12 @@ def test_a_document_changes_no_bit_of_another(length: int, dtype: torch.dtype, w
         assert (before[inside] != after[inside]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize(("dtype", "width"), WAYS)
+@pytest.mark.parametrize(("dtype", "width"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("length", [64, 100, 256, 1024])
-def test_no_gradient_leaves_a_document(length: int, dtype: torch.dtype, width: int) -> None:
+def test_gradients_stay_inside_their_document(length: int, dtype: torch.dtype, width: int) -> None:
     model = large_model(CONFIG.model_copy(update={"n_embd": width}))
     documents = layout(length)
-    tokens = some_tokens(documents)
+    tokens = random_tokens(documents)
     embedded: list[torch.Tensor] = []
     model.wte.register_forward_hook(lambda module, args, output: embedded.append(output))
     for document in range(4):
@@ -89,32 +89,32 @@ def test_no_gradient_leaves_a_document(length: int, dtype: torch.dtype, width: i
         assert gradient[inside].any(dim=-1).all()
 
 
-def test_a_packed_document_gets_what_it_gets_alone() -> None:
+def test_packed_documents_get_the_logits_they_get_alone() -> None:
     model = large_model()
     lengths = ([17, 40, 1, 6], [64], [1, 63])
     documents = rows(*lengths)
-    tokens = some_tokens(documents)
+    tokens = random_tokens(documents)
     packed = model(tokens, documents=documents)
     for row, row_logits, row_lengths in zip(tokens, packed, lengths, strict=True):
         alone = [model(document[None])[0] for document in row.split(row_lengths)]
         torch.testing.assert_close(row_logits, torch.cat(alone), atol=2e-5, rtol=0)
 
 
-def test_rows_of_one_document_are_whole_rows() -> None:
+def test_a_row_of_one_document_needs_no_mask() -> None:
     model = large_model()
     documents = torch.full((2, 100), 3)
-    tokens = some_tokens(documents)
+    tokens = random_tokens(documents)
     torch.testing.assert_close(model(tokens, documents=documents), model(tokens), atol=2e-5, rtol=0)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_once_for_all_layouts() -> None:
+def test_document_layouts_do_not_recompile() -> None:
     config = CONFIG.model_copy(update={"n_layer": 1})
     plain, compiled = large_model(config), large_model(config)
     compiled.compile(fullgraph=True)
     stance = "default"
     for documents in (layout(64), layout(64).flip(0)):
-        tokens = some_tokens(documents)
+        tokens = random_tokens(documents)
         loss = plain(tokens, tokens, documents)
         with torch.compiler.set_stance(stance):
             compiled_loss = compiled(tokens, tokens, documents)
@@ -126,27 +126,27 @@ def test_compiled_once_for_all_layouts() -> None:
 
 
 @pytest.fixture
-def on_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention where there is no GPU: without gradients it runs on a CPU, here without its compiler."""
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use FlexAttention on the CPU, where it runs without gradients, and here without its compiler."""
     monkeypatch.setattr(attention, "_supports_flex", lambda *args, **kwargs: True)
     monkeypatch.setattr(attention, "_compile", lambda function: torch.compile(function, backend="eager"))
 
 
-def test_the_two_masks_are_one(on_cpu_too: None) -> None:
+def test_block_mask_equals_the_boolean_mask(flex_on_cpu: None) -> None:
     documents = layout(300)
     blocks = DocumentMask(documents, dropout=0, head_dim=16, dtype=torch.float32).blocks
     assert blocks is not None
-    visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
-    assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 300, 300, device="cpu"), visible)
-    # At the granularity of blocks: the kernels look at no other.
-    padded = F.pad(visible, (0, 84, 0, 84)).view(2, 1, 3, 128, 3, 128)
+    allowed = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 300, 300, device="cpu"), allowed)
+    # At block granularity, which is all that the kernels read.
+    padded = F.pad(allowed, (0, 84, 0, 84)).view(2, 1, 3, 128, 3, 128)
     assert torch.equal(blocks.to_dense().bool(), padded.any(dim=5).any(dim=3))
 
 
 @pytest.mark.parametrize("model_is_compiled", [False, True])
-def test_flex_attention_gives_the_same(on_cpu_too: None, model_is_compiled: bool) -> None:
+def test_flex_attention_matches_sdpa(flex_on_cpu: None, model_is_compiled: bool) -> None:
     documents = layout(300)
-    tokens = some_tokens(documents)
+    tokens = random_tokens(documents)
     model, plain = large_model(), large_model()
     if model_is_compiled:
         model.compile(backend="eager", fullgraph=True)
@@ -162,7 +162,7 @@ def test_flex_attention_gives_the_same(on_cpu_too: None, model_is_compiled: bool
     ("device", "dropout", "head_dim", "serves"),
     [("cuda", 0.0, 16, True), ("cuda", 0.1, 64, False), ("cuda", 0.0, 8, False), ("cpu", 0.0, 64, False)],
 )
-def test_where_flex_attention_serves(
+def test_supports_flex_needs_cuda_triton_and_no_dropout(
     device: str, dropout: float, head_dim: int, serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "HAS_TRITON", True)
@@ -173,11 +173,11 @@ def test_where_flex_attention_serves(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
-def test_on_cuda_the_loss_and_the_gradients_are_the_same(dropout: float) -> None:
+def test_cuda_loss_and_gradients_match_cpu(dropout: float) -> None:
     config = CONFIG.model_copy(update={"dropout": dropout})
     cpu, cuda = large_model(config), large_model(config).cuda()
     documents = layout(300)
-    tokens = some_tokens(documents)
+    tokens = random_tokens(documents)
     losses = cpu(tokens, tokens, documents), cuda(tokens.cuda(), tokens.cuda(), documents.cuda())
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
     for loss in losses:
@@ -188,9 +188,9 @@ def test_on_cuda_the_loss_and_the_gradients_are_the_same(dropout: float) -> None
 
 @pytest.mark.parametrize("length", [1, 7, 64, attention.QUERY_BLOCK + 1, attention.SAVE_WEIGHTS_MAX_LEN + 88])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("width", [16, 32])  # plain products, and the kernel
-def test_our_own_attention_is_sdpa_to_within_rounding(length: int, masked: bool, width: int) -> None:
-    """In bfloat16 on a CPU; values and gradients against float32's."""
+@pytest.mark.parametrize("width", [16, 32])  # matmuls, and the kernel
+def test_bfloat16_attention_matches_float32_sdpa_within_rounding(length: int, masked: bool, width: int) -> None:
+    """On a CPU: outputs and gradients."""
     torch.manual_seed(0)
     exact = [torch.randn(2, 3, length, width, requires_grad=True) for _ in range(3)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -206,15 +206,15 @@ def test_our_own_attention_is_sdpa_to_within_rounding(length: int, masked: bool,
         assert (expected - found.float()).norm() <= 0.02 * expected.norm() + 1e-6
 
 
-@pytest.mark.skipif(not kernel.is_enabled(), reason="no compiler at the installation, or no AVX512_BF16")
-def test_the_kernels_gradients_have_none_themselves() -> None:
+@pytest.mark.skipif(not kernel.is_enabled(), reason="no compiler at installation, or no AVX512_BF16")
+def test_second_derivatives_of_the_kernel_are_an_error() -> None:
     q = torch.randn(1, 1, 8, 32, dtype=torch.bfloat16, requires_grad=True)
     (gradient,) = torch.autograd.grad(attend(q, q, q, None, dropout=0.0).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-def test_weights_that_are_made_again_are_those_that_would_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_attention_weights_keep_every_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(2, 3, 300, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     results = []
@@ -222,15 +222,17 @@ def test_weights_that_are_made_again_are_those_that_would_be_kept(monkeypatch: p
         monkeypatch.setattr(attention, "SAVE_WEIGHTS_MAX_LEN", longest)
         out = attend(*tensors, None, dropout=0.0)
         results.append(torch.autograd.grad(out.square().sum(), tensors))
-    for kept, made_again in zip(*results, strict=True):
-        assert torch.equal(kept, made_again)
+    for saved, recomputed in zip(*results, strict=True):
+        assert torch.equal(saved, recomputed)
 
 
 @pytest.mark.parametrize(("length", "saved"), [(512, 256 * 256 + 256 * 512), (1024, 0)])
-def test_weights_of_long_rows_are_not_kept(length: int, saved: int) -> None:
-    """Beside queries, keys and values: of 512 positions, two blocks of 256 with 256 and 512 keys."""
+def test_attention_weights_of_long_rows_are_not_saved(length: int, saved: int) -> None:
+    """Besides queries, keys and values, 512 tokens save two blocks of 256 queries with 256 and 512 keys."""
     q = torch.randn(1, 1, length, 16, dtype=torch.bfloat16, requires_grad=True)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    tensors: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensors.append(tensor) or tensor, lambda tensor: tensor
+    ):
         attend(q, q, q, None, dropout=0.0)
-    assert sum(tensor.numel() for tensor in kept) - 3 * length * 16 == saved
+    assert sum(tensor.numel() for tensor in tensors) - 3 * length * 16 == saved

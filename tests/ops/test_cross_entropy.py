@@ -23,7 +23,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize(("rows", "rows_per_tile"), [(1, 1), (4, 3), (15, 1), (15, 15), (100, 4)])
-def test_it_is_torchs_cross_entropy_however_it_is_cut(
+def test_fused_loss_matches_torch_at_every_chunk_and_tile_size(
     rows: int, rows_per_tile: int, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", rows)
@@ -42,7 +42,7 @@ def test_it_is_torchs_cross_entropy_however_it_is_cut(
         torch.testing.assert_close(mine, other)
 
 
-def test_it_is_computed_in_float32_whatever_the_logits_are() -> None:
+def test_loss_is_float32_for_bfloat16_logits() -> None:
     hidden, head, targets = inputs()
     loss = fused_linear_cross_entropy(hidden.bfloat16(), head.bfloat16(), targets)
     assert loss.dtype == torch.float32
@@ -50,7 +50,7 @@ def test_it_is_computed_in_float32_whatever_the_logits_are() -> None:
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
 
 
-def test_a_factor_and_a_frozen_input_are_respected() -> None:
+def test_scaled_losses_and_frozen_inputs_get_the_right_gradients() -> None:
     hidden, head, targets = inputs()
     (whole,) = torch.autograd.grad(fused_linear_cross_entropy(hidden, head, targets), (head,))
     (half,) = torch.autograd.grad(0.5 * fused_linear_cross_entropy(hidden.detach(), head, targets), (head,))
@@ -63,7 +63,7 @@ def test_a_factor_and_a_frozen_input_are_respected() -> None:
 
 
 @pytest.mark.parametrize("n_vocab", [65, 50_257])
-def test_under_autocast_it_is_near_the_float32_path(n_vocab: int) -> None:
+def test_fused_loss_under_autocast_is_close_to_float32(n_vocab: int) -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(3, 37, 48, requires_grad=True), torch.randn(n_vocab, 48, requires_grad=True)
     targets = torch.randint(n_vocab, (3, 37))
@@ -79,7 +79,7 @@ def test_under_autocast_it_is_near_the_float32_path(n_vocab: int) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most numbers that any result of an operation held."""
+    """Records the largest number of elements in any op's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,23 +93,23 @@ class Largest(TorchDispatchMode):
 
 
 class LiveProducts(TorchDispatchMode):
-    """How many products of matrices that are `numel` large exist at the same time, at most."""
+    """Counts how many matmul outputs of `numel` elements are alive at the same time, at most."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.numel, self.most = numel, 0
-        self._made: list[StorageWeakRef] = []
+        self.numel, self.max = numel, 0
+        self._live: list[StorageWeakRef] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.mm.default and result.numel() == self.numel:
-            self._made = [made for made in self._made if not made.expired()]
-            self._made.append(StorageWeakRef(result.untyped_storage()))
-            self.most = max(self.most, len(self._made))
+            self._live = [output for output in self._live if not output.expired()]
+            self._live.append(StorageWeakRef(result.untyped_storage()))
+            self.max = max(self.max, len(self._live))
         return result
 
 
-def test_the_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_one_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 8)
     hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
@@ -118,23 +118,23 @@ def test_the_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen.numel == 8 * 1000
 
 
-def test_a_chunk_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_is_freed_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 8)
     hidden, head = torch.randn(4, 64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
     with LiveProducts(8 * 1000) as products:
         fused_linear_cross_entropy(hidden, head, torch.randint(1000, (4, 64)))
-    assert products.most == 1
+    assert products.max == 1
 
 
-def test_the_cap_bounds_large_logits_and_leaves_small_ones() -> None:
+def test_soft_cap_bounds_large_logits_and_keeps_small_ones() -> None:
     logits = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4])
     torch.testing.assert_close(soft_cap(logits, 20.0), torch.tensor([-20.0, -0.01, 0.0, 0.01, 20.0]))
     assert soft_cap(logits, 0.0) is logits
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-def test_the_loss_of_given_logits_is_the_fused_one(softcap: float) -> None:
+def test_summed_and_fused_cross_entropy_agree(softcap: float) -> None:
     hidden, head, targets = inputs()
     fused = fused_linear_cross_entropy(hidden, head, targets, softcap=softcap)
     plain = summed_cross_entropy(hidden @ head.t(), targets, softcap=softcap)

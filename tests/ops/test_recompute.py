@@ -169,6 +169,17 @@ def test_second_derivatives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
         grad.sum().backward()
 
 
+def test_the_compiler_sees_plain_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", ALWAYS)
+    model = nn.Sequential(build_function("layernorm"), Linear(32, 8))  # type: ignore[arg-type]
+    x = randn(5, 32).requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    out, n_saved = count_saved(lambda: compiled(x))
+    assert torch.equal(torch.autograd.grad(out.square().sum(), x)[0], expected)
+    assert n_saved > x.numel() + sum(p.numel() for p in model.parameters()), "the norm's output is saved as in eager"
+
+
 def test_without_gradients_nothing_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", ALWAYS)
     with torch.no_grad():

@@ -9,7 +9,7 @@ def randn(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def test_scores_depend_on_distances_alone() -> None:
+def test_rope_scores_depend_on_distances_alone() -> None:
     q, k = randn(1, 1, 1, 8), randn(1, 1, 1, 8, seed=1)
 
     def score(at: int, other: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from gpt.optim.build import build_optimizer, decay_groups, set_learning_rate
 MODEL = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=11)
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     model = GPT(MODEL, seed=0)
     decayed, plain = decay_groups(model, 0.1, max_lr=1e-2)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -18,7 +18,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert "wte.weight" in {names[p] for p in decayed["params"]}
 
 
-def test_an_update_is_torchs_plain_adamw() -> None:
+def test_updates_match_torchs_plain_adamw() -> None:
     ours, theirs = GPT(MODEL, seed=0), GPT(MODEL, seed=0)
     config = OptimizerConfig(weight_decay=0.2, beta1=0.8, beta2=0.9)
     optimizer = build_optimizer(ours, config, max_lr=4e-2)
@@ -43,7 +43,7 @@ def test_an_update_is_torchs_plain_adamw() -> None:
         torch.testing.assert_close(mine, other)
 
 
-def test_every_group_follows_the_one_schedule_from_a_peak_of_its_own() -> None:
+def test_each_group_scales_its_own_max_lr() -> None:
     model, config = GPT(MODEL, seed=0), OptimizerConfig(name="muon", muon_lr=0.02)
     hidden = model.hidden_matrices()
     optimizer = build_optimizer(model, config, max_lr=1e-3, hidden=hidden)

@@ -32,7 +32,7 @@ def optimizer_of(model: GPT, precision: torch.dtype = torch.float32) -> torch.op
     return optimizer
 
 
-def test_the_blocks_matrices_are_muons_and_the_rest_is_adamws() -> None:
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
     model = GPT(MODEL, seed=0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     matrices, *others = ({names[p] for p in group["params"]} for group in optimizer_of(model).param_groups)
@@ -42,11 +42,11 @@ def test_the_blocks_matrices_are_muons_and_the_rest_is_adamws() -> None:
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
-def test_updates_are_torchs_muon_and_adamw(precision: torch.dtype) -> None:
+def test_updates_match_torchs_muon_and_adamw(precision: torch.dtype) -> None:
     ours, theirs = GPT(MODEL, seed=0), GPT(MODEL, seed=0)
     train(ours, optimizer_of(ours, precision))
     hidden = theirs.hidden_matrices()
-    pieces = {p: p.detach().split(parts) for p, parts in hidden.items()}  # torch knows of no matrices in a matrix
+    pieces = {p: p.detach().split(parts) for p, parts in hidden.items()}  # torch does not split fused matrices
     muon = torch.optim.Muon([piece for own in pieces.values() for piece in own], lr=0.025, weight_decay=0.2)
     adamw = torch.optim.AdamW(
         decay_groups(theirs, 0.2, max_lr=0, without=hidden.keys()), lr=5e-3, betas=(0.8, 0.9), fused=True
@@ -66,7 +66,7 @@ def test_updates_are_torchs_muon_and_adamw(precision: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 16, 16)])
-def test_singular_values_come_near_one_and_directions_stay(shape: tuple[int, ...]) -> None:
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
     given = matrices(*shape)
     values = torch.linalg.svdvals(orthogonalize(given))
     assert values.min() > 0.6
@@ -76,16 +76,16 @@ def test_singular_values_come_near_one_and_directions_stay(shape: tuple[int, ...
     torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
 
 
-def test_matrices_do_not_mix() -> None:
+def test_matrices_of_a_batch_do_not_mix() -> None:
     given = matrices(3, 8, 8)
     torch.testing.assert_close(orthogonalize(given)[1:2], orthogonalize(given[1:2]))
 
 
-def test_a_matrix_of_zeros_stays_finite() -> None:
+def test_orthogonalize_of_zeros_is_zero() -> None:
     assert not orthogonalize(torch.zeros(1, 4, 4)).any()
 
 
-def test_a_parameter_without_a_gradient_is_left_alone() -> None:
+def test_parameters_without_a_gradient_do_not_change() -> None:
     model = GPT(MODEL, seed=0)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer_of(model).step()

@@ -4,6 +4,7 @@ import torch
 from gpt.configs.gpt_config import GPTConfig
 from gpt.machine.memory import LiveMemory
 from gpt.models.gpt import GPT
+from gpt.ops import recompute
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 
 MODERN = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 1}
@@ -22,9 +23,16 @@ def make(mode: str, **changes: object) -> GPT:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["rows", "documents"])
 @pytest.mark.parametrize("mode", ["block", "selective"])
-def test_losses_and_gradients_keep_every_bit(
-    mode: str, documents: torch.Tensor | None, dtype: torch.dtype, changes: dict[str, object]
+@pytest.mark.parametrize("min_bytes", [recompute.RECOMPUTE_MIN_BYTES, 0], ids=["small", "large"])
+def test_checkpointing_keeps_every_bit(
+    min_bytes: int,
+    mode: str,
+    documents: torch.Tensor | None,
+    dtype: torch.dtype,
+    changes: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", min_bytes)
     results = []
     for model in (make("none", **changes), make(mode, **changes)):
         torch.manual_seed(7)
@@ -36,9 +44,9 @@ def test_losses_and_gradients_keep_every_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_less_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
+def test_checkpointing_saves_less_for_backward(dtype: torch.dtype) -> None:
     saved: dict[str, int] = {}
-    kept: dict[str, int] = {}
+    live: dict[str, int] = {}
     for mode in ("none", "block", "selective"):
         model, tensors = make(mode), []  # type: ignore[var-annotated]
         with (
@@ -48,15 +56,15 @@ def test_less_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
         ):
             loss = model(TOKENS, TOKENS)
         saved[mode] = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
-        kept[mode] = memory.now
+        live[mode] = memory.now
         loss.backward()
     assert saved["block"] < saved["none"] / 2
-    # What selective keeps does not pass through autograd's hooks; all tensors that still exist are counted instead.
-    assert kept["block"] < kept["selective"] * 0.8 < kept["none"] * 0.7
+    # The outputs that selective saves do not pass through autograd's hooks; all live tensors are counted instead.
+    assert live["block"] < live["selective"] * 0.8 < live["none"] * 0.7
 
 
 @pytest.mark.parametrize("mode", ["block", "selective"])
-def test_the_model_is_the_same_to_everybody_else(mode: str) -> None:
+def test_checkpointing_changes_no_name_and_no_output(mode: str) -> None:
     plain, model = make("none"), make(mode)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
@@ -65,11 +73,11 @@ def test_the_model_is_the_same_to_everybody_else(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["block", "selective"])
-def test_the_compiler_takes_it(mode: str) -> None:
+def test_checkpointed_models_compile_without_graph_breaks(mode: str) -> None:
     results = []
     for model in (make("none", n_layer=1), make(mode, n_layer=1)):
         if results:
-            model.compile(fullgraph=True, backend="aot_eager")  # traced and cut in two as for the default backend
+            model.compile(fullgraph=True, backend="aot_eager")  # traced and partitioned as for the default backend
         loss = model(TOKENS, TOKENS)
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for ours, theirs in zip(*results, strict=True):

@@ -10,7 +10,7 @@ from gpt.parallel.parallelize import compile_or_fall_back, parallelize
 from gpt.utils.distributed import DistContext
 
 
-def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_compiler_falls_back_to_the_uncompiled_model(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 2)
 
     def trial(module: nn.Module) -> torch.Tensor:
@@ -27,7 +27,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(caplog: pytest.LogCapt
     assert model(torch.ones(1, 2)).shape == (1, 2)
 
 
-def test_one_process_needs_no_wrapper() -> None:
+def test_one_rank_needs_no_ddp() -> None:
     model = nn.Linear(2, 2)
     assert parallelize(model, (), DistContext("cpu"), ParallelConfig(), compile_mode=None) is model
     assert model._compiled_call_impl is None
@@ -36,7 +36,7 @@ def test_one_process_needs_no_wrapper() -> None:
     assert model.weight.grad is not None
 
 
-def test_blocks_are_checkpointed_before_the_model_is_compiled() -> None:
+def test_activation_checkpointing_precedes_compile() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     plain = model[0].forward
     seen: list[tuple[bool, str | None]] = []

@@ -135,7 +135,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(101, (3, 20), generator=torch.Generator().manual_seed(2))
 
 
-def test_every_parameter_has_its_twin(pair: Pair) -> None:
+def test_parameter_counts_match(pair: Pair) -> None:
     ours, theirs = pair
     assert ours.config.n_parameters == sum(parameter.numel() for parameter in theirs.parameters())
 
@@ -168,7 +168,7 @@ def test_loss_and_gradients(pair: Pair, tokens: torch.Tensor) -> None:
         torch.testing.assert_close(parameter.grad, expected[name], atol=TOLERANCE, rtol=0)
 
 
-def test_capped_logits_and_their_loss_are_gemma_2s(tokens: torch.Tensor) -> None:
+def test_capped_logits_and_their_loss_match_gemma_2(tokens: torch.Tensor) -> None:
     config = GPTConfig(n_layer=1, n_embd=32, block_size=20, vocab_size=101, logit_softcap=3.0)
     ours = GPT(config, seed=0)
     with torch.no_grad():

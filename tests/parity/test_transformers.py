@@ -45,7 +45,7 @@ def tokens(pair: Pair) -> torch.Tensor:
     return torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(2))
 
 
-def test_every_parameter_has_its_twin(pair: Pair) -> None:
+def test_parameter_counts_match(pair: Pair) -> None:
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in pair)
     assert ours == theirs
 
@@ -82,7 +82,7 @@ def test_loss_and_gradients(pair: Pair, tokens: torch.Tensor) -> None:
         torch.testing.assert_close(mine, other, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_init_has_the_same_spread() -> None:
+def test_initial_weights_have_the_same_mean_and_std() -> None:
     sizes = {"n_layer": 6, "n_head": 4, "n_embd": 128, "vocab_size": 400}
     torch.manual_seed(0)
     theirs = dict(GPT2LMHeadModel(GPT2Config(n_positions=64, **sizes)).named_parameters())
