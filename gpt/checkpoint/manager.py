@@ -158,7 +158,7 @@ class CheckpointManager:
     def _settle(self) -> None:
         """Wait for the writer, if there is one, and raise its failure on every rank.
 
-        All-reduces again and again, so that none of them waits longer than --parallel.step-timeout.
+        Ranks wait in short all-reduces, so that none of these exceeds --parallel.step-timeout.
         """
         if self._in_flight is None:
             return
@@ -204,7 +204,7 @@ class CheckpointManager:
         try:
             verify(path)
         except UserError as error:
-            log.warning("%s; it is written anew", error)
+            log.warning("%s; it is written again", error)
             remove_folder(path)
             return False
         return True

@@ -78,8 +78,7 @@ class RunFolder:
         if self.config.exists():
             saved = load_config(self.config)
             return config.model_copy(update={"resume": saved.resume, "init_from": saved.init_from})
-        began = str(origin.resolve()) if origin else "auto"
-        return config.model_copy(update={"resume": began})
+        return config.model_copy(update={"resume": str(origin.resolve()) if origin else "auto"})
 
 
 def parse_step(checkpoint: Path) -> int:

@@ -40,7 +40,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+_DTYPE_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
     """Write contiguous tensors in host memory to a new file.
 
     Raises:
-        OSError: the disk refused; names the file.
+        OSError: the disk refused; the error names the file.
     """
-    names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
+    names = sorted(tensors, key=lambda name: (_DTYPE_ORDER[tensors[name].dtype], name))
     header = encode_header(
         TensorEntry(name, _DTYPES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes)
         for name in names
     )
-    return write_bytes(path, [header, *(_bytes_of(tensors[name]) for name in names)])
+    return write_bytes(path, [header, *(_view_bytes(tensors[name]) for name in names)])
 
 
 def write_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a new file and hash it at the same time.
 
     Raises:
-        OSError: the disk refused; names the file.
+        OSError: the disk refused; the error names the file.
     """
     digest, size = hashlib.sha256(), 0
     try:
@@ -100,7 +100,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _view_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a view of the tensor's memory."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -33,7 +33,7 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Set all but the k largest logits of each row to -inf; 0 keeps all."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
-    return _set_others_to_inf(logits, logits.topk(k, dim=-1).indices)
+    return _keep_only(logits, logits.topk(k, dim=-1).indices)
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
@@ -47,5 +47,6 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(dropped, -torch.inf))
 
 
-def _set_others_to_inf(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def _keep_only(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Set all logits but those at `indices` to -inf."""
     return torch.full_like(logits, -torch.inf).scatter(-1, indices, logits.gather(-1, indices))

@@ -48,9 +48,7 @@ def find_git_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # fails for a package that is installed inside another checkout
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails for a package installed inside another checkout
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -97,7 +97,7 @@ class TrainEnd(Event):
 
 
 def is_evaluated(event: Event, plan: RunPlan) -> bool:
-    """Return whether the model is evaluated on `event`: a step that is due, or the start if it still is."""
+    """Return whether the model is evaluated on `event`: a due step, or a start whose step was not evaluated yet."""
     match event:
         case StepEnd(step=step):
             return plan.evaluates_at(step)

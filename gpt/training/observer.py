@@ -21,11 +21,11 @@ class Observer(ABC):
     def on_event(self, event: Event) -> Iterable[Command | Event]:
         """Return commands for the Trainer, and events for all other watchers."""
 
-    def close(self, error: BaseException | None) -> None:  # noqa: B027 - most observers hold nothing
-        """Release what is held, at the end of the run; never a collective.
+    def close(self, error: BaseException | None) -> None:  # noqa: B027 - most observers have no resources
+        """Release resources at the end of the run; never run a collective.
 
         Args:
-            error: that ended the run, None on a clean end.
+            error: error that ended the run; None on a clean end.
         """
 
 
@@ -43,11 +43,11 @@ class Sink(ABC):
     def write(self, event: Event) -> None:
         """Record an event."""
 
-    def close(self, error: BaseException | None) -> None:  # noqa: B027 - most sinks hold nothing
-        """Release what is held, at the end of the run or when the sink is dropped.
+    def close(self, error: BaseException | None) -> None:  # noqa: B027 - most sinks have no resources
+        """Release resources at the end of the run, or when the sink is dropped.
 
         Args:
-            error: that ended the run or the sink, None on a clean end.
+            error: error that ended the run or the sink; None on a clean end.
         """
 
 
@@ -64,7 +64,7 @@ class Probe(ABC):
         """Return metrics by their full names, as scalars that stay on the device.
 
         Args:
-            parameters: of the model by name; `grad` is the gradient of the step's mean loss, equal on every rank.
+            parameters: name -> parameter; `grad` is the gradient of the step's mean loss, equal on every rank.
         """
 
 

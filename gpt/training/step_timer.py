@@ -17,8 +17,8 @@ PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer")
 class StepTimer:
     """Adds up the seconds of each phase.
 
-    On a GPU a phase other than data is timed there, by events that are read once the GPU has passed them; "data" is
-    what the host waits for. Elsewhere the host's clock is read.
+    "data" is timed on the host. On a GPU the other phases are timed by events, which are read once the GPU has passed
+    them, so the host never waits for it. On other devices all phases are timed on the host.
 
     Args:
         device: that runs the step.
@@ -30,7 +30,7 @@ class StepTimer:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: deque[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = deque()
         self.synchronizes = False
-        """Whether a phase begins and ends by waiting for the device. `gpt bench` does; it makes a GPU slower."""
+        """Waits for the device at both ends of every phase; exact, but slows a GPU down. For `gpt bench`."""
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

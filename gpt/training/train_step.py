@@ -23,7 +23,7 @@ from gpt.utils.helper import Purpose, random_bits
 from gpt.utils.tree_sum import tree_sum
 
 NORM_EPSILON = 1e-6
-"""What torch adds to a norm that it divides by."""
+"""Number that torch adds to a norm before dividing by it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class StepStats:
     n_targets: int
     """Tokens that the step predicted, over all ranks."""
     lr: float
-    """Learning rate of the update, where it is `lr.max_lr` at its highest."""
+    """Learning rate of the update: `lr.max_lr` times the lr multiplier."""
     probes: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What the probes measured, by metric."""
+    """Metric -> scalar that a probe measured."""
 
 
 class TrainStep:

@@ -23,7 +23,7 @@ START_TIMEOUT = timedelta(hours=2)
 """Long, because the other ranks wait while rank 0 prepares a large corpus."""
 STEP_TIMEOUT_SECONDS = 600.0
 """Default time that a step waits for the slowest rank."""
-_joined = itertools.count()
+_n_joins = itertools.count()
 """Number of times that this process has joined a group; Python code may train several runs, one after the other."""
 ROLL_CALL_SECONDS = 5.0
 """Time in which all ranks that are still there report after one of them is lost."""
@@ -54,7 +54,7 @@ class DistContext:
         Args:
             device: cpu, cuda or mps.
             step_timeout: seconds after which a rank that takes no part in a step counts as lost. Outside steps
-                (`on_main`, `on_local_main`) ranks wait for START_TIMEOUT.
+                (`on_main`, `on_local_main`, `on_every_rank`) ranks wait for START_TIMEOUT.
         """
         self.world_size, self.rank, local_rank = launch.world_size(), launch.rank(), launch.local_rank()
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
@@ -130,13 +130,11 @@ class DistContext:
             work()
         except UserError as error:
             failure = error
-        failed = self.gather(int(failure is not None))
+        first_failed = self.min(self.world_size if failure is None else self.rank)
         if failure is not None:
             raise failure
-        if any(failed):
-            raise UserError(
-                f"rank {failed.index(1)} failed (its own message says why); all ranks must see the same files"
-            )
+        if first_failed < self.world_size:
+            raise UserError(f"rank {first_failed} failed (its own message says why); all ranks must see the same files")
 
     def on_local_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on one rank of each machine while the others wait; all return rank 0's JSON-like result.
@@ -289,4 +287,4 @@ def _open_store(world_size: int, rank: int) -> Any:
         raise UserError(
             f"rank {rank} cannot connect to MASTER_ADDR {host}, port {port}: {first_line(error)}; start rank 0 there"
         ) from error
-    return PrefixStore(f"attempt{launch.restarts()}/{next(_joined)}", store)
+    return PrefixStore(f"attempt{launch.restarts()}/{next(_n_joins)}", store)

@@ -21,9 +21,9 @@ def test_step_is_measured_and_printed_as_a_table_or_as_json(
     monkeypatch.setattr("gpt.machine.peak_flops.SECONDS_PER_SHAPE", 0)
     command = ["debug", *flags, *FLAGS, "--data.cache-dir", str(tmp_path / "cache")]
     assert run(command) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("tokens/s", "ms per step", "data", "forward", "backward", "optimizer", "peak memory", "MFU"):
-        assert name in shown
+        assert name in output
     assert run([*command, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["tokens_per_step"] == 256
@@ -65,9 +65,9 @@ def test_speedrun_is_measured_in_a_process_of_its_own(
     assert figures["val/loss"] > bench.SPEEDRUN_LOSS
     assert 0 < figures["seconds"] < 100
     assert bench._bench_speedrun(SpeedrunCommand(data=data), *flags) == 1
-    shown = capsys.readouterr().out
-    assert re.search(r"seconds +\d+\.\d, from the start of the process", shown)
-    assert "no: the target is at most 1.88" in shown
+    output = capsys.readouterr().out
+    assert re.search(r"seconds +\d+\.\d, from the start of the process", output)
+    assert "no: the target is at most 1.88" in output
 
 
 def test_missing_text_is_reported_by_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -24,13 +24,13 @@ class Rank(DistContext):
 
     def __init__(self, rank: int, world_size: int):
         super().__init__("cpu")
-        self.rank, self.world_size, self.given = rank, world_size, list[float]()
+        self.rank, self.world_size, self.sums = rank, world_size, list[float]()
         self.others: list[list[float]] = []
 
     def sum_on_host(self, values: list[float]) -> list[float]:
-        self.given = values
+        self.sums = values
         if self.others:
-            return [sum(given) for given in zip(*self.others, strict=True)]
+            return [sum(numbers) for numbers in zip(*self.others, strict=True)]
         return [max(value, 1) for value in values]
 
 
@@ -80,8 +80,8 @@ def test_ranks_share_the_batches_and_get_the_result_of_one_rank(stream: TokenStr
     ranks = [Rank(rank, world_size) for rank in range(world_size)]
     for rank in ranks:
         task(stream, dist=rank).run(MODEL)
-    assert sum(rank.given[-1] for rank in ranks) == N_TOKENS - 1
-    ranks[0].others = [rank.given for rank in ranks]
+    assert sum(rank.sums[-1] for rank in ranks) == N_TOKENS - 1
+    ranks[0].others = [rank.sums for rank in ranks]
     assert task(stream, dist=ranks[0]).run(MODEL) == task(stream).run(MODEL)
 
 
@@ -161,9 +161,9 @@ def test_sources_are_weighted_by_their_sizes_when_few_batches_are_read(several: 
 @pytest.mark.parametrize("world_size", [2, 3, 16])
 @pytest.mark.parametrize("batches", [0, 2])
 def test_ranks_share_every_source(several: dict[str, TokenStream], world_size: int, batches: int) -> None:
-    whole = task(several, batches, masked=True).run(MODEL)
+    expected = task(several, batches, masked=True).run(MODEL)
     ranks = [Rank(rank, world_size) for rank in range(world_size)]
     for rank in ranks:
         task(several, batches, rank, masked=True).run(MODEL)
-    ranks[-1].others = [rank.given for rank in ranks]
-    assert task(several, batches, ranks[-1], masked=True).run(MODEL) == whole
+    ranks[-1].others = [rank.sums for rank in ranks]
+    assert task(several, batches, ranks[-1], masked=True).run(MODEL) == expected

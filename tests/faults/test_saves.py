@@ -144,7 +144,7 @@ def list_system_calls(server: SaveServer, base: Path, run_dir: Path, request: di
 
 
 def kill_at_each_call(
-    server: SaveServer, base: Path, run_dir: Path, request: dict[str, Any]
+    server: SaveServer, base: Path, run_dir: Path, request: dict[str, Any], *, min_calls: int = 60
 ) -> Iterator[list[int] | str]:
     """Yield the steps of the valid checkpoints after a save is killed at each of its system calls, in their order."""
     calls = list_system_calls(server, base, run_dir, request)
@@ -159,7 +159,7 @@ def kill_at_each_call(
             missed.append((name, k))
         yield outcome["valid_steps"]
     n_steady = sum(name not in VARYING_CALLS for name, _ in calls)
-    assert n_steady > 60
+    assert n_steady > min_calls
     assert len(missed) <= 0.05 * n_steady  # which thread makes a call varies, and ordinals are counted per thread
 
 
@@ -179,7 +179,9 @@ def test_second_save_of_a_step_killed_at_any_system_call_leaves_valid_checkpoint
     server: SaveServer, committed: Path, tmp_path: Path
 ) -> None:
     request = make_request(tmp_path, 2, keep=0)
-    assert all(state == [1, 2] for state in kill_at_each_call(server, committed, tmp_path / "run", request))
+    # A save of a committed step only verifies it, so it makes fewer calls.
+    states = list(kill_at_each_call(server, committed, tmp_path / "run", request, min_calls=40))
+    assert all(state == [1, 2] for state in states), states
 
 
 def test_save_over_a_damaged_checkpoint_killed_at_any_system_call_is_never_a_mixture(
@@ -249,7 +251,9 @@ def test_full_disk_names_the_bytes_needed_and_keeps_the_last_commit(tmp_path: Pa
         server.prepare(disk / "run", 1)
         outcome = server.save(make_request(disk / "run", 2, keep=1, asynchronous=True))
     assert outcome["status"] == 2
-    assert re.search(r"the checkpoint of step 2 needs 10.*MB, 6.*MB free on .*/checkpoints; lower", outcome["error"])
+    assert re.search(
+        r"the checkpoint of step 2 needs 10.*MB, but only 6.*MB are free on .*/checkpoints; lower", outcome["error"]
+    )
     assert "lower --checkpoint.keep or free space" in outcome["error"]
     assert outcome["valid_steps"] == [1]
     assert outcome["entries"] == ["step_00000001"]

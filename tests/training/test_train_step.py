@@ -92,13 +92,15 @@ def test_accumulation_changes_only_rounding(size: int) -> None:
 def test_clipping_bounds_gradient_norm_and_zero_does_not_clip() -> None:
     for grad_clip, bound in ((1e-3, 1e-3), (0.0, None)):
         model = GPT(CONFIG, seed=0)
-        seen: list[float] = []
+        norms: list[float] = []
         step = make(model, grad_clip=grad_clip)
         step._optimizer.register_step_pre_hook(
-            lambda *_, m=model, s=seen: s.append(float(torch.nn.utils.get_total_norm([p.grad for p in m.parameters()])))
+            lambda *_, m=model, n=norms: n.append(
+                float(torch.nn.utils.get_total_norm([p.grad for p in m.parameters()]))
+            )
         )
         norm = step(0).grad_norm.item()
-        assert seen[0] == pytest.approx(bound or norm, rel=1e-3)
+        assert norms[0] == pytest.approx(bound or norm, rel=1e-3)
 
 
 def test_dropout_depends_on_step_and_micro_batch_alone() -> None:
@@ -224,13 +226,15 @@ def test_loss_is_mean_over_targets_at_every_micro_batch_size_and_world_size(
         model = GPT(CONFIG, seed=0)
         loader = DataLoader(padded, plan, rank=rank, device=torch.device("cpu"))
         step = make(model, loader, grad_clip=0, gradients=AveragedGradients(model, world_size=ranks))
-        seen: list[torch.Tensor] = []
-        step._optimizer.register_step_pre_hook(lambda *_, m=model, s=seen: s.extend(p.grad for p in m.parameters()))
+        rank_gradients: list[torch.Tensor] = []
+        step._optimizer.register_step_pre_hook(
+            lambda *_, m=model, g=rank_gradients: g.extend(p.grad for p in m.parameters())
+        )
         with closing(step):
             stats = step(0)
         assert stats.n_targets == int(counts.sum())
         loss_sum += float(stats.loss_sum)
-        gradients = [total + part / ranks for total, part in zip(gradients, seen, strict=True)]
+        gradients = [total + part / ranks for total, part in zip(gradients, rank_gradients, strict=True)]
     assert loss_sum / int(counts.sum()) == pytest.approx(loss.item(), abs=1e-6)
     for ours, parameter in zip(gradients, theirs.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-5)

@@ -20,7 +20,7 @@ REPORTS_IN_A_ROW = 3
 class StragglerGuard(Observer):
     """Compares the ranks' time for data and forward passes at each report; warns once about a rank that stays slow.
 
-    All ranks end a step together, as backward passes wait for each other, so the time of a whole step does not tell
+    All ranks end a step together, because backward passes wait for each other. So the time of a step does not show
     which rank is slow.
 
     Args:
