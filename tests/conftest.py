@@ -32,9 +32,6 @@ WORDS = [
 ]  # fmt: skip
 
 
-SLOW_FOLDERS = tuple(f"tests/{folder}/" for folder in "distributed e2e faults invariants parity soak".split())
-"""Folders whose tests start processes or train for more than a second each."""
-
 # The models of these tests are so small that a second thread makes them slower.
 torch.set_num_threads(1)
 
@@ -45,11 +42,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+SLOW_PATHS = (
+    *("commands", "distributed", "e2e", "faults", "invariants", "soak", "test_hatch_build.py"),
+    *("checkpoint/test_manifest.py", "data/prepare/test_preparation.py", "data/test_encoders.py"),
+    *("data/test_packing.py", "machine/test_cpu_runtime.py", "models/test_plain_linears.py"),
+    "verification/test_kills.py",
+)
+"""Folders and files of tests that start processes or repeat a check many times; `pytest -m fast` leaves them out."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `fast` every test outside SLOW_FOLDERS that is not marked `slow`: `pytest -m fast` runs them."""
+    """Mark the tests outside SLOW_PATHS as fast."""
+    slow = tuple(Path(__file__).parent / path for path in SLOW_PATHS)
     for item in items:
-        if not item.nodeid.startswith(SLOW_FOLDERS) and item.get_closest_marker("slow") is None:
-            item.add_marker(pytest.mark.fast)
+        if not any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker("fast")
 
 
 def make_text(n_words: int, seed: int = 0) -> str:

@@ -36,7 +36,6 @@ def build_wheel(checkout: Path, **environment: str) -> Path:
     return built
 
 
-@pytest.mark.slow
 @needs_compiler
 def test_a_wheel_contains_the_library_and_has_a_platform_tag(checkout: Path) -> None:
     built = build_wheel(checkout)
@@ -44,7 +43,6 @@ def test_a_wheel_contains_the_library_and_has_a_platform_tag(checkout: Path) -> 
     assert not built.name.endswith("-none-any.whl")
 
 
-@pytest.mark.slow
 def test_without_a_compiler_the_wheel_is_pure_python(checkout: Path) -> None:
     built = build_wheel(checkout, PATH="")
     assert LIBRARY not in zipfile.ZipFile(built).namelist()

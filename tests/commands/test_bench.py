@@ -8,8 +8,6 @@ from gpt.commands import bench
 from gpt.commands.bench import SpeedrunCommand, SpeedrunText, run
 from gpt.errors import UserError
 
-pytestmark = pytest.mark.slow
-
 FLAGS = "--steps 2 --device cpu --model.n-layer 1 --micro-batch-size 2 --tokens-per-step 256".split()
 
 

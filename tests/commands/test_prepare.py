@@ -174,7 +174,6 @@ def test_bad_records_of_every_part_are_counted(
     assert read_corpus_manifest(tmp_path / "out").sources[0].skipped_records == 2
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc; getrusage includes the parent's memory")
 def test_one_very_long_line_is_prepared_in_bounded_memory(tmp_path: Path) -> None:
     size = 8_000_000
@@ -209,7 +208,6 @@ mount -o remount,size=50m "$1"
 """
 
 
-@pytest.mark.slow
 def test_on_a_full_disk_the_same_command_finishes_when_there_is_room(lines: Path, tmp_path: Path) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("no mount namespaces here")

@@ -13,8 +13,6 @@ from gpt.errors import UserError
 from gpt.verification import kills
 from gpt.verification.kills import KillRecord
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def flags(text_file: Path, cache_dir: Path, tmp_path: Path) -> list[str]:

@@ -85,7 +85,6 @@ def test_word_pattern_that_tiktoken_reads_differently_is_encoded_by_the_library(
     assert Tokenizer(definition).encode(TEXT).tolist() == library.encode(TEXT).ids
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", [" ", "\n", " \n", "a", "\u00e9"])
 def test_ids_of_a_million_repeated_characters_equal_the_librarys(run: str) -> None:
     tokenizer = build_gpt2_tokenizer()

@@ -186,7 +186,6 @@ def test_packing_that_cannot_be_saved_is_reported_in_one_line(tmp_path: Path) ->
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [128, 1024])
 def test_packing_pythons_library_leaves_little_padding(cache_dir: Path, block_size: int) -> None:
     data = DataConfig(packing="best-fit", cache_dir=cache_dir, tokenizer="bpe", vocab_size=512)

@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 FAULTS = """
 import ctypes, resource, sys
 from gpt.machine.cpu_runtime import keep_freed_memory

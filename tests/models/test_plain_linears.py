@@ -160,7 +160,6 @@ def test_modifications_of_a_linear_layer_act(
     check(CONFIG, [linear], MODIFICATIONS[modification], 4, autocast=autocast)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("modification", MODIFICATIONS)
 def test_modifications_act_on_inputs_above_8_mib(modification: str, autocast: bool) -> None:

@@ -1,7 +1,6 @@
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from gpt.optim.adamw import AdamW
@@ -45,7 +44,6 @@ def test_updates_are_bit_exact_with_torchs_fused_adamw() -> None:
             assert torch.equal(value, reference.state[other][key])
 
 
-@pytest.mark.slow
 def test_adamw_does_not_import_torchs_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", ONE_STEP], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

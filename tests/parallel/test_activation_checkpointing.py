@@ -72,7 +72,6 @@ def test_checkpointing_changes_no_name_and_no_output(mode: str) -> None:
         assert torch.equal(model.eval()(TOKENS), plain.eval()(TOKENS))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "selective"])
 def test_checkpointed_models_compile_without_graph_breaks(mode: str) -> None:
     results = []
