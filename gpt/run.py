@@ -4,6 +4,7 @@ config -> machine -> run folder (where it starts) -> corpus -> plan
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ from gpt.checkpoint.run_folder import RunFolder, find_run
 from gpt.configs.batch_plan import plan_batch
 from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import Corpus, load_corpus, tokenizer_mismatch_note
+from gpt.data.corpus import Corpus, load_corpus
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.environment import describe_environment
@@ -75,8 +76,7 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
         start = claim_start(folder, config, dist, dry_run=dry_run)
         corpus = load_corpus(config.data, config.model.block_size, dist)
         plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
-        note = tokenizer_mismatch_note(config.data, corpus)
-        plan = _with_notes(plan, [note] if note else [])
+        plan = _with_notes(plan, corpus.notes)
         plan = _resume_plan(config, plan, start, has_validation=bool(corpus.val))
         records = dist.on_main(lambda: collect_records(folder, start, plan.order, config.spike.journal))
     except BaseException:
@@ -179,5 +179,5 @@ def _require_same_tokenizer(plan: RunPlan, start: Start, init_from: Path) -> Non
         ) from error
 
 
-def _with_notes(plan: RunPlan, notes: list[str]) -> RunPlan:
+def _with_notes(plan: RunPlan, notes: Sequence[str]) -> RunPlan:
     return replace(plan, notes=(*plan.notes, *notes))

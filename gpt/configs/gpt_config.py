@@ -60,7 +60,7 @@ class GPTConfig(Config):
     logit_softcap: float = Field(0.0, ge=0, le=1e6)
     """Smooth bound of the logits, cap * tanh(logits / cap); 0: none."""
 
-    def resolved(self) -> "GPTConfig":
+    def resolve(self) -> "GPTConfig":
         """Return a copy in which every derived field has its value; `vocab_size` 0 stays, only a tokenizer knows it."""
         biases = {
             name: self.bias if getattr(self, name) is None else getattr(self, name)
@@ -90,7 +90,7 @@ class GPTConfig(Config):
     @property
     def n_parameters(self) -> int:
         """Number of trained parameters; a tied head counts once."""
-        c = self.resolved()
+        c = self.resolve()
         norm = 2 if c.bias and c.norm == "layernorm" else 1  # parameters per channel: a weight, perhaps a bias
         qkv, fc, attn_out = sum(c.qkv_sizes), sum(c.fc_sizes), c.qkv_sizes[0]
         block = c.n_embd * (qkv + attn_out + fc + c.intermediate_size)
@@ -116,7 +116,7 @@ class GPTConfig(Config):
         if self.n_head % n_kv_head:
             divisor = next(n for n in range(min(n_kv_head, self.n_head), 0, -1) if self.n_head % n == 0)
             raise ValueError(f"n_kv_head={n_kv_head} does not divide n_head={self.n_head} (nearest: {divisor})")
-        if self.position == "rotary" and self.resolved().head_dim % 2:
+        if self.position == "rotary" and self.resolve().head_dim % 2:
             raise ValueError(f"position=rotary needs an even head_dim: {self._odd_head_dim()}")
         return self
 
@@ -125,7 +125,7 @@ class GPTConfig(Config):
         if self.head_dim:
             return f"head_dim={self.head_dim} is odd (nearest: {_nearest_multiples(self.head_dim, 2)})"
         nearest = _nearest_multiples(self.n_embd, 2 * self.n_head)
-        head_dim = self.resolved().head_dim
+        head_dim = self.resolve().head_dim
         return f"n_embd={self.n_embd} over n_head={self.n_head} makes it {head_dim} (nearest n_embd: {nearest})"
 
 

@@ -216,7 +216,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=_resolve_dtype(config, machine),
-        model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}).resolved(),
+        model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}).resolve(),
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
         sources=_plan_sources(config, sequences, max_steps * batch.sequences_per_step),

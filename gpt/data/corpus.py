@@ -38,6 +38,8 @@ class Corpus:
     facts: CorpusFacts
     source_of: Mapping[Path, str]
     """Source that each training shard was prepared from."""
+    notes: tuple[str, ...] = ()
+    """Notes for the user."""
 
 
 def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpus:
@@ -92,6 +94,8 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     """
     manifests = [read_corpus_manifest(folder) for folder in folders]
     tokenizer = _read_tokenizer(folders, manifests)
+    is_named = folders[0] == Path(config.source[0])  # else it is in the cache, prepared for this configuration
+    note = _compare_tokenizers(config, manifests[0], tokenizer) if is_named else None
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]
@@ -106,8 +110,8 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
         for name, (folder, entry) in zip(names, in_folders, strict=True)
         if sum(shard.tokens for shard in entry.val) > 1
     }
-    train = _open_streams(_join_unless_weighted(train_shards, config.weights), tokenizer)
-    val = _open_streams(val_shards, tokenizer)
+    stream_shards = _join_unless_weighted(train_shards, config.weights)
+    train, val = _open_streams(stream_shards, tokenizer), _open_streams(val_shards, tokenizer)
     digests = [manifest.sha256 for manifest in manifests]
     packings = _load_packings(train, tokenizer, digests, config, block_size) if config.packing == "best-fit" else {}
     return Corpus(
@@ -129,6 +133,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
             xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
         ),
         source_of={folder / shard.file: name for name, shards in train_shards.items() for folder, shard in shards},
+        notes=(note,) if note else (),
     )
 
 
@@ -145,6 +150,26 @@ def _read_tokenizer(folders: Sequence[Path], manifests: Sequence[CorpusManifest]
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"{folder} was prepared with another tokenizer than {folders[0]}; prepare it with the same")
     return tokenizer
+
+
+def _compare_tokenizers(config: DataConfig, manifest: CorpusManifest, tokenizer: Tokenizer) -> str | None:
+    """Return a note for the user if a prepared folder has another tokenizer than the configuration names.
+
+    A kind of tokenizer may come from a preset, so a note is enough; a file is always named on purpose.
+
+    Raises:
+        UserError: the configuration names a tokenizer.json that differs from the folder's.
+    """
+    if Path(config.tokenizer).is_file():
+        if Tokenizer.from_file(Path(config.tokenizer)).sha256 != tokenizer.sha256:
+            raise UserError(
+                f"--data.tokenizer {config.tokenizer}: {config.source[0]} was prepared with another tokenizer, "
+                f"of SHA-256 {tokenizer.sha256}; leave out the flag, or prepare the folder again"
+            )
+        return None
+    if config.tokenizer in (manifest.settings.get("tokenizer"), DataConfig().tokenizer):
+        return None
+    return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"
 
 
 def _join_unless_weighted(shards: ShardsByName, weights: Sequence[float]) -> ShardsByName:
@@ -188,27 +213,3 @@ def build_sequences(corpus: Corpus, config: DataConfig, block_size: int, seed: i
         for name, stream in corpus.train.items()
     ]
     return MixedSources(each, Mixture(config.weights, seed)) if config.weights else each[0]
-
-
-def tokenizer_mismatch_note(config: DataConfig, corpus: Corpus) -> str | None:
-    """Return a note for the user if a prepared folder has another tokenizer than the configuration names.
-
-    A kind of tokenizer may come from a preset, so a note is enough; a file is always named on purpose.
-
-    Raises:
-        UserError: the configuration names a tokenizer.json, and the folder was prepared with another, if only by one
-            merge.
-    """
-    if not (Path(config.source[0]) / CORPUS_MANIFEST).is_file():
-        return None
-    if Path(config.tokenizer).is_file():
-        if Tokenizer.from_file(Path(config.tokenizer)).sha256 != corpus.tokenizer.sha256:
-            raise UserError(
-                f"--data.tokenizer {config.tokenizer}: {config.source[0]} was prepared with another tokenizer, "
-                f"of SHA-256 {corpus.tokenizer.sha256}; leave out the flag, or prepare the folder again"
-            )
-        return None
-    named = read_corpus_manifest(Path(config.source[0])).settings.get("tokenizer")
-    if config.tokenizer in (named, DataConfig().tokenizer):
-        return None
-    return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"

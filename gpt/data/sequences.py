@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt.data.order import Mixture, shuffle_epochs, window_starts
-from gpt.data.packing import Packing
+from gpt.data.packing import Int64s, Packing
 from gpt.data.shards import TokenStream
 from gpt.utils.helper import IGNORED
 
@@ -17,8 +17,6 @@ from gpt.utils.helper import IGNORED
 
 STARTS_PER_CALL = 512
 """Windows whose starts are computed in one call."""
-
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class TraceableSequences(Sequences, Protocol):
 
 
 class Windows:
-    """Windows of a token stream, shuffled anew in each epoch.
+    """Windows of a token stream, reshuffled in each epoch.
 
     Args:
         stream: the documents, one after the other.
@@ -119,7 +117,7 @@ class Windows:
 
 
 class PackedDocuments:
-    """Whole documents packed into sequences, which are shuffled anew in each epoch.
+    """Whole documents packed into sequences, reshuffled in each epoch.
 
     Args:
         stream: the documents.

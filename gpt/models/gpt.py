@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, mask: DocumentMask | None, rope: Rope | None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Attend to each token's past; (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         D = self.head_dim
         q, k, v = self.c_attn(x).split(self.qkv_sizes, dim=2)
@@ -70,7 +70,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C), with F channels in between."""
+        """Transform each token by itself; (B, T, C) -> (B, T, C)."""
         out: torch.Tensor = self.dropout(self.c_proj(self.activation(self.c_fc(x))))
         return out
 
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, mask: DocumentMask | None, rope: Rope | None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Add both branches to the residual stream; (B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, rope)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -104,7 +104,7 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size == 0:
             raise ValueError("vocab_size=0 stands for the tokenizer's: set it before a model is built")
-        self.config = config = config.resolved()
+        self.config = config = config.resolve()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
@@ -164,5 +164,5 @@ class GPT(nn.Module):
         }
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, V)."""
+        """Apply the head; (B, T, C) -> (B, T, V)."""
         return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)

@@ -54,7 +54,7 @@ def init_weights(model: nn.Module, n_layer: int, seed: int) -> None:
     Args:
         model: a GPT on the CPU.
         n_layer: its number of blocks.
-        seed: of the generator; it alone decides the weights of a configuration.
+        seed: generator's seed, which alone decides the weights of a configuration.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.ops.gelu import gelu
-from gpt.ops.recompute import recomputed
+from gpt.ops.recompute import recompute_in_backward
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
@@ -32,8 +32,8 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": partial(recomputed, gelu),
-    "gelu_erf": partial(recomputed, F.gelu),  # x * Phi(x) (Hendrycks and Gimpel 2016, section 2)
-    "relu2": partial(recomputed, relu2),
-    "swiglu": partial(recomputed, swiglu),
+    "gelu": partial(recompute_in_backward, gelu),
+    "gelu_erf": partial(recompute_in_backward, F.gelu),  # x * Phi(x) (Hendrycks and Gimpel 2016, section 2)
+    "relu2": partial(recompute_in_backward, relu2),
+    "swiglu": partial(recompute_in_backward, swiglu),
 }

@@ -214,11 +214,11 @@ def _supports_flex(device: torch.device, *, dropout: float, head_dim: int) -> bo
 
 
 def _build_block_mask(documents: torch.Tensor) -> BlockMask:
-    def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def is_allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (q >= k) & (documents[b, q] == documents[b, k])
 
     B, T = documents.shape
-    blocks: BlockMask = _compile_if_eager(create_block_mask)(allowed, B, None, T, T, device=documents.device)
+    blocks: BlockMask = _compile_if_eager(create_block_mask)(is_allowed, B, None, T, T, device=documents.device)
     return blocks
 
 

@@ -16,16 +16,16 @@ from gpt.ops.recompute import recomputable_node, recompute
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, of whose tensors large ones are computed again in backward instead of being saved.
+    """`nn.Linear` that saves less for backward where its input is large.
 
-    Under autocast it saves the weight as it is, and rounds it again; the rounded copies of GPT-2 small are 160 MB.
-    Where its input comes from `recomputed`, it saves no input either. It reads `self.weight` like its base class, so
-    hooks, wrappers and parametrizations act on it as on any other layer.
+    Under autocast it saves the weight as it is and rounds it again in backward; the rounded copies of GPT-2 small are
+    160 MB. Where its input comes from `recompute_in_backward`, it saves no input either. It reads `self.weight` like
+    its base class, so hooks, wrappers and parametrizations act on it as on any other layer.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., A) -> (..., C), in the compute dtype."""
-        # A compiler decides itself what it saves; small inputs do not pay for the second rounding of the weight.
+        """Apply the layer; (..., A) -> (..., C), in the compute dtype."""
+        # A compiler decides itself what to save. For small inputs, rounding the weight twice costs more than it saves.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         node = recomputable_node(x)

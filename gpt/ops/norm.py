@@ -6,24 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt.ops.recompute import recomputed
+from gpt.ops.recompute import recompute_in_backward
 
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm (Ba et al. 2016); its weights and statistics are float32 under autocast."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C)."""
+        """Normalise the last dimension; (..., C) -> (..., C)."""
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return recomputed(partial(_layer_norm, eps=self.eps), x, *parameters)
+        return recompute_in_backward(partial(_layer_norm, eps=self.eps), x, *parameters)
 
 
 class RMSNorm(nn.RMSNorm):
     """Division by the root mean square (Zhang and Sennrich 2019), in float32 also under autocast, like layer norm."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C), float32."""
-        return recomputed(partial(_rms_norm, eps=self.eps), x, self.weight)
+        """Normalise the last dimension; (..., C) -> (..., C), float32."""
+        return recompute_in_backward(partial(_rms_norm, eps=self.eps), x, self.weight)
 
 
 def build_norm(kind: str, width: int, *, eps: float, bias: bool) -> nn.Module:

@@ -1,9 +1,9 @@
 """Functions whose outputs are recomputed in the backward pass instead of being saved.
 
-For norms and activations: they cost next to nothing beside a matmul, and their outputs are among the largest tensors
-that a block would save (Korthikanti et al. 2022, "Reducing Activation Recomputation"). `recomputed` marks its output by
-the autograd node that made it; `gpt.ops.linear.Linear` finds that mark and saves the node instead of the tensor. Every
-other consumer saves the tensor as usual: no result depends on the mark.
+For norms and activations: they cost next to nothing compared with a matmul, and their outputs are among the largest
+tensors that a block would save (Korthikanti et al. 2022, "Reducing Activation Recomputation"). The output of
+`recompute_in_backward` has an autograd node of its own kind. `gpt.ops.linear.Linear` recognises that node and keeps it
+instead of the tensor. Every other consumer saves the tensor as usual: no result depends on being recognised.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ RECOMPUTE_MIN_BYTES = 2**23
 tenth of its memory; at 10 million parameters it would take 5%."""
 
 
-def recomputed(function: Callable[..., torch.Tensor], x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+def recompute_in_backward(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, *parameters: torch.Tensor
+) -> torch.Tensor:
     """Return `function(x, *parameters)`; where x is large, a `Linear` that reads it does not save it for backward.
 
     Args:

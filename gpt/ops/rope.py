@@ -35,7 +35,7 @@ def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
     Args:
         x: (B, H, T, D), queries or keys.
-        rope: of the positions of x.
+        rope: cosines and sines of the positions of x.
     """
     cos, sin = rope
     left, right = x.chunk(2, dim=-1)

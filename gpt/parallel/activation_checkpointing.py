@@ -31,7 +31,7 @@ def checkpoint_activations(blocks: Iterable[nn.Module], mode: str) -> None:
 
     Args:
         blocks: modules that are called one after the other.
-        mode: of ParallelConfig; none changes nothing.
+        mode: ParallelConfig's activation_checkpointing; none changes nothing.
     """
     if mode == "none":
         return

@@ -15,7 +15,7 @@ OLD_JSON = """{
 def test_a_config_without_the_newer_fields_loads_as_what_it_was() -> None:
     config = GPTConfig.model_validate_json(OLD_JSON)
     assert config == GPTConfig()
-    resolved = config.resolved()
+    resolved = config.resolve()
     assert (resolved.n_kv_head, resolved.head_dim, resolved.intermediate_size) == (4, 64, 1024)
     assert (resolved.norm_eps, resolved.rope_theta, resolved.tie_embeddings) == (1e-5, 10_000, True)
     assert (resolved.qkv_bias, resolved.attn_out_bias, resolved.mlp_bias) == (True, True, True)
@@ -36,16 +36,16 @@ def test_a_config_without_the_newer_fields_loads_as_what_it_was() -> None:
     ],
 )
 def test_resolved_fills_in_what_is_derived(changes: dict[str, Any], expected: dict[str, Any]) -> None:
-    resolved = GPTConfig.model_validate(changes).resolved()
+    resolved = GPTConfig.model_validate(changes).resolve()
     assert expected.items() <= resolved.model_dump().items()
-    assert resolved.resolved() == resolved
+    assert resolved.resolve() == resolved
 
 
 def test_zero_and_the_value_it_stands_for_resolve_to_the_same() -> None:
     explicit = {"n_kv_head": 4, "head_dim": 64, "intermediate_size": 1024, "norm_eps": 1e-5, "qkv_bias": True}
     assert GPTConfig.model_validate(explicit) != GPTConfig()
-    assert GPTConfig.model_validate(explicit).resolved() == GPTConfig().resolved()
-    assert GPTConfig.model_validate(explicit | {"n_kv_head": 2}).resolved() != GPTConfig().resolved()
+    assert GPTConfig.model_validate(explicit).resolve() == GPTConfig().resolve()
+    assert GPTConfig.model_validate(explicit | {"n_kv_head": 2}).resolve() != GPTConfig().resolve()
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_sizes_that_do_not_fit_name_the_nearest(changes: dict[str, Any], message
 
 
 def test_with_head_dim_n_embd_need_not_divide_by_n_head() -> None:
-    config = GPTConfig(n_head=3, head_dim=20, position="rotary").resolved()
+    config = GPTConfig(n_head=3, head_dim=20, position="rotary").resolve()
     assert config.qkv_sizes == (60, 60, 60)

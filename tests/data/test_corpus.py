@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import Corpus, open_corpus, prepare_corpus, tokenizer_mismatch_note
+from gpt.data.corpus import Corpus, open_corpus, prepare_corpus
 from gpt.errors import UserError
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
@@ -208,21 +208,23 @@ def test_prepared_and_other_sources_are_not_mixed(tmp_path: Path) -> None:
 
 def test_other_tokenizer_than_a_prepared_folders_is_reported(tmp_path: Path) -> None:
     folder = prepare_named(tmp_path, "one")
-    corpus = open_corpus([folder], DataConfig(), BLOCK)
     same = tmp_path / "same.json"
     shutil.copy(folder / "tokenizer.json", same)
+
+    def open_notes(source: str, tokenizer: str) -> tuple[str, ...]:
+        return open_corpus([folder], DataConfig(source=source, tokenizer=tokenizer), BLOCK).notes
+
     for right in ("byte", str(same), "bpe"):
-        assert tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer=right), corpus) is None
-    assert tokenizer_mismatch_note(DataConfig(source="stdlib", tokenizer="gpt2"), corpus) is None
-    note = tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer="gpt2"), corpus)
-    assert note == f"the tokenizer is that of {folder}, not gpt2"
+        assert open_notes(str(folder), right) == ()
+    assert open_notes("stdlib", "gpt2") == ()
+    assert open_notes(str(folder), "gpt2") == (f"the tokenizer is that of {folder}, not gpt2",)
     other = tmp_path / "other.json"
     other.write_text(same.read_text().replace("<|endoftext|>", "</s>"))
     with pytest.raises(
         UserError,
         match=rf"--data.tokenizer {other}: .* another tokenizer, of SHA-256 [0-9a-f]{{64}}; leave out the flag",
     ):
-        tokenizer_mismatch_note(DataConfig(source=str(folder), tokenizer=str(other)), corpus)
+        open_notes(str(folder), str(other))
 
 
 def test_number_of_weights_must_equal_number_of_sources(config: DataConfig) -> None:

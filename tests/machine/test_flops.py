@@ -20,7 +20,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_torch_counts_without_masked_scores(name: str) -> None:
-    config = MODELS[name].resolved()
+    config = MODELS[name].resolve()
     model = GPT(config, seed=0)
     tokens = torch.randint(config.vocab_size, (2, config.block_size))
     # In bfloat16, for there attention is made of matrix products, all of which torch counts.
@@ -34,7 +34,7 @@ def test_flops_are_those_that_torch_counts_without_masked_scores(name: str) -> N
 
 @pytest.mark.parametrize("name", MODELS)
 def test_linear_layers_are_those_of_the_model(name: str) -> None:
-    config = MODELS[name].resolved()
+    config = MODELS[name].resolve()
     modules = [module for module in GPT(config, seed=0).modules() if isinstance(module, nn.Linear)]
     expected = Counter((module.in_features, module.out_features) for module in modules)
     expected[config.n_embd, config.vocab_size] += 1

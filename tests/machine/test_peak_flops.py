@@ -76,7 +76,7 @@ def test_on_a_busy_cpu_the_peak_is_that_of_one_thread_times_threads(
 @pytest.mark.parametrize("block_size", [16, 2048])
 def test_model_matmuls_add_up_to_flops_per_token(block_size: int) -> None:
     config = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, block_size=block_size, vocab_size=24, mlp="swiglu")
-    model = config.resolved()
+    model = config.resolve()
     products = [*module._model_matmuls(CPU, torch.float32, model, rows=32)]
     assert sum(needed for _, _, needed in products) == 32 * flops_per_token(model)
     assert all((a @ b).shape[-2:] == (a.shape[-2], b.shape[-1]) for a, b, _ in products)
@@ -87,6 +87,6 @@ def test_measuring_does_not_advance_the_default_generator(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     before = torch.get_rng_state()
     assert measure_peak_flops(CPU, torch.float32) > 0
-    model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu").resolved()
+    model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu").resolve()
     assert measure_model_flops(CPU, torch.bfloat16, model, rows=4) > 0
     assert torch.equal(torch.get_rng_state(), before)

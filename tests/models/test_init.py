@@ -22,7 +22,7 @@ SHA256 = {
     "speedrun-char": "60b0ea20067a3b561dffaa35ac460e512cc4aad2e78dc736463169626ebdef53",
     "llama": "301aa944a9363c00e8d7084dfdf6280e02483837f3604c64b1ecfaf0107b721f",
 }
-"""Of names and numbers: seed 1337, and 3 for llama. A released configuration never gets other initial weights."""
+"""Digests of names and weights, at seed 1337, llama at 3. A released configuration keeps its initial weights."""
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,7 +23,7 @@ def rows(*lengths: Sequence[int]) -> torch.Tensor:
     return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
 
 
-def layout(length: int) -> torch.Tensor:
+def make_documents(length: int) -> torch.Tensor:
     """Return documents of many lengths, one of a single token, in two rows of different layout."""
     return rows([length // 4 + 1, length // 3, 1, length - length // 4 - length // 3 - 2], [5, length - 12, 4, 3])
 
@@ -53,7 +53,7 @@ def test_positions_restart_with_each_document() -> None:
 @pytest.mark.parametrize("length", [64, 100, 256, 1024])
 def test_documents_are_isolated_bit_exactly(length: int, dtype: torch.dtype, width: int, dropout: float) -> None:
     model = large_model(CONFIG.model_copy(update={"dropout": dropout, "n_embd": width}))
-    documents = layout(length)
+    documents = make_documents(length)
     tokens = random_tokens(documents)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_documents_are_isolated_bit_exactly(length: int, dtype: torch.dtype, wid
 @pytest.mark.parametrize("length", [64, 100, 256, 1024])
 def test_gradients_stay_inside_their_document(length: int, dtype: torch.dtype, width: int) -> None:
     model = large_model(CONFIG.model_copy(update={"n_embd": width}))
-    documents = layout(length)
+    documents = make_documents(length)
     tokens = random_tokens(documents)
     embedded: list[torch.Tensor] = []
     model.wte.register_forward_hook(lambda module, args, output: embedded.append(output))
@@ -113,7 +113,7 @@ def test_document_layouts_do_not_recompile() -> None:
     plain, compiled = large_model(config), large_model(config)
     compiled.compile(fullgraph=True)
     stance = "default"
-    for documents in (layout(64), layout(64).flip(0)):
+    for documents in (make_documents(64), make_documents(64).flip(0)):
         tokens = random_tokens(documents)
         loss = plain(tokens, tokens, documents)
         with torch.compiler.set_stance(stance):
@@ -133,7 +133,7 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_block_mask_equals_the_boolean_mask(flex_on_cpu: None) -> None:
-    documents = layout(300)
+    documents = make_documents(300)
     blocks = DocumentMask(documents, dropout=0, head_dim=16, dtype=torch.float32).blocks
     assert blocks is not None
     allowed = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
@@ -145,7 +145,7 @@ def test_block_mask_equals_the_boolean_mask(flex_on_cpu: None) -> None:
 
 @pytest.mark.parametrize("model_is_compiled", [False, True])
 def test_flex_attention_matches_sdpa(flex_on_cpu: None, model_is_compiled: bool) -> None:
-    documents = layout(300)
+    documents = make_documents(300)
     tokens = random_tokens(documents)
     model, plain = large_model(), large_model()
     if model_is_compiled:
@@ -176,7 +176,7 @@ def test_supports_flex_needs_cuda_triton_and_no_dropout(
 def test_cuda_loss_and_gradients_match_cpu(dropout: float) -> None:
     config = CONFIG.model_copy(update={"dropout": dropout})
     cpu, cuda = large_model(config), large_model(config).cuda()
-    documents = layout(300)
+    documents = make_documents(300)
     tokens = random_tokens(documents)
     losses = cpu(tokens, tokens, documents), cuda(tokens.cuda(), tokens.cuda(), documents.cuda())
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
@@ -190,7 +190,7 @@ def test_cuda_loss_and_gradients_match_cpu(dropout: float) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("width", [16, 32])  # matmuls, and the kernel
 def test_bfloat16_attention_matches_float32_sdpa_within_rounding(length: int, masked: bool, width: int) -> None:
-    """On a CPU: outputs and gradients."""
+    """Compare outputs and gradients, on a CPU."""
     torch.manual_seed(0)
     exact = [torch.randn(2, 3, length, width, requires_grad=True) for _ in range(3)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -228,7 +228,7 @@ def test_recomputed_attention_weights_keep_every_bit(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("length", "saved"), [(512, 256 * 256 + 256 * 512), (1024, 0)])
 def test_attention_weights_of_long_rows_are_not_saved(length: int, saved: int) -> None:
-    """Besides queries, keys and values, 512 tokens save two blocks of 256 queries with 256 and 512 keys."""
+    """Count what is saved besides q, k and v: for 512 tokens two blocks of 256 queries, with 256 and 512 keys."""
     q = torch.randn(1, 1, length, 16, dtype=torch.bfloat16, requires_grad=True)
     tensors: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(

@@ -52,9 +52,9 @@ def test_loss_is_float32_for_bfloat16_logits() -> None:
 
 def test_scaled_losses_and_frozen_inputs_get_the_right_gradients() -> None:
     hidden, head, targets = inputs()
-    (whole,) = torch.autograd.grad(fused_linear_cross_entropy(hidden, head, targets), (head,))
+    (full,) = torch.autograd.grad(fused_linear_cross_entropy(hidden, head, targets), (head,))
     (half,) = torch.autograd.grad(0.5 * fused_linear_cross_entropy(hidden.detach(), head, targets), (head,))
-    assert torch.equal(half, 0.5 * whole)
+    assert torch.equal(half, 0.5 * full)
     with torch.no_grad():
         assert torch.equal(
             fused_linear_cross_entropy(hidden, head, targets),

@@ -1,4 +1,4 @@
-"""`recomputed` and `Linear`: the same bits as torch's own modules, and less saved for backward."""
+"""`recompute_in_backward` and `Linear`: the same bits as torch's own modules, and less saved for backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from gpt.ops import recompute
 from gpt.ops.activations import ACTIVATIONS
 from gpt.ops.linear import Linear
 from gpt.ops.norm import build_norm
-from gpt.ops.recompute import recomputable_node, recomputed
+from gpt.ops.recompute import recomputable_node, recompute_in_backward
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 NEVER, ALWAYS = 2**30, 0
@@ -60,7 +60,7 @@ def test_recomputation_keeps_every_bit_and_saves_less(
 def test_the_input_of_a_linear_is_not_saved_where_it_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", ALWAYS)
     layer, x = Linear(32, 8), randn(50, 32).requires_grad_()
-    y = recomputed(torch.tanh, x)
+    y = recompute_in_backward(torch.tanh, x)
     _, n_saved = count_saved(lambda: layer(y))
     assert n_saved == layer.weight.numel()
     _, n_saved = count_saved(lambda: layer(y * 1))
@@ -76,7 +76,7 @@ def test_a_recomputable_input_serves_several_layers_with_one_recomputation(monke
         return x.tanh()
 
     x, ours, plain = randn(5, 8).requires_grad_(), [Linear(8, 3), Linear(8, 3)], nn.Linear(8, 3)
-    y = recomputed(function, x)
+    y = recompute_in_backward(function, x)
     grads = torch.autograd.grad(sum(layer(y).square().sum() for layer in (*ours, plain)), x)  # type: ignore[arg-type]
     assert len(calls) == 2  # forward, and once in backward
     y = x.tanh()
@@ -103,7 +103,7 @@ def test_a_tensor_that_is_not_what_the_node_computed_is_saved(
 ) -> None:
     monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", ALWAYS)
     x, layer = randn(5, 8).requires_grad_(), Linear(8, 3)
-    y = recomputed(torch.tanh, x)
+    y = recompute_in_backward(torch.tanh, x)
     assert recomputable_node(y) is not None
     y = change(y)
     assert recomputable_node(y) is None
@@ -141,7 +141,7 @@ def test_a_graph_may_be_used_twice_and_partly(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_activation_checkpointing_keeps_every_bit(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It unpacks each saved tensor once, and recomputes inside a recomputation."""
+    """Recompute inside a recomputation, which unpacks each saved tensor only once."""
     monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", ALWAYS)
     torch.manual_seed(0)
     model = nn.Sequential(build_function("layernorm"), Linear(32, 64))  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ def test_activation_checkpointing_keeps_every_bit(autocast: bool, monkeypatch: p
 def test_second_derivatives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", ALWAYS)
     x, layer = randn(5, 8).requires_grad_(), Linear(8, 3)
-    (grad,) = torch.autograd.grad(layer(recomputed(torch.tanh, x)).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(layer(recompute_in_backward(torch.tanh, x)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -183,5 +183,5 @@ def test_the_compiler_sees_plain_functions(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_gradients_nothing_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "RECOMPUTE_MIN_BYTES", ALWAYS)
     with torch.no_grad():
-        assert recomputable_node(recomputed(torch.tanh, randn(5, 8).requires_grad_())) is None
-    assert recomputable_node(recomputed(torch.tanh, randn(5, 8))) is None
+        assert recomputable_node(recompute_in_backward(torch.tanh, randn(5, 8).requires_grad_())) is None
+    assert recomputable_node(recompute_in_backward(torch.tanh, randn(5, 8))) is None

@@ -71,7 +71,7 @@ def make_pair(family: str) -> Pair:
         {"n_layer": 2, "n_head": 4, "block_size": 20, "vocab_size": 101, "bias": False}
         | {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}
         | changes
-    ).resolved()
+    ).resolve()
     torch.manual_seed(0)
     theirs = architecture(
         configuration(
@@ -111,7 +111,7 @@ LAYERS = {
 def in_our_layout(theirs: Tensors) -> Tensors:
     """Return their tensors under our names: queries, keys and values in one matrix, and gate and value in another."""
 
-    def named() -> Iterator[tuple[str, torch.Tensor]]:
+    def rename() -> Iterator[tuple[str, torch.Tensor]]:
         yield "wte.weight", theirs["model.embed_tokens.weight"]
         yield "ln_f.weight", theirs["model.norm.weight"]
         if "lm_head.weight" in theirs:
@@ -122,7 +122,7 @@ def in_our_layout(theirs: Tensors) -> Tensors:
                 if names[0] in theirs:
                     yield f"h.{layer}.{our}.{kind}", torch.cat([theirs[name] for name in names])
 
-    return dict(named())
+    return dict(rename())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

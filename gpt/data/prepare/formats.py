@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from gpt.data.prepare.documents import TextDocument
-from gpt.data.prepare.token_files import is_token_file, is_token_index
+from gpt.data.prepare.token_files import HEAD_BYTES, is_token_file, is_token_index
 from gpt.errors import UserError
 from gpt.utils.helper import first_line
 
-HEAD_BYTES = 8192
-"""Bytes by which a format is recognised; a NUL among them makes a file binary, as in git."""
 MAX_LINE_BYTES = 2**30
 """Bytes of one JSON object; a longer line is an error and is not read into memory."""
 
@@ -93,7 +91,7 @@ def detect_format(path: Path) -> Format:
                 head += stream.readline(MAX_LINE_BYTES)
     if _is_json_lines(head, path):
         return "json-lines"
-    return "binary" if b"\0" in head else "text"
+    return "binary" if b"\0" in head else "text"  # the rule of git
 
 
 def is_compressed(path: Path) -> bool:

@@ -165,58 +165,58 @@ def _assign_roles(files: Sequence[File], max_bytes: int, val_fraction: float) ->
 def _cut_file(
     file: File, text_field: str, max_bytes: int, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
 ) -> Iterator[Part]:
-    whole = Part(file.kind, ((file.name, str(file.path)),), file.size, role=role)
+    uncut = Part(file.kind, ((file.name, str(file.path)),), file.size, role=role)
     match file.kind:
         case "text":
-            yield from _cut_text(whole, max_bytes, val_fraction)
+            yield from _cut_text(uncut, max_bytes, val_fraction)
         case "json-lines" if is_compressed(file.path):
-            yield whole
+            yield uncut
         case "json-lines":
-            yield from _make_ranges(whole, _find_cuts(file.path, 0, file.size, max_bytes, _find_line_start))
+            yield from _make_ranges(uncut, _find_cuts(file.path, 0, file.size, max_bytes, _find_line_start))
         case "parquet":
-            yield from _cut_row_groups(whole, read_row_group_sizes(file.path, text_field), max_bytes)
+            yield from _cut_row_groups(uncut, read_row_group_sizes(file.path, text_field), max_bytes)
         case "dataset":
             for start in range(0, file.size, ROWS_PER_PART):
-                yield replace(whole, start=start, stop=min(start + ROWS_PER_PART, file.size), size=0)
+                yield replace(uncut, start=start, stop=min(start + ROWS_PER_PART, file.size), size=0)
         case "hub":
             for shard in range(file.size):
-                yield replace(whole, start=shard, stop=file.size, size=0)
+                yield replace(uncut, start=shard, stop=file.size, size=0)
         case "tokens":
             assert tokenizer is not None
             tokens = open_tokens(file.path)
             width = tokens.tokens.itemsize
             for start, stop in tokens.find_ranges(max_bytes // width, tokenizer.end_of_text):
-                yield replace(whole, start=start, stop=stop, size=(stop - start) * width)
+                yield replace(uncut, start=start, stop=stop, size=(stop - start) * width)
         case kind:
             raise AssertionError(f"nothing cuts {kind}")
 
 
-def _cut_text(whole: Part, max_bytes: int, val_fraction: float) -> Iterator[Part]:
+def _cut_text(uncut: Part, max_bytes: int, val_fraction: float) -> Iterator[Part]:
     """Cut a large text at word boundaries; its tail is held out, as in nanoGPT."""
-    path = Path(whole.files[0][1])
-    border = whole.size
-    if whole.role is None and val_fraction:
-        border = _find_character_start(path, int(whole.size * (1 - val_fraction)))
-    for start, stop, role in ((0, border, whole.role or "train"), (border, whole.size, "val")):
+    path = Path(uncut.files[0][1])
+    border = uncut.size
+    if uncut.role is None and val_fraction:
+        border = _find_character_start(path, int(uncut.size * (1 - val_fraction)))
+    for start, stop, role in ((0, border, uncut.role or "train"), (border, uncut.size, "val")):
         if start < stop:
             cuts = _find_cuts(path, start, stop, max_bytes, _find_word_boundary)
-            yield from _make_ranges(replace(whole, role=role), cuts, is_one_document=True)
+            yield from _make_ranges(replace(uncut, role=role), cuts, is_one_document=True)
 
 
-def _make_ranges(whole: Part, cuts: Sequence[int], *, is_one_document: bool = False) -> Iterator[Part]:
+def _make_ranges(uncut: Part, cuts: Sequence[int], *, is_one_document: bool = False) -> Iterator[Part]:
     for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        yield replace(whole, start=start, stop=stop, size=stop - start, continues=is_one_document and index > 0)
+        yield replace(uncut, start=start, stop=stop, size=stop - start, continues=is_one_document and index > 0)
 
 
-def _cut_row_groups(whole: Part, sizes: list[int], max_bytes: int) -> Iterator[Part]:
+def _cut_row_groups(uncut: Part, sizes: list[int], max_bytes: int) -> Iterator[Part]:
     start, part_bytes = 0, 0
     for group, size in enumerate(sizes):
         if part_bytes and part_bytes + size > max_bytes:
-            yield replace(whole, start=start, stop=group, size=part_bytes)
+            yield replace(uncut, start=start, stop=group, size=part_bytes)
             start, part_bytes = group, 0
         part_bytes += size
     if sizes:
-        yield replace(whole, start=start, stop=len(sizes), size=part_bytes)
+        yield replace(uncut, start=start, stop=len(sizes), size=part_bytes)
 
 
 def _find_cuts(

@@ -152,10 +152,10 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
             return
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         try:
-            if folder.exists():  # its manifest was deleted
-                remove_folder(folder)
             working_folder = UnfinishedFolder(unfinished)
             working_folder.claim(plan.identity)
+            if folder.exists():  # its manifest was deleted
+                remove_folder(folder)
             try:
                 _Preparation(working_folder, plan).run()
             except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation

@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpt.data.shards import Tokens
 from gpt.errors import UserError
 from gpt.utils.helper import first_line
 
-Tokens = npt.NDArray[np.integer[Any]]
-
 HEAD_BYTES = 8192
+"""Bytes by which a format is recognised."""
 SCAN_TOKENS = 2**20
 """Tokens that are scanned in one call."""
 MAX_SEARCH_TOKENS = 2**22
