@@ -64,7 +64,7 @@ def test_run_trains_and_samples(flags: list[str], tmp_path: Path, capsys: pytest
     assert main(flags) == 0
     shown = capsys.readouterr().out
     assert "finished at step 4" in shown
-    assert "by xz -9e" in shown
+    assert "xz -9e on the same files" in shown
     assert main(["sample", str(tmp_path / "run"), "--prompt", "the", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("the")
 

@@ -1,7 +1,7 @@
 """Bit-exactness: resuming, observers and seeds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,34 @@ import torch
 from gpt.configs.train_config import TrainConfig
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
+from gpt.training.events import Event
+from gpt.training.observer import Probe, Sink
 from tests.conftest import LossRecorder
 
 Configure = Callable[..., TrainConfig]
 Record = Callable[..., tuple[list[float], dict[str, torch.Tensor]]]
+
+
+class RandomSink(Sink):
+    """Uses torch's global generator, as a plot with jitter might."""
+
+    def __init__(self) -> None:
+        self.written: list[Event] = []
+
+    def write(self, event: Event) -> None:
+        torch.manual_seed(event.step)
+        self.written.append(event)
+
+
+class RandomProbe(Probe):
+    """Measures on a random subset of the weights."""
+
+    measured = 0
+
+    def measure(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        self.measured += 1
+        weight = parameters["wte.weight"]
+        return {"dropped_norm": (weight * torch.rand_like(weight)).norm()}
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:
@@ -90,10 +114,13 @@ def test_resume_after_an_interrupt_is_bit_exact(tiny: Configure, record: Record,
 
 def test_observers_sinks_and_probes_change_no_bit(tiny: Configure, record: Record, tmp_path: Path) -> None:
     settings = {"model": {"dropout": 0.2}, "max_steps": 6}
-    often = {"eval": {"interval": 1, "batches": 0}, "checkpoint": {"interval": 1}}
+    often = {"eval": {"interval": 1, "batches": 0}, "checkpoint": {"interval": 1, "every_minutes": 1e-4}}
     log = {"interval": 1, "grad_norms": True}
     busy = tiny(tmp_path / "busy", profile={"start": 2, "steps": 3}, log=log, **often, **settings)
-    watched, watched_weights = record(busy, LossRecorder(), LossRecorder())
+    sink, probe = RandomSink(), RandomProbe()
+    watched, watched_weights = record(busy, LossRecorder(), LossRecorder(), sink, probe)
+    assert len(sink.written) > 6 * 4
+    assert probe.measured == 6
     assert (tmp_path / "busy" / "trace.json").exists()
     bare = build_trainer(open_run(tiny(tmp_path / "bare", log={"interval": 5}, eval={"interval": 0}, **settings)))
     for observer in tuple(bare._observers):
