@@ -43,10 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 SLOW_PATHS = (
-    *("commands", "distributed", "e2e", "faults", "invariants", "soak", "test_hatch_build.py"),
-    *("checkpoint/test_manifest.py", "data/prepare/test_preparation.py", "data/test_encoders.py"),
-    *("data/test_packing.py", "machine/test_cpu_runtime.py", "models/test_plain_linears.py"),
-    "verification/test_kills.py",
+    *("distributed", "e2e", "faults", "invariants", "parity", "soak", "test_hatch_build.py"),
+    *("checkpoint/test_manifest.py", "commands/test_bench.py", "commands/test_prepare.py"),
+    *("commands/test_verify_resume.py", "data/prepare/test_preparation.py", "data/prepare/test_unfinished.py"),
+    *("data/prepare/test_workers.py", "data/test_encoders.py", "data/test_packing.py", "machine/test_cpu_runtime.py"),
+    *("models/test_plain_linears.py", "parallel/test_activation_checkpointing.py", "verification/test_kills.py"),
 )
 """Folders and files of tests that start processes or repeat a check many times; `pytest -m fast` leaves them out."""
 
@@ -54,6 +55,7 @@ SLOW_PATHS = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests outside SLOW_PATHS as fast."""
     slow = tuple(Path(__file__).parent / path for path in SLOW_PATHS)
+    assert all(path.exists() for path in slow), "SLOW_PATHS in tests/conftest.py names a path that does not exist"
     for item in items:
         if not any(item.path.is_relative_to(path) for path in slow):
             item.add_marker("fast")

@@ -15,11 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("gpt", "tests", "benchmarks", "hatch_build.py")
 DOCUMENTS = ("README.md", "AGENTS.md", "CONTRIBUTING.md", "docs")
-NOT_YET: tuple[str, ...] = (
-    *("gpt/auto_batch.py", "gpt/data", "gpt/evaluation", "gpt/inference"),
-    *("gpt/resume", "gpt/run.py", "gpt/pipeline.py", "gpt/training"),
-    *("tests/data", "tests/evaluation", "tests/inference", "tests/training", "docs"),
-)
+NOT_YET: tuple[str, ...] = ("gpt/data", "gpt/inference", "tests/data", "tests/evaluation", "tests/training")
 """Path prefixes that are not checked yet."""
 
 QUESTIONS = set("What Whether Where How Of By On".split())
