@@ -35,7 +35,7 @@ class Config(BaseModel):
     )
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
+def get_section(field: FieldInfo) -> type[BaseModel] | None:
     """Return the model of a field that is a section, or None for a plain field."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
@@ -45,7 +45,7 @@ def walk_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     """Yield (dotted name, field) for every field of `model`, sections included, in order."""
     for name, field in model.model_fields.items():
         path = prefix + (field.alias or name)
-        section = section_of(field)
+        section = get_section(field)
         if section is None:
             yield path, field
         else:

@@ -22,7 +22,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from gpt.configs.base import POSITIONAL, Config, section_of
+from gpt.configs.base import POSITIONAL, Config, get_section
 from gpt.configs.explain import explain_unknown_argument, explain_usage_error, explain_validation_error, suggest_name
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
@@ -133,11 +133,11 @@ def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
         StructFieldSpec(
             name=field.alias or name,
             type=_mark_positional(kind, name) if POSITIONAL in field.metadata else kind,
-            default=_members_as_text(getattr(info.default, name, tyro.MISSING)),
-            helptext=_join_lines(field.description or getattr(section_of(field), "__doc__", None)),
+            default=_format_members(getattr(info.default, name, tyro.MISSING)),
+            helptext=_join_lines(field.description or getattr(get_section(field), "__doc__", None)),
         )
         for name, field in info.type.model_fields.items()
-        for kind in [_list_as_text(field.annotation)]
+        for kind in [_replace_member_type(field.annotation)]
     )
     return StructConstructorSpec(instantiate=dict, fields=fields)
 
@@ -169,11 +169,11 @@ def _mark_positional(annotation: Any, name: str) -> Any:
     return Annotated[annotation, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)]
 
 
-def _list_as_text(annotation: Any) -> Any:
+def _replace_member_type(annotation: Any) -> Any:
     return tuple[str, ...] if get_origin(annotation) is tuple else annotation
 
 
-def _members_as_text(default: Any) -> Any:
+def _format_members(default: Any) -> Any:
     return tuple(str(member) for member in default) if isinstance(default, tuple) else default
 
 

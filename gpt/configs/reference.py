@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.base import section_of
-from gpt.configs.resume_rule import ResumeRule, rule_of
+from gpt.configs.base import get_section
+from gpt.configs.resume_rule import ResumeRule, get_resume_rule
 from gpt.configs.train_config import TrainConfig
 
 INTRODUCTION = """\
@@ -39,7 +39,7 @@ def format_reference() -> str:
     lines = [INTRODUCTION, *(f"| {rule.value} | {meaning} |" for rule, meaning in MEANINGS.items())]
     lines += _format_section("The run", "", TrainConfig, "")
     for name, field in TrainConfig.model_fields.items():
-        section = section_of(field)
+        section = get_section(field)
         if section is not None:
             lines += _format_section(f"`{name}`", section.__doc__ or "", section, f"{name}.")
     return "\n".join(lines) + "\n"
@@ -52,11 +52,11 @@ def _format_section(title: str, description: str, model: type[BaseModel], prefix
     yield "| flag | default | meaning | when resuming |"
     yield "| --- | --- | --- | --- |"
     for name, field in model.model_fields.items():
-        if section_of(field) is None:
+        if get_section(field) is None:
             flag = f"--{prefix}{name}".replace("_", "-")
             choices = _format_choices(field)
             text = " ".join((field.description or "").split())
-            cells = [f"`{flag}`{choices}", f"`{_format_default(field)}`", text, rule_of(field).value]
+            cells = [f"`{flag}`{choices}", f"`{_format_default(field)}`", text, get_resume_rule(field).value]
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -36,11 +36,11 @@ FORBIDDEN = ResumeRule.FORBIDDEN
 """A field states its rule as metadata: `interval: Annotated[int, SAFE] = 200`; one that states none is FORBIDDEN."""
 
 
-def rule_of(field: FieldInfo) -> ResumeRule:
+def get_resume_rule(field: FieldInfo) -> ResumeRule:
     """Return the resume rule of a field."""
     return next((item for item in field.metadata if isinstance(item, ResumeRule)), FORBIDDEN)
 
 
-def resume_rules(model: type[BaseModel]) -> dict[str, ResumeRule]:
+def get_resume_rules(model: type[BaseModel]) -> dict[str, ResumeRule]:
     """Return dotted field name -> resume rule for every field of `model`, sections included."""
-    return {name: rule_of(field) for name, field in walk_fields(model)}
+    return {name: get_resume_rule(field) for name, field in walk_fields(model)}

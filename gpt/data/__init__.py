@@ -1,1 +1,1 @@
-"""From a corpus to batches: readers, tokenizers, token shards, the order of windows, the loader."""
+"""Sources -> a prepared corpus -> batches: preparation, tokenizers, shards, the order of training, the data loader."""

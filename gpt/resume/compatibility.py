@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.resume_rule import FLAG, ResumeRule, resume_rules
+from gpt.configs.resume_rule import FLAG, ResumeRule, get_resume_rules
 from gpt.configs.run_plan import DTYPE_KEY, RunPlan, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
@@ -49,7 +49,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Difference, ...]:
     """Compare two configurations field by field; a derived size equals the same size given as a number."""
     before, now = (flatten(config.model_dump(mode="json")) for config in (saved, current))
-    rules = resume_rules(TrainConfig)
+    rules = get_resume_rules(TrainConfig)
     has_dropout = bool(saved.model.dropout or current.model.dropout)
     return tuple(
         Difference(name, value, now[name], _apply_dropout(rules[name], has_dropout))

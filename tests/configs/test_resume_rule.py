@@ -7,7 +7,7 @@ from pydantic import Field
 
 from gpt.configs.base import Config
 from gpt.configs.cli import parse
-from gpt.configs.resume_rule import SAFE, ResumeRule, resume_rules
+from gpt.configs.resume_rule import SAFE, ResumeRule, get_resume_rules
 from gpt.configs.train_config import TrainConfig
 
 FIELDS = {
@@ -44,7 +44,7 @@ FIELDS = {
 
 def test_every_field_has_its_rule() -> None:
     expected = {name: rule for rule, names in FIELDS.items() for name in names.split()}
-    rules = resume_rules(TrainConfig)
+    rules = get_resume_rules(TrainConfig)
     assert rules.keys() - expected.keys() == set(), "new fields: decide their rule and list them in FIELDS"
     assert expected.keys() - rules.keys() == set(), "fields that no longer exist: take them out of FIELDS"
     assert rules == expected
@@ -66,7 +66,7 @@ class Example(Config):
 
 
 def test_field_without_a_rule_is_forbidden_and_section_prefixes_its_name() -> None:
-    assert resume_rules(Example) == {"section.size": ResumeRule.SAFE, "name": ResumeRule.FORBIDDEN}
+    assert get_resume_rules(Example) == {"section.size": ResumeRule.SAFE, "name": ResumeRule.FORBIDDEN}
 
 
 def test_rule_changes_neither_parsing_nor_bounds() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from gpt.configs.resume_rule import FORBIDDEN, NEEDS_FLAG, SAFE, SAFE_IF_LR_UNCHANGED, ResumeRule, resume_rules
+from gpt.configs.resume_rule import FORBIDDEN, NEEDS_FLAG, SAFE, SAFE_IF_LR_UNCHANGED, ResumeRule, get_resume_rules
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.resume.compatibility import find_differences, flatten, require_allowed
@@ -12,7 +12,7 @@ def find_rules(change: dict[str, object], **before: object) -> dict[str, ResumeR
 
 
 def test_every_saved_field_has_a_rule_and_nothing_else() -> None:
-    assert flatten(TrainConfig().model_dump()).keys() == resume_rules(TrainConfig).keys()
+    assert flatten(TrainConfig().model_dump()).keys() == get_resume_rules(TrainConfig).keys()
 
 
 @pytest.mark.parametrize(

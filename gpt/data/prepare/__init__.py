@@ -1,1 +1,1 @@
-"""Sources -> a prepared corpus: find, read, split, tokenize, write."""
+"""Sources -> a prepared folder: find, cut into parts, read, split, tokenize, write shards and the manifest."""

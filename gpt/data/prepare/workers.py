@@ -3,13 +3,13 @@
     this process                                    worker process, one of n
     ------------                                    ------------------------
     WorkerPool(folder, settings, n)
-      sends {"folder", "settings"}        --->      main -> _serve -> PartWorker(folder, settings)
+      sends {"folder", "settings"}          --->    main -> _serve -> PartWorker(folder, settings)
     WorkerPool.run(action, parts)
       a thread for each worker takes the next part,
-      sends {"action", "part"}            --->        PartWorker.do(action, part)
-      reads   {"advance": [bytes, tokens]} <---       progress, some times a second
-              {"done": number}             <---       its result is in the folder
-              {"mistake"} or {"failure"}   <---       a UserError or an OSError, raised in this process
+      sends {"action", "part"}              --->      PartWorker.do(action, part)
+      reads {"advance": [bytes, tokens]}    <---      progress, some times a second
+            {"done": number}                <---      the result is in the folder
+            {"user_error"} or {"os_error"}  <---      an error, raised again in this process
 
 With one worker, this process does the work itself. A worker is a program of its own, `main` below, that speaks lines of
 JSON: it needs no guard in the user's main module, inherits no threads, and imports no torch. It ends when this process
@@ -134,9 +134,9 @@ class _WorkerProcess:
             match json.loads(line):
                 case {"advance": [size, tokens]}:
                     advance(size, tokens)
-                case {"mistake": message}:
+                case {"user_error": message}:
                     raise UserError(message)
-                case {"failure": [number, text, name]}:
+                case {"os_error": [number, text, name]}:
                     raise OSError(number, text, name)
                 case {"done": _}:
                     return
@@ -203,8 +203,8 @@ def _serve(messages: "queue.SimpleQueue[str]", send: Callable[[dict[str, Any]], 
             reporter.flush()
             send({"done": part.number})
         except UserError as error:
-            send({"mistake": str(error)})
+            send({"user_error": str(error)})
         except BrokenPipeError:
             raise
         except OSError as error:
-            send({"failure": [error.errno, error.strerror, str(error.filename or "")]})
+            send({"os_error": [error.errno, error.strerror, str(error.filename or "")]})
