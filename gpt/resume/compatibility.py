@@ -48,7 +48,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Difference, ...]:
     """Compare two configurations field by field; a derived size equals the same size given as a number."""
-    before, now = (flatten(config.model_dump(mode="json")) for config in (saved, current))
+    before, now = (flatten(_resolve_model(config).model_dump(mode="json")) for config in (saved, current))
     rules = get_resume_rules(TrainConfig)
     has_dropout = bool(saved.model.dropout or current.model.dropout)
     return tuple(
@@ -108,6 +108,7 @@ def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: 
     Raises:
         UserError: names the first field that differs.
     """
+    saved, current = saved.resolve(), current.resolve()
     for name in GPTConfig.model_fields:
         before, now = getattr(saved, name), getattr(current, name)
         if before != now and name not in WEIGHT_INDEPENDENT:
@@ -165,6 +166,10 @@ def keeps_learning_rates(config: TrainConfig, plan: RunPlan, saved: TrainConfig,
         f"{checkpoint} cannot be resumed: its {step} steps had the learning rates of a run of {former.max_steps} "
         f"steps, and a run of {plan.max_steps} steps has others; {remedy}{FLAG} accepts them"
     )
+
+
+def _resolve_model(config: TrainConfig) -> TrainConfig:
+    return config.model_copy(update={"model": config.model.resolve()})
 
 
 def _apply_dropout(rule: ResumeRule, has_dropout: bool) -> ResumeRule:
