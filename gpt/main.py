@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gpt import __version__
-from gpt.configs.cli import VERBS, has_flag
+from gpt.configs.arguments import VERBS, has_flag
 from gpt.configs.presets import PRESETS
 from gpt.errors import UserError
 from gpt.utils import launch
@@ -50,11 +50,15 @@ examples:
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
   gpt bench quickstart                     tokens per second, and the time of each part of a step
 
-gpt VERB --help lists every flag; with --json, a command prints its result as JSON."""
+gpt VERB --help lists its flags; with --json, a command prints its result as JSON."""
 
 
-INFO_FLAGS = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}
-"""Flag -> text to print instead of running a command."""
+VERSION = f"gpt-training-pipeline {__version__}"
+INFO_FLAGS = {
+    **dict.fromkeys(("-h", "--help", "--help-all", "help"), HELP),
+    **dict.fromkeys(("-V", "--version", "version"), VERSION),
+}
+"""First word -> text to print instead of running a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:  # gpt help VERB
+        arguments = [*arguments[1:], "--help"]
     if arguments and arguments[0] in INFO_FLAGS:
         print(INFO_FLAGS[arguments[0]])
         return 0

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from gpt.commands.output import print_json
-from gpt.configs.base import MAX_COUNT, POSITIONAL
+from gpt.configs.base import MAX_COUNT
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.configs.load import load_config
 from gpt.configs.run_plan import CORPUS_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.base import POSITIONAL, FilePath
+from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
 from gpt.configs.data_config import PreparationConfig
+from gpt.configs.fields import POSITIONAL
 from gpt.errors import UserError
 
 if TYPE_CHECKING:
