@@ -42,8 +42,8 @@ presets of gpt train:
 examples:
   gpt                                      train a small model on Python's standard library, in minutes
   gpt train debug                          run every part of a training run, in seconds
-  gpt train --data.source my_texts --run-dir runs/mine
-  gpt prepare my_texts --tokenizer gpt2 --out data/mine
+  gpt train --data.source examples/texts --run-dir runs/texts
+  gpt prepare examples/texts --vocab-size 1024 --out data/texts
   gpt sample runs/quickstart --prompt "def main("
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests

@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field
 from gpt.configs.base import Config, FilePath
 from gpt.configs.resume_rule import SAFE
 
+SHAKESPEARE = "shakespeare"
+"""Source that is downloaded."""
+
 
 def _as_tuple(value: object) -> object:
     if value in (None, "none", ("none",)):
@@ -39,6 +42,8 @@ class PreparationConfig(Config):
     """Vocabulary size of a trained bpe tokenizer: 256 bytes, the merges and one end-of-text token."""
     workers: Annotated[int, SAFE] = Field(0, ge=0, le=4096)
     """Processes that prepare the sources; 0: one per core. The result is the same with any number."""
+    cache_dir: Annotated[FilePath, SAFE] = Path(platformdirs.user_cache_dir("gpt-training-pipeline", appauthor=False))
+    """Folder that keeps prepared tokens and downloaded texts for later runs."""
 
 
 class DataConfig(PreparationConfig):
@@ -46,12 +51,10 @@ class DataConfig(PreparationConfig):
 
     source: Sources = Field(("stdlib",), min_length=1)
     """Files or folders of text, source code, JSON lines, Parquet or tokens; saved datasets; hf:NAME[:CONFIG[:SPLIT]];
-    folders made by gpt prepare; or stdlib: Python's own library."""
+    folders made by gpt prepare; stdlib: Python's own library; or shakespeare: tinyshakespeare, which is downloaded."""
     weights: tuple[Annotated[float, Field(gt=0, le=1_000_000)], ...] = ()
     """Sampling weight of each source; none: in proportion to the sources' tokens."""
     packing: Literal["stream", "best-fit"] = "stream"
     """stream: cut sequences from the documents in a row; best-fit: pack whole documents into sequences."""
     document_mask: bool = False
     """Restrict attention to tokens of the same document."""
-    cache_dir: Annotated[FilePath, SAFE] = Path(platformdirs.user_cache_dir("gpt-training-pipeline", appauthor=False))
-    """Folder that keeps prepared tokens for later runs."""
