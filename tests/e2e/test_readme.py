@@ -31,6 +31,7 @@ EXCLUDED_COMMANDS = (
 )
 SHORTENING_FLAGS = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
 VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "verify", "data-at", "verify-resume"}
+INFO_FLAGS = {"--help", "--help-all", "--version"}
 EXPECTED_RUNS = {
     "README.md": {"quickstart", "texts"},
     "docs/data.md": {"texts", "sonnets", "shakespeare-char", "records", "prepared", "mixed", "packed"},
@@ -61,11 +62,7 @@ def commands_of(block: str) -> list[str]:
 def shorten(command: str) -> list[str]:
     """Return the words of a command; a training command gets fewer batches and steps, a resumed one a step more."""
     words = shlex.split(command)
-    if (
-        VERBS_TO_RUN_UNCHANGED & set(words)
-        or {"--help", "--help-all", "--version"} & set(words)
-        or words[:2] == ["python", "-c"]
-    ):
+    if (VERBS_TO_RUN_UNCHANGED | INFO_FLAGS) & set(words) or words[:2] == ["python", "-c"]:
         return words
     if "bench" in words:
         return [*words, "--steps", "2"]

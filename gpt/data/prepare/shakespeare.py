@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import logging
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def _download(flag: str) -> bytes:
         with urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS) as response:
             content: bytes = response.read(MAX_BYTES)
     except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{flag} {SHAKESPEARE}: {URL} cannot be downloaded: {reason}; {remedy}") from error
     digest = hashlib.sha256(content).hexdigest()
