@@ -50,7 +50,7 @@ examples:
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
   gpt bench quickstart                     tokens per second, and the time of each part of a step
 
-gpt VERB --help lists its flags; with --json, a command prints its result as JSON."""
+gpt VERB --help lists its flags; of a flag given twice the last counts. With --json, a command prints its result as JSON."""
 
 
 VERSION = f"gpt-training-pipeline {__version__}"

@@ -59,7 +59,7 @@ def read_words(argv: Sequence[str], model: type[BaseModel], prog: str) -> list[s
         prog: name of the command, such as `gpt train debug`.
 
     Raises:
-        UserError: an unknown flag, a flag without its value, a switch with a value, a list given twice, a stray word.
+        UserError: an unknown flag, a flag without its value, a switch with a value, a stray word.
     """
     for word in argv:
         if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
@@ -88,8 +88,6 @@ def read_words(argv: Sequence[str], model: type[BaseModel], prog: str) -> list[s
         elif flag.kind == "value":
             words.append(f"{flag.name}={value if equals else _take_value(flag, queue, flags)}")
         else:
-            if any(given.partition("=")[0] == flag.name for given in words):
-                raise UserError(f"{flag.name} is given twice; list all its values after one: {flag.name} A B")
             words += _take_members(flag, [value] if equals else [], queue)
         previous = flag
     return words
