@@ -207,6 +207,8 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         notes.append("--parallel.reproducible is bit-exact on CPUs only; a GPU's kernels may add in any order")
     if config.lr.warmup_steps >= max_steps:
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
+    if config.spike.rollback and not config.checkpoint.interval:
+        notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
     return RunPlan(

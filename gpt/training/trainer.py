@@ -145,7 +145,10 @@ class Trainer(Subject):
             self._stop_reason = stops[0]
 
     def _roll_back(self, command: RollBack) -> None:
-        """Load the newest checkpoint before the bad steps, and leave their batches out from now on.
+        """Load the newest scheduled checkpoint before the bad steps, and leave their batches out from now on.
+
+        Every step is reported, and so judged, before a state is saved. So no checkpoint holds a step that is bad and
+        not yet known to be, whenever a signal or the clock asks for one.
 
         A kill at any point leads to the same run: until the journal has the record, the run resumes from before the
         bad steps with their batches, and rolls back again.
