@@ -24,6 +24,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
+from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import peak_memory
 from gpt.machine.peak_flops import load_or_measure_peak_flops
@@ -116,7 +117,16 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppSta
 def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, loader: DataLoader, timer: StepTimer
 ) -> TrainStep:
-    """Build the step that updates `state`: parallelize the model, and compile it if configured."""
+    """Build the step that updates `state`: check the machine's matmuls, parallelize the model, and compile it.
+
+    Raises:
+        UserError: the machine multiplies wrongly.
+    """
+    rows, cache_dir = plan.batch.micro_batch_size * plan.batch.block_size, config.data.cache_dir
+    device_name = plan.machine.device_name
+    dist.on_every_rank(
+        lambda: require_right_arithmetic(dist.device, device_name, plan.dtype, plan.model, rows, cache_dir)
+    )
     autocast = build_autocast(plan)
     compile_mode = config.compile_mode if config.compile else None
     blocks = state.model.get_submodule("h").children()

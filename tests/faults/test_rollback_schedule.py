@@ -18,7 +18,7 @@ from tests.faults.test_numerics import SETTINGS, build_trainer_on_bad_data, read
 pytestmark = pytest.mark.faults
 
 Configure = Callable[..., TrainConfig]
-BAD_BATCHES = (14, 23, 24, 26, 33)
+BAD_BATCHES = (14, 23, 24, 26, 37)
 """Global batches with ten times their loss: alone, next to each other, and within one report."""
 LAST_STEP = 40
 SPIKE = {"window": 16, "rollback": True, "max_rollbacks": 20}
