@@ -1,5 +1,6 @@
 """Save, prune and roll back to the checkpoints of one run."""
 
+import contextlib
 import errno
 import logging
 import math
@@ -19,7 +20,7 @@ from gpt.checkpoint.staging import Staging
 from gpt.checkpoint.store import Snapshot, load_checkpoint, take_snapshot, verify_and_load, write_checkpoint
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
-from gpt.utils.atomic_io import make_folder, remove_folder
+from gpt.utils.atomic_io import fsync, make_folder, remove_folder
 from gpt.utils.distributed import DistContext, PendingFlag
 from gpt.utils.helper import first_line, format_si
 
@@ -195,6 +196,7 @@ class CheckpointManager:
         try:
             if not self._is_committed(path):
                 make_folder(path.parent)
+                self._sync_records()
                 self._make_room(step, snapshot.nbytes + NON_TENSOR_BYTES)
                 write_checkpoint(path, snapshot, self._config_json)
             self._written.add(step)
@@ -206,6 +208,15 @@ class CheckpointManager:
                 f"{error.filename or path}: the checkpoint of step {step} cannot be saved: {error.strerror}; {remedy}; "
                 "earlier checkpoints are unchanged"
             ) from error
+
+    def _sync_records(self) -> None:
+        """Force the records of the steps up to this save to the disk: a resumed run begins after them.
+
+        A disk that refuses is no reason to lose the checkpoint as well.
+        """
+        for records in (self._folder.metrics, self._folder.samples):
+            with contextlib.suppress(OSError):
+                fsync(records)
 
     def _is_committed(self, path: Path) -> bool:
         """Return whether a step is committed already; a damaged one, which the run did not resume from, is removed."""
