@@ -136,7 +136,7 @@ class _PackedGroup:
 def _group_borders(stream: TokenStream) -> Iterator[Int64s]:
     """Yield the positions where documents begin, in groups; the last of a group is where its last document ends."""
     pending = np.zeros(0, np.int64)
-    for borders in stream.document_borders():
+    for borders in stream.iter_document_borders():
         pending = np.concatenate([pending, borders])
         while len(pending) > DOCUMENTS_PER_GROUP + 1:
             yield pending[: DOCUMENTS_PER_GROUP + 1]

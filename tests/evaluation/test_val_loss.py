@@ -111,7 +111,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStream]:
 def nats_of_windows(stream: TokenStream, *, masked: bool) -> float:
     """Return the nats computed window by window; with `masked`, document by document."""
     tokens = torch.from_numpy(stream.read(0, len(stream)).astype("int64"))
-    begins = set(stream.document_starts(0, len(stream)).tolist())
+    begins = set(stream.find_document_starts(0, len(stream)).tolist())
     nats = 0.0
     for start in range(0, len(tokens) - 1, BLOCK):
         stop = min(start + BLOCK, len(tokens) - 1)
