@@ -4,6 +4,7 @@ config.json  environment.json  lineage.jsonl  tokenizer.json  metrics.jsonl  sam
 and trace.json of a run that profiled steps, journal.jsonl of one that skipped batches
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from gpt.utils.helper import unique_names
 
 DAMAGED = ".damaged"
 """Suffix of a damaged checkpoint, which was moved aside when its run resumed from an earlier one."""
+
+MAX_LINKS = 40
+"""Links that are followed one after the other, as on Linux."""
 
 
 class RunFolder:
@@ -106,5 +110,19 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
 
 
 def find_run(checkpoint: Path) -> RunFolder:
-    """Return the run that a checkpoint belongs to."""
-    return RunFolder(checkpoint.resolve().parent.parent)
+    """Return the run that a checkpoint belongs to.
+
+    Either the checkpoint or the folder `checkpoints` may be reached through a link; the run is the folder with a
+    config.json above one of the places that the links lead to.
+    """
+    places = [_normalize(checkpoint)]
+    while places[-1].is_symlink() and len(places) < MAX_LINKS:
+        places.append(_normalize(places[-1].parent / places[-1].readlink()))
+    places.append(checkpoint.resolve())
+    runs = [RunFolder(place.parent.parent) for place in places]
+    return next((run for run in runs if run.config.exists()), runs[-1])
+
+
+def _normalize(path: Path) -> Path:
+    """Return an absolute path without `..`, and with its links."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve follows links
