@@ -18,9 +18,6 @@ from gpt.utils.helper import unique_names
 DAMAGED = ".damaged"
 """Suffix of a damaged checkpoint, which was moved aside when its run resumed from an earlier one."""
 
-MAX_LINKS = 40
-"""Links that are followed one after the other, as on Linux."""
-
 
 class RunFolder:
     """Paths in a run's folder."""
@@ -110,19 +107,10 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
 
 
 def find_run(checkpoint: Path) -> RunFolder:
-    """Return the run that a checkpoint belongs to.
+    """Return the run that a checkpoint belongs to: the folder with a config.json above it.
 
-    Either the checkpoint or the folder `checkpoints` may be reached through a link; the run is the folder with a
-    config.json above one of the places that the links lead to.
+    The folder `checkpoints` may be a link to another disk, so the path is tried as it is before its links are followed.
     """
-    places = [_normalize(checkpoint)]
-    while places[-1].is_symlink() and len(places) < MAX_LINKS:
-        places.append(_normalize(places[-1].parent / places[-1].readlink()))
-    places.append(checkpoint.resolve())
-    runs = [RunFolder(place.parent.parent) for place in places]
+    named = Path(os.path.abspath(checkpoint))  # noqa: PTH100 - Path.resolve follows links
+    runs = [RunFolder(path.parent.parent) for path in (named, checkpoint.resolve())]
     return next((run for run in runs if run.config.exists()), runs[-1])
-
-
-def _normalize(path: Path) -> Path:
-    """Return an absolute path without `..`, and with its links."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve follows links

@@ -199,8 +199,10 @@ def _load_base_values(saved: str | None, preset: str | None) -> dict[str, Any]:
     else:
         try:
             config = load_config(Path(expand_home(saved)))
-        except (UserError, ValueError) as error:
+        except UserError as error:
             raise UserError(f"--config {error}") from error
+        except ValueError as error:
+            raise UserError(f"--config {saved}: {error}") from error
     return {name: getattr(config, name) for name in type(config).model_fields}
 
 

@@ -38,5 +38,5 @@ def expand_home(path: str) -> str:
     """
     expanded = os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for ~USER without such a user
     if expanded.partition(os.sep)[0] == "~":
-        raise ValueError(f"{path}: no home folder is known; set HOME, or name the folder in full")
+        raise ValueError("no home folder is known; set HOME, or name the folder in full")
     return expanded

@@ -250,6 +250,8 @@ class DistContext:
 
     def _has_announced(self, ranks: list[int]) -> bool:
         """Return whether one of the ranks ended with a message of its own."""
+        if self._store is None:
+            return False
         try:
             return any(self._store.check([f"failed/{rank}"]) for rank in ranks)
         except RuntimeError:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from gpt.configs import user_folders
-from gpt.configs.cli import parse
+from gpt.configs.cli import PresetOverrides, parse, parse_over_preset
 from gpt.configs.data_config import DataConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.configs.user_folders import default_cache_dir, expand_home, temporary_folder
@@ -75,7 +75,9 @@ def test_tilde_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_tilde_without_a_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_home(monkeypatch)
-    with pytest.raises(ValueError, match="~/r: no home folder is known; set HOME, or name the folder in full"):
+    with pytest.raises(ValueError, match=r"^no home folder is known; set HOME, or name the folder in full"):
         expand_home("~/r")
-    with pytest.raises(UserError, match="--run-dir ~/r: no home folder is known"):
+    with pytest.raises(UserError, match="--run-dir '~/r': no home folder is known"):
         parse(TrainConfig, ["--run-dir", "~/r"], prog="gpt train")
+    with pytest.raises(UserError, match=r"--config ~/config.json: no home folder is known"):
+        parse_over_preset(PresetOverrides, ["--config", "~/config.json"], verb="train")

@@ -44,7 +44,13 @@ def train(*flags: str | Path, steps: int, source: str | Path = "rep.txt", run_di
 
 
 def read_steps(run_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Return the steps with a training loss."""
+    return list(read_losses(run_dir))
+
+
+def read_losses(run_dir: Path) -> dict[int, float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
 
 
 def move_away(project: Path) -> Path:
@@ -85,11 +91,7 @@ def test_run_resumes_with_the_same_text_under_another_path(
     shown = " ".join(capsys.readouterr().out.split())
     assert ("changed at step 2: data.source" in shown) == (spelling in ("moved", "renamed"))
     assert read_steps(project / "rd") == [1, 2, 3, 4]
-    losses = [
-        [json.loads(line).get("train/loss") for line in (project / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("rd", "reference")
-    ]
-    assert losses[0] == losses[1]
+    assert read_losses(project / "rd") == read_losses(project / "reference")
     assert main(["data-at", "rd", "--step", "3"]) == 0
 
 
@@ -169,10 +171,17 @@ def test_checkpoints_on_another_disk_belong_to_their_run(project: Path) -> None:
     (project / "rd").mkdir()
     (project / "rd/checkpoints").symlink_to(disk)
     assert train(steps=2) == 0
-    (project / "best").symlink_to("rd/checkpoints/step_00000002")
-    for place in ("rd", "rd/checkpoints/step_00000002", "rd/checkpoints/../checkpoints/step_00000002"):
+    (project / "link").symlink_to("rd")
+    for place in (
+        "rd",
+        "link",
+        "link/checkpoints/step_00000002",
+        "rd/checkpoints/step_00000002",
+        "rd/../rd/checkpoints/step_00000002",
+    ):
         assert main(["sample", place, "--max-new-tokens", "2"]) == 0
         assert main(["verify", "rd"]) == 0
+    assert main(["data-at", "link", "--step", "1"]) == 0
     assert train("--init-from", "rd", steps=1, run_dir="tuned") == 0
     assert train("--resume", "rd", steps=3, run_dir="fork") == 0
 
@@ -208,7 +217,8 @@ program()
 def test_every_command_works_without_a_home(home: dict[str, str], project: Path) -> None:
     temporary = project.parent / "temporary"
     temporary.mkdir()
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(MAIN.parents[1]), "TMPDIR": str(temporary)} | home
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(MAIN.parents[1]), "TMPDIR": str(temporary)}
+    environment |= {"COLUMNS": "300", **home}
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-c", NO_HOME, *arguments]
