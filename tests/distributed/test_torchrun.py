@@ -120,7 +120,7 @@ def assert_one_line(output: str, line: str) -> None:
     """Assert that one rank prints one line, and no other prints anything about its lost connection."""
     assert output.count("gpt: error: ") == 1, output
     assert line in output
-    ranks_output = output.partition("torch.distributed.elastic")[0]  # then comes the launcher's own report
+    ranks_output = output.partition("torch/distributed/elastic")[0]  # then comes the launcher's own report
     assert "Traceback" not in ranks_output, output
     assert "Connection closed" not in output
 
