@@ -161,7 +161,7 @@ def adopt_corpus(plan: RunPlan, saved: Mapping[str, str | int]) -> RunPlan:
     """Return `plan` with the digest that the checkpoint has of its corpus, if only names of sources have changed.
 
     Args:
-        plan: of this run.
+        plan: the plan of this run.
         saved: the identity in the checkpoint.
     """
     content = plan.corpus.content_sha256
