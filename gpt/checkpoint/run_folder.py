@@ -4,6 +4,7 @@ config.json  environment.json  lineage.jsonl  tokenizer.json  metrics.jsonl  sam
 and trace.json of a run that profiled steps, journal.jsonl of one that skipped batches
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -113,5 +114,10 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
 
 
 def find_run(checkpoint: Path) -> RunFolder:
-    """Return the run that a checkpoint belongs to."""
-    return RunFolder(checkpoint.resolve().parent.parent)
+    """Return the run that a checkpoint belongs to: the folder with a config.json above it.
+
+    The folder `checkpoints` may be a link to another disk, so the path is tried as it is before its links are followed.
+    """
+    named = Path(os.path.abspath(checkpoint))  # noqa: PTH100 - Path.resolve follows links
+    runs = [RunFolder(path.parent.parent) for path in (named, checkpoint.resolve())]
+    return next((run for run in runs if run.config.exists()), runs[-1])

@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
 
     reason = "finished"
     with open_run(config, dry_run=command.dry_run) as opened:
-        console = RunConsole() if opened.dist.is_main else None
+        console = RunConsole(emoji=False) if opened.dist.is_main else None
         if command.dry_run and command.as_json:
             if console:
                 print_json(opened.plan.to_dict())

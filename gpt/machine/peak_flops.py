@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,9 +169,8 @@ def read_record(path: Path) -> dict[str, object]:
 
 def write_record(path: Path, record: dict[str, object]) -> None:
     """Write a file of the cache in one step, without fsync: a measurement can be repeated."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.tmp")  # not mkstemp's, which only its owner can read
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(record, file)
-        Path(temporary).replace(path)
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+        temporary.replace(path)

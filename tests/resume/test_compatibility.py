@@ -67,3 +67,12 @@ def test_flag_is_named_and_then_allows_the_change() -> None:
         require_allowed(differences, "--run-dir x", with_changes=False)
     require_allowed(differences, "--run-dir x", with_changes=True)
     assert [str(difference) for difference in differences] == ["grad_clip 1.0 -> 2.0 (needs --resume-with-changes)"]
+
+
+def test_derived_size_equals_the_same_size_given_as_a_number() -> None:
+    derived = TrainConfig()
+    size = {"head_dim": 64, "n_kv_head": 4, "intermediate_size": 1024, "norm_eps": 1e-5, "qkv_bias": True}
+    given = derived.model_copy(update={"model": derived.model.model_copy(update=size)})
+    assert find_differences(derived, given) == ()
+    other = derived.model_copy(update={"model": derived.model.model_copy(update={"head_dim": 32})})
+    assert [difference.name for difference in find_differences(derived, other)] == ["model.head_dim"]

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpt.configs.data_config import HUB_PREFIX, STDLIB
 from gpt.data.prepare.formats import Format, detect_format, import_extra, is_dataset, open_dataset, open_stream
 from gpt.errors import UserError
 from gpt.utils.helper import sha256_of_file
 
-STDLIB = "stdlib"
 EXCLUDED_FROM_STDLIB = frozenset(
     # The tables of `encodings` and `pydoc_data` are too easy to predict; tests repeat the code that they test.
     {
@@ -29,7 +29,6 @@ EXCLUDED_FROM_STDLIB = frozenset(
         "pydoc_data",
     }
 )
-HUB_PREFIX = "hf:"
 
 Kind = Format | Literal["python", "dataset", "hub"]
 
