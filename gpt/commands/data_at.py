@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from gpt.commands.output import print_json
-from gpt.configs.base import MAX_COUNT
+from gpt.configs.base import MAX_COUNT, FilePath
 from gpt.configs.cli import JsonOutput, parse
 from gpt.configs.fields import POSITIONAL
 from gpt.configs.load import load_config
@@ -30,7 +29,7 @@ MAX_SHOWN_TOKENS = 32
 class DataAtCommand(JsonOutput):
     """Show the documents that a step of a run was, or will be, trained on."""
 
-    run_dir: Annotated[Path, POSITIONAL]
+    run_dir: Annotated[FilePath, POSITIONAL]
     """Folder of the run."""
     step: int = Field(ge=1, le=MAX_COUNT)
     """Step to show, numbered as in metrics.jsonl: the first step is 1."""
@@ -111,7 +110,7 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     """
     from gpt.checkpoint.manifest import PROGRESS
     from gpt.data.corpus import open_corpus, prepare_corpus
-    from gpt.resume.compatibility import require_same_identity
+    from gpt.resume.compatibility import adopt_corpus, require_same_identity
     from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
@@ -126,5 +125,6 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:
+        plan = adopt_corpus(plan, identity)
         require_same_identity(identity, plan.identity, {CORPUS_KEY}, checkpoints[-1])
     return corpus, plan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from gpt.commands.output import build_console, print_json
 from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
-from gpt.configs.data_config import PreparationConfig
+from gpt.configs.data_config import PreparationConfig, Source
 from gpt.configs.fields import POSITIONAL
 from gpt.errors import UserError
 
@@ -22,7 +22,7 @@ EXCERPT_TOKENS = 128
 class PrepareCommand(JsonOutput, PreparationConfig):
     """Turn texts into tokens, once for many runs; gpt train --data.source DIR reads the folder."""
 
-    source: Annotated[tuple[str, ...], POSITIONAL] = ()
+    source: Annotated[tuple[Source, ...], POSITIONAL] = ()
     """Sources, as in --data.source of gpt train."""
     out: FilePath | None = None
     """Folder to create."""

@@ -9,20 +9,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, fi
 from gpt.configs.explain import explain_validation_error
 from gpt.configs.fields import find_field, get_section, walk_fields
 from gpt.configs.suggest import suggest_key
+from gpt.configs.user_folders import expand_home
 from gpt.errors import UserError
 
 MAX_COUNT = 10**15
 """Upper bound for counts of steps or tokens, far above any real run."""
 
 
-def _require_path(value: object) -> object:
+def _parse_path(value: object) -> object:
     if value == "":
         raise ValueError("an empty path; name a file or folder")
-    return value
+    return expand_home(str(value)) if isinstance(value, (str, Path)) else value
 
 
-FilePath = Annotated[Path, BeforeValidator(_require_path)]
-"""A path that a user gives; rejects the empty one, which would mean the current folder."""
+FilePath = Annotated[Path, BeforeValidator(_parse_path)]
+"""A path that a user gives, `~` expanded; rejects the empty one, which would mean the current folder."""
 
 
 class Config(BaseModel):

@@ -23,13 +23,14 @@ from tyro.constructors import (
 )
 
 from gpt.configs.arguments import FULL_HELP, SHORT_HELP, explain_unknown_word, has_flag, looks_like_flag, read_words
-from gpt.configs.base import Config
+from gpt.configs.base import Config, FilePath
 from gpt.configs.explain import explain_validation_error
 from gpt.configs.fields import POSITIONAL, format_type, get_alternatives, get_choices, get_section, is_list
 from gpt.configs.help import format_short_help
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import HORIZON, TrainConfig
+from gpt.configs.user_folders import expand_home
 from gpt.errors import UserError
 
 C = TypeVar("C", bound=Config)
@@ -45,7 +46,7 @@ class JsonOutput(Config):
 class PresetOverrides(TrainConfig):
     """Command line that begins with a preset: a field keeps the preset's value unless a flag sets another."""
 
-    config: Path | None = None
+    config: FilePath | None = None
     """Start from a saved config.json instead of a preset."""
 
     def as_train_config(self) -> TrainConfig:
@@ -186,9 +187,11 @@ def _load_base_values(saved: str | None, preset: str | None) -> dict[str, Any]:
         raise UserError(f"--config {saved} and the preset {preset} both set every value: remove one of them")
     else:
         try:
-            config = load_config(Path(saved))
+            config = load_config(Path(expand_home(saved)))
         except UserError as error:
             raise UserError(f"--config {error}") from error
+        except ValueError as error:
+            raise UserError(f"--config {saved}: {error}") from error
     return {name: getattr(config, name) for name in type(config).model_fields}
 
 

@@ -64,7 +64,7 @@ def name_documents(corpus: Corpus, sequences: TraceableSequences, batch: BatchPl
 def _cut_at_documents(corpus: Corpus, range_: StreamRange) -> Iterator[Excerpt]:
     """Cut a range where documents begin."""
     stream = range_.stream
-    begins = [0, *(int(at) for at in stream.document_starts(range_.start, range_.length) if at > 0)]
+    begins = [0, *(int(at) for at in stream.find_document_starts(range_.start, range_.length) if at > 0)]
     for begin, end in zip(begins, [*begins[1:], range_.length], strict=True):
         shard, document, offset = stream.locate(range_.start + begin)
         part = StreamRange(stream, range_.start + begin, end - begin)

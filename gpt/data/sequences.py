@@ -86,7 +86,7 @@ class Windows:
         """Read sequences `first` ... `first + count - 1`."""
         size = self._block_size
         arrays = SequenceArrays.empty(count, size, document_mask=self._document_mask)
-        for row, start in enumerate(self._starts(first, count)):
+        for row, start in enumerate(self._find_starts(first, count)):
             tokens = self._stream.read(start, size + 1)
             arrays.inputs[row], arrays.targets[row] = tokens[:-1], tokens[1:]
             if arrays.documents is not None:
@@ -99,9 +99,9 @@ class Windows:
 
     def trace(self, first: int, count: int) -> list[list[StreamRange]]:
         """Return one range for each window."""
-        return [[StreamRange(self._stream, start, self._block_size)] for start in self._starts(first, count)]
+        return [[StreamRange(self._stream, start, self._block_size)] for start in self._find_starts(first, count)]
 
-    def _starts(self, first: int, count: int) -> list[int]:
+    def _find_starts(self, first: int, count: int) -> list[int]:
         """Return the starts of windows, from chunks of STARTS_PER_CALL: the time goes into calls, not into numbers."""
         chunks = range(first // STARTS_PER_CALL, (first + count - 1) // STARTS_PER_CALL + 1)
         starts = [start for chunk in chunks for start in self._cached_starts(chunk)]
@@ -244,5 +244,5 @@ class MixedSources:
 def number_documents(stream: TokenStream, start: int, length: int) -> Int64s:
     """Return a number for the document of each of `length` tokens from position `start`, ascending."""
     begins = np.zeros(length, dtype=np.int64)
-    begins[stream.document_starts(start, length)] = 1
+    begins[stream.find_document_starts(start, length)] = 1
     return np.cumsum(begins)

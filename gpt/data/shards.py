@@ -63,7 +63,7 @@ class ShardInfo(Config):
     """The first document is a further piece of the last one of the shard before."""
 
 
-def token_dtype(vocab_size: int) -> npt.DTypeLike:
+def choose_token_dtype(vocab_size: int) -> npt.DTypeLike:
     """Return the smallest type that holds every id."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
@@ -81,7 +81,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, vocab_size: int, *, continues: bool = False):
         self._path, self._vocab_size, self._continues = path, vocab_size, continues
-        self._dtype = np.dtype(token_dtype(vocab_size))
+        self._dtype = np.dtype(choose_token_dtype(vocab_size))
         self._spool = path.with_suffix(".tokens")
         self._unfinished = path.with_suffix(".tmp")
         self._file = self._spool.open("wb")
@@ -109,7 +109,7 @@ class ShardWriter:
         """Append a document.
 
         Args:
-            ids: of the document.
+            ids: the document's tokens.
             text_bytes: length of its text in UTF-8.
             start: ids to put before the document.
 
@@ -210,7 +210,7 @@ class TokenStream:
         pieces = [self._shard(index).read(first, stop) for index, first, stop in self._span(start, length)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.array([], np.uint16), *pieces])
 
-    def document_starts(self, start: int, length: int) -> npt.NDArray[np.int64]:
+    def find_document_starts(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Return where documents begin in the `length` tokens from position `start`, ascending and relative to it.
 
         Raises:
@@ -237,7 +237,7 @@ class TokenStream:
         before = int(begins[number]) if number >= 0 else 0
         return folder / info.file, number + info.continues, first - before
 
-    def document_borders(self) -> Iterator[npt.NDArray[np.int64]]:
+    def iter_document_borders(self) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the positions where documents begin, shard by shard, and at last the end of the stream."""
         for index, start in enumerate(self._starts[:-1]):
             yield self._shard(index).begins.astype(np.int64) + start

@@ -5,7 +5,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from gpt.data.shards import BLOCK_BYTES, ShardInfo, ShardWriter, TokenStream, token_dtype
+from gpt.data.shards import BLOCK_BYTES, ShardInfo, ShardWriter, TokenStream, choose_token_dtype
 from gpt.errors import UserError
 from tests.conftest import limit_file_size, write_stream
 
@@ -32,8 +32,8 @@ def test_stream_does_not_depend_on_how_documents_are_sharded(tmp_path: Path, per
             if start + length <= 70:
                 assert stream.read(start, length).tolist() == list(range(start, start + length))
                 inside = [place - start for place in range(0, 70, 10) if start <= place < start + length]
-                assert stream.document_starts(start, length).tolist() == inside
-    assert np.concatenate(list(stream.document_borders())).tolist() == list(range(0, 71, 10))
+                assert stream.find_document_starts(start, length).tolist() == inside
+    assert np.concatenate(list(stream.iter_document_borders())).tolist() == list(range(0, 71, 10))
 
 
 @pytest.mark.parametrize("per_shard", [1, 2, 100])
@@ -65,7 +65,7 @@ def test_shard_is_a_safetensors_file_with_offsets_and_byte_counts(
     ids = np.random.default_rng(0).integers(0, vocab_size, n_tokens).tolist()
     info = write(tmp_path / "train-0.safetensors", [(ids, 100), ([7, 8], 2)], vocab_size)
     arrays = load_file(tmp_path / info.file)
-    assert arrays["tokens"].dtype == token_dtype(vocab_size)
+    assert arrays["tokens"].dtype == choose_token_dtype(vocab_size)
     assert arrays["tokens"].tolist() == [*ids, 7, 8]
     assert arrays["document_offsets"].tolist() == [0, n_tokens, n_tokens + 2]
     assert arrays["document_bytes"].tolist() == [100, 2]
@@ -82,7 +82,7 @@ def test_shards_of_equal_documents_have_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_token_dtype_is_the_smallest_that_holds_every_id() -> None:
-    assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)
+    assert (choose_token_dtype(65536), choose_token_dtype(65537)) == (np.uint16, np.uint32)
 
 
 @pytest.mark.parametrize("wrong", [300, 70_000, -1])
@@ -134,11 +134,11 @@ def test_missing_or_truncated_shard_is_named(tmp_path: Path) -> None:
 def test_flipped_bit_is_detected_when_its_block_is_read(tmp_path: Path) -> None:
     path = tmp_path / "train-0.safetensors"
     info = write(path, [(list(range(1000)) * 30, 1)])
-    sound = path.read_bytes()
+    original = path.read_bytes()
     first_token = info.size - info.tokens * 2
     places = np.random.default_rng(0).integers(0, info.size, 200).tolist()
     for place in [*places, 0, 7, 8, first_token - 1, first_token, info.size - 1]:
-        changed = bytearray(sound)
+        changed = bytearray(original)
         changed[place] ^= 1 << (place % 8)
         path.write_bytes(changed)
         stream = TokenStream([(tmp_path, info)], 2**16)
@@ -148,10 +148,10 @@ def test_flipped_bit_is_detected_when_its_block_is_read(tmp_path: Path) -> None:
         others = [start for start in range(0, info.tokens, PER_BLOCK) if start // PER_BLOCK != block]
         if place >= first_token:
             for start in others:
-                assert TokenStream([(tmp_path, info)], 2**16).read(start, 1) == sound_token(sound, first_token, start)
+                assert TokenStream([(tmp_path, info)], 2**16).read(start, 1) == read_token(original, first_token, start)
 
 
-def sound_token(content: bytes, first_token: int, index: int) -> int:
+def read_token(content: bytes, first_token: int, index: int) -> int:
     return int.from_bytes(content[first_token + 2 * index : first_token + 2 * index + 2], "little")
 
 

@@ -97,7 +97,7 @@ def test_fewer_batches_are_spread_evenly_and_always_the_same(stream: TokenStream
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStream]:
-    """Sources of 60, 203 and 9 tokens in documents of several lengths, across shards."""
+    """Write sources of 60, 203 and 9 tokens in documents of several lengths, across shards."""
     generator = np.random.default_rng(1)
     lengths = {"books": (20, 1, 2, 17, 20), "code": (100, 3, 7, 8, 9, 26, 50), "web": (9,)}
     return {
@@ -111,7 +111,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStream]:
 def nats_of_windows(stream: TokenStream, *, masked: bool) -> float:
     """Return the nats computed window by window; with `masked`, document by document."""
     tokens = torch.from_numpy(stream.read(0, len(stream)).astype("int64"))
-    begins = set(stream.document_starts(0, len(stream)).tolist())
+    begins = set(stream.find_document_starts(0, len(stream)).tolist())
     nats = 0.0
     for start in range(0, len(tokens) - 1, BLOCK):
         stop = min(start + BLOCK, len(tokens) - 1)
@@ -151,7 +151,7 @@ def test_single_source_has_no_loss_by_name(several: dict[str, TokenStream]) -> N
 
 
 def test_sources_are_weighted_by_their_sizes_when_few_batches_are_read(several: dict[str, TokenStream]) -> None:
-    """A source counts by its tokens, not by those that were evaluated."""
+    """Check that a source counts by its tokens, not by those that were evaluated."""
     metrics = task(several, batches=1, batch_size=1).run(MODEL)
     sizes = {name: len(stream) - 1 for name, stream in several.items()}
     expected = sum(metrics[f"val/loss/{name}"] * size for name, size in sizes.items()) / sum(sizes.values())

@@ -35,7 +35,7 @@ from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts
 from gpt.data.prepare.sources import Source, find_source
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.prepare.workers import WorkerPool
-from gpt.data.shards import token_dtype
+from gpt.data.shards import choose_token_dtype
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import build_tokenizer
 from gpt.errors import UserError
@@ -146,29 +146,37 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
     Raises:
         UserError: a source cannot be read, the folder cannot be written, or it holds another unfinished preparation.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(folder.with_name(f".{folder.name}.lock")):
-        if (folder / CORPUS_MANIFEST).exists():
-            return
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        try:
-            working_folder = UnfinishedFolder(unfinished)
-            working_folder.claim(plan.identity)
-            if folder.exists():  # its manifest was deleted
-                remove_folder(folder)
-            try:
-                _Preparation(working_folder, plan).run()
-            except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation
-                if not plan.is_remote:
-                    shutil.rmtree(unfinished)
-                raise
-            unfinished.rename(folder)
-            fsync(folder.parent)
-        except OSError as error:
-            what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
+    unfinished, lock = (folder.with_name(f".{folder.name}{suffix}") for suffix in (".unfinished", ".lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with hold_lock(lock):
+            if not (folder / CORPUS_MANIFEST).exists():
+                _prepare_locked(folder, unfinished, plan)
+    except OSError as error:
+        if error.filename == str(lock):
             raise UserError(
-                f"{flag} {folder}: {what}; run the same command again to resume, or delete {unfinished}"
+                f"{flag} {folder}: {lock}: {error.strerror}; delete this file, or name another folder"
             ) from error
+        what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
+        raise UserError(
+            f"{flag} {folder}: {what}; run the same command again to resume, or delete {unfinished}"
+        ) from error
+
+
+def _prepare_locked(folder: Path, unfinished: Path, plan: PreparationPlan) -> None:
+    """Prepare `folder` in `unfinished`, while this process holds the lock."""
+    working_folder = UnfinishedFolder(unfinished)
+    working_folder.claim(plan.identity)
+    if folder.exists():  # its manifest was deleted
+        remove_folder(folder)
+    try:
+        _Preparation(working_folder, plan).run()
+    except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation
+        if not plan.is_remote:
+            shutil.rmtree(unfinished)
+        raise
+    unfinished.rename(folder)
+    fsync(folder.parent)
 
 
 class _Preparation:
@@ -285,7 +293,7 @@ class _Preparation:
 
     def _write_manifest(self, tokenizer: Tokenizer, parts_of_sources: Sequence[Sequence[Part]]) -> None:
         entries = [
-            _source_entry(name, source.sha256, [self._folder.read_record(part) for part in parts])
+            _build_source_entry(name, source.sha256, [self._folder.read_record(part) for part in parts])
             for name, source, parts in zip(self._plan.names, self._plan.sources, parts_of_sources, strict=True)
         ]
         for entry in entries:
@@ -303,17 +311,19 @@ class _Preparation:
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             special_ids=tokenizer.special_ids,
-            dtype=np.dtype(token_dtype(tokenizer.vocab_size)).name,
+            dtype=np.dtype(choose_token_dtype(tokenizer.vocab_size)).name,
             largest_id=max(shard.largest_id for shard in shards),
             documents=sum(shard.documents for shard in shards),
             tokens=sum(shard.tokens for shard in shards),
             text_bytes=sum(shard.text_bytes for shard in shards),
             sources=tuple(entries),
-            xz_bits_per_byte=self._xz_bits_per_byte([part for parts in parts_of_sources for part in parts], val_bytes),
+            xz_bits_per_byte=self._measure_xz_bits_per_byte(
+                [part for parts in parts_of_sources for part in parts], val_bytes
+            ),
         ).write(self._folder.path)
 
-    def _xz_bits_per_byte(self, parts: Sequence[Part], val_bytes: int) -> float | None:
-        """Compress the validation texts as one stream by `xz -9e`: the bits per byte of a compressor without learning.
+    def _measure_xz_bits_per_byte(self, parts: Sequence[Part], val_bytes: int) -> float | None:
+        """Return the bits per byte of `xz -9e` on the validation texts as one stream, to compare a model with.
 
         None if there is no text, or more than MAX_XZ_BYTES, or if it would have to be decoded or downloaded.
         """
@@ -328,7 +338,7 @@ class _Preparation:
         return 8 * (compressed + len(compressor.flush())) / val_bytes
 
 
-def _source_entry(name: str, sha256: str, records: Sequence[PartRecord]) -> SourceEntry:
+def _build_source_entry(name: str, sha256: str, records: Sequence[PartRecord]) -> SourceEntry:
     return SourceEntry(
         name=name,
         sha256=sha256,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpt.configs.data_config import SHAKESPEARE, PreparationConfig
+from gpt.configs.data_config import HUB_PREFIX, SHAKESPEARE, STDLIB, PreparationConfig
 from gpt.data.prepare.formats import Format, detect_format, import_extra, is_dataset, open_dataset, open_stream
 from gpt.data.prepare.shakespeare import fetch_shakespeare
 from gpt.errors import UserError
@@ -19,7 +19,6 @@ from gpt.utils.helper import plural, sha256_of_file
 
 log = logging.getLogger(__name__)
 
-STDLIB = "stdlib"
 EXCLUDED_FROM_STDLIB = frozenset(
     # The tables of `encodings` and `pydoc_data` are too easy to predict; tests repeat the code that they test.
     {
@@ -34,7 +33,6 @@ EXCLUDED_FROM_STDLIB = frozenset(
         "pydoc_data",
     }
 )
-HUB_PREFIX = "hf:"
 MAX_SHOWN_RUNS = 3
 
 Kind = Format | Literal["python", "dataset", "hub"]

@@ -57,7 +57,7 @@ def test_large_text_has_the_ids_of_the_uncut_text_and_one_end_of_text(tmp_path: 
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     ids = stream.read(0, len(stream)).tolist()
     assert ids == [manifest.special_ids["end_of_text"], *library.encode(sources[3].read_text()).ids]
-    assert stream.document_starts(0, len(stream)).tolist() == [0]
+    assert stream.find_document_starts(0, len(stream)).tolist() == [0]
 
 
 def test_folder_does_not_depend_on_where_the_sources_are(tmp_path: Path, sources: list[Path]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from gpt.configs.data_config import STDLIB
 from gpt.data.prepare.documents import Document
-from gpt.data.prepare.sources import EXCLUDED_FROM_STDLIB, STDLIB, find_source, is_run, require_apart
+from gpt.data.prepare.sources import EXCLUDED_FROM_STDLIB, find_source, is_run, require_apart
 from gpt.errors import UserError
 from tests.conftest import read_documents
 
