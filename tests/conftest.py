@@ -17,8 +17,8 @@ from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.data.prepare.documents import Document
-from gpt.data.prepare.formats import Records
 from gpt.data.prepare.parts import cut_into_parts, read_part
+from gpt.data.prepare.records import Records
 from gpt.data.prepare.sources import find_source
 from gpt.data.shards import ShardWriter, TokenStream
 from gpt.data.tokenizer import Tokenizer
@@ -180,8 +180,8 @@ def read_documents(
 ) -> list[Document]:
     """Read all documents of a source in order."""
     records = records or Records("text", skip_bad=False)
-    files = find_source(str(source)).files
-    parts = cut_into_parts(files, records.text_field, val_fraction=0.0, role="train", tokenizer=tokenizer)
+    files = find_source(str(source), text_field=records.text_field).files
+    parts = cut_into_parts(files, records, val_fraction=0.0, role="train", tokenizer=tokenizer)
     return [document for part in parts for document in read_part(part, records, tokenizer)]
 
 

@@ -98,7 +98,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
 def _require_prepared(folder: Path) -> None:
     """Check that `--inspect` names a prepared folder, and not the texts or the run that someone may mean by it."""
     from gpt.data.manifest import CORPUS_MANIFEST
-    from gpt.data.prepare.sources import is_run
+    from gpt.data.prepare.folders import is_run
 
     if (folder / CORPUS_MANIFEST).is_file():
         return

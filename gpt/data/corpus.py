@@ -11,6 +11,7 @@ from gpt.configs.run_plan import CorpusFacts, StreamFacts
 from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
+from gpt.data.prepare.folders import find_prepared_folders
 from gpt.data.prepare.preparation import plan_preparation, prepare_folder
 from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
@@ -67,14 +68,15 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
     Raises:
         UserError: a source cannot be read, or the cache not written.
     """
-    prepared = [source for source in config.source if (Path(source) / CORPUS_MANIFEST).is_file()]
-    if prepared and (len(prepared) < len(config.source) or config.val_source):
+    prepared = {source: find_prepared_folders(Path(source)) for source in config.source}
+    first = next((source for source, folders in prepared.items() if folders), None)
+    if first is not None and (not all(prepared.values()) or config.val_source):
         raise UserError(
-            f"--data.source {prepared[0]} is prepared and others are not; prepare all of them together: "
+            f"--data.source {first} is prepared and others are not; prepare all of them together: "
             "gpt prepare SOURCE... --out DIR"
         )
-    if prepared:
-        return [Path(source) for source in prepared]
+    if first is not None:
+        return [folder for source in config.source for folder in prepared[source]]
     if config.weights and len(config.weights) != len(config.source):
         raise UserError(f"--data.weights: {len(config.weights)} for {len(config.source)} sources; give one for each")
     require_apart(config.cache_dir, "--data.cache-dir", (*config.source, *config.val_source), below_only=True)
@@ -100,8 +102,11 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
         UserError: a file is missing or was changed, or the folders have different tokenizers.
     """
     manifests = [read_corpus_manifest(folder) for folder in folders]
+    first_source = Path(config.source[0])
     tokenizer = _read_tokenizer(folders, manifests)
-    is_named = folders[0] == Path(config.source[0])  # else it is in the cache, prepared for this configuration
+    is_named = (
+        folders[0] == first_source or first_source in folders[0].parents
+    )  # else it is in the cache, prepared for this configuration
     notes = (_compare_tokenizers(config, manifests[0], tokenizer) if is_named else None, manifests[0].vocab_note)
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources

@@ -29,7 +29,7 @@ from gpt.commands.verify_resume import run as verify_resume
 from gpt.configs.data_config import DataConfig
 from gpt.configs.load import load_config
 from gpt.data.corpus import open_corpus
-from gpt.data.prepare.formats import Records
+from gpt.data.prepare.records import Records
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.main import main

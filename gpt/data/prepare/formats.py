@@ -2,6 +2,8 @@
 
 text              one document
 JSON lines        one object a line, whose text field is a document
+JSON              an array of objects, or pretty-printed objects that have the text field
+CSV, TSV          one row a document, of the text column; recognised by suffix, for their content may be any text
 Parquet           one row a document, of the text column
 datasets folder   as `Dataset.save_to_disk` leaves it: one row a document
 Hugging Face hub  as `datasets` streams it: one row a document
@@ -9,72 +11,43 @@ Hugging Face hub  as `datasets` streams it: one row a document
 To add one: docs/extending.md, "A data format".
 """
 
-import gzip
-import importlib
-import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Literal
 
+from gpt.data.prepare.compression import open_bytes, remove_compression_suffix
 from gpt.data.prepare.documents import TextDocument
+from gpt.data.prepare.foreign import refuse_foreign_format
+from gpt.data.prepare.json_values import DECODER, read_json_values
+from gpt.data.prepare.records import BadFileError, Records, is_unicode, reraise_as_user_error, shorten
 from gpt.data.prepare.token_files import HEAD_BYTES, is_token_file, is_token_index
-from gpt.errors import UserError
-from gpt.utils.helper import first_line
 
 MAX_LINE_BYTES = 2**30
 """Bytes of one JSON object; a longer line is an error and is not read into memory."""
+READ_BYTES = 2**20
 
-GZIP_MAGIC, ZSTD_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+PARQUET_MAGIC = b"PAR1"
 JSON_LINES_SUFFIXES = {".jsonl", ".ndjson"}
+TABLE_SUFFIXES = {".csv", ".tsv", ".tab"}
+JSON_ARRAY_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
+JSON_OBJECT_START = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"')
 
-Format = Literal["text", "json-lines", "parquet", "tokens", "binary", "token-index"]
-
-
-class Records:
-    """The text field of records, and the treatment of bad ones.
-
-    Args:
-        text_field: the key or column that holds the text.
-        skip_bad: leaves out and counts a record without a text, instead of raising an error.
-    """
-
-    def __init__(self, text_field: str, *, skip_bad: bool):
-        self.text_field = text_field
-        self.skipped = 0
-        self._skip_bad = skip_bad
-
-    def read_document(self, record: object, place: str, name: str) -> Iterator[TextDocument]:
-        """Yield the document of a record; nothing for an empty text, or a bad record that is skipped."""
-        text = record.get(self.text_field) if isinstance(record, Mapping) else None
-        if isinstance(text, str) and _is_unicode(text):
-            if text:
-                yield TextDocument(name, text)
-        elif isinstance(text, str):
-            self.refuse(f"{place}: not valid Unicode: a lone surrogate")
-        elif not isinstance(record, Mapping):
-            self.refuse(f"{place}: not a JSON object")
-        else:
-            keys = ", ".join(map(str, record)) or "none"
-            self.refuse(f"{place}: no text under {self.text_field!r}; set --data.text-field to one of: {keys}")
-
-    def refuse(self, message: str) -> None:
-        """Count a bad record.
-
-        Raises:
-            UserError: bad records are not skipped.
-        """
-        if not self._skip_bad:
-            raise UserError(f"{message} (--data.on-error skip leaves such records out)")
-        self.skipped += 1
+Format = Literal["text", "json-lines", "json", "table", "parquet", "tokens", "binary", "token-index"]
+RECORD_KINDS = ("json-lines", "json", "table", "parquet", "dataset", "hub")
+"""Kinds of files whose records have a text field."""
 
 
-def detect_format(path: Path) -> Format:
+def detect_format(path: Path, text_field: str = "text") -> Format:
     """Return the format of a file.
 
+    Args:
+        path: of the file.
+        text_field: key by which pretty-printed objects are records, and not a text.
+
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or has a format that is known and not read.
     """
     with reraise_as_user_error(path):
         with path.open("rb") as file:
@@ -83,35 +56,48 @@ def detect_format(path: Path) -> Format:
             return "parquet"
         if is_token_index(path, head):
             return "token-index"
+        refuse_foreign_format(path, head)
         if is_token_file(path, head):
             return "tokens"
         with open_bytes(path) as stream:
             head = stream.read(HEAD_BYTES)
             if head.startswith(b"{") and b"\n" not in head:  # the first object may be longer than the head
                 head += stream.readline(MAX_LINE_BYTES)
-    if _is_json_lines(head, path):
-        return "json-lines"
-    return "binary" if b"\0" in head else "text"  # the rule of git
+        refuse_foreign_format(path, head)
+        name = remove_compression_suffix(path)
+        if _is_json(head, name, path, text_field):
+            return "json"
+        if _is_json_lines(head, path):
+            return "json-lines"
+        if b"\0" in head:  # the rule of git
+            return "binary"
+    return "table" if name.suffix.lower() in TABLE_SUFFIXES else "text"
 
 
-def is_compressed(path: Path) -> bool:
-    """Return whether a file is compressed, and so can only be read from its start."""
-    with reraise_as_user_error(path), path.open("rb") as file:
-        magic = file.read(4)
-    return magic.startswith(GZIP_MAGIC) or magic == ZSTD_MAGIC
+def read_first_value(path: Path) -> object:
+    """Return the first value of a JSON file.
+
+    Raises:
+        ValueError, RecursionError: the content is no JSON.
+    """
+    with open_bytes(path) as file:
+        return next(read_json_values(file), None)
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open the file's bytes, decompressed."""
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic.startswith(GZIP_MAGIC):
-        return cast(IO[bytes], gzip.open(path))
-    if magic == ZSTD_MAGIC:
-        decompressor = import_extra("zstandard", "zstd", str(path)).ZstdDecompressor()
-        stream = decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(stream)
-    return path.open("rb")
+def require_utf8(path: Path) -> None:
+    """Check the encoding of a text.
+
+    Raises:
+        BadFileError: the bytes are not UTF-8; names the offset.
+    """
+    with reraise_as_user_error(path), open_bytes(path) as file:
+        start, rest = 0, b""
+        while block := file.read(READ_BYTES):
+            content = rest + block
+            n_whole = len(content) if content.isascii() else _find_last_character(content)
+            _decode(content[:n_whole], path, start)
+            start, rest = start + n_whole, content[n_whole:]
+        _decode(rest, path, start)
 
 
 def read_text(path: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
@@ -136,7 +122,7 @@ def read_json_lines(
     Raises:
         UserError: a line is no JSON object with a text; names its number.
     """
-    with reraise_as_user_error(path), open_bytes(path) as file:
+    with records.refuse_bad_file(path), open_bytes(path) as file:
         if start:
             file.seek(start)
         at = start
@@ -154,14 +140,16 @@ def _read_json_line(
     try:
         if len(line) == MAX_LINE_BYTES:
             raise ValueError(f"a line of {MAX_LINE_BYTES} bytes or more")
-        record = json.loads(line)
+        record = DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
         text = record.get(records.text_field) if type(record) is dict else None
-        if type(text) is str and text and _is_unicode(text):  # the usual case, kept fast
+        if type(text) is str and text and is_unicode(text):  # the usual case, kept fast
             yield TextDocument(name, text)
         else:
-            yield from records.read_document(record, f"{path}: line {_line_in_file(path, start, number)}", name)
+            yield from records.read_document(
+                record, f"{shorten(path)}: line {_line_in_file(path, start, number)}", name
+            )
     except (ValueError, RecursionError) as error:
-        records.refuse(f"{path}: line {_line_in_file(path, start, number)}: not valid JSON: {error}")
+        records.refuse(f"{shorten(path)}: line {_line_in_file(path, start, number)}: not valid JSON: {error}")
 
 
 def _line_in_file(path: Path, start: int, number: int) -> int:
@@ -174,115 +162,19 @@ def _line_in_file(path: Path, start: int, number: int) -> int:
     return before + number
 
 
-def read_row_group_sizes(path: Path, text_field: str) -> list[int]:
-    """Return the bytes of each row group of a Parquet file.
+def read_json(path: Path, name: str, records: Records) -> Iterator[TextDocument]:
+    """Yield the documents of the records of a JSON array, or of pretty-printed records.
 
     Raises:
-        UserError: the file cannot be read or has no such column.
+        UserError: a record has no text, or the file is damaged; names the record.
     """
-    with reraise_as_user_error(path):
-        file = import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {text_field!r}; set --data.text-field to one of: {columns}")
-        return [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
-
-
-def read_parquet(path: Path, name: str, records: Records, start: int, stop: int) -> Iterator[TextDocument]:
-    """Yield the documents of the row groups [start, stop) of a Parquet file.
-
-    Raises:
-        UserError: the file is damaged, or a row has no text.
-    """
-    with reraise_as_user_error(path):
-        file = import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
-        number = sum(file.metadata.row_group(group).num_rows for group in range(start))
-        for batch in file.iter_batches(
-            batch_size=1024, row_groups=range(start, stop), columns=[records.text_field], use_threads=False
-        ):
-            for row in batch.to_pylist():
-                yield from records.read_document(row, f"{path}: row {number}", f"{name}:{number}")
-                number += 1
-
-
-def is_dataset(folder: Path) -> bool:
-    """Return whether `datasets` saved this folder."""
-    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-
-
-def open_dataset(folder: Path) -> Any:
-    """Open a dataset on disk; of several splits, the one named train.
-
-    Raises:
-        UserError: the dataset has no such split, or cannot be read.
-    """
-    datasets = import_extra("datasets", "datasets", str(folder))
-    with reraise_as_user_error(folder):
-        dataset = datasets.load_from_disk(str(folder))
-    if isinstance(dataset, datasets.DatasetDict):
-        if "train" not in dataset:
-            raise UserError(f"{folder}: no split is called train; name the folder of one: {', '.join(dataset)}")
-        dataset = dataset["train"]
-    return dataset
-
-
-def read_dataset(folder: Path, records: Records, start: int, stop: int) -> Iterator[TextDocument]:
-    """Yield the documents of rows [start, stop) of a dataset on disk.
-
-    Raises:
-        UserError: a row has no text.
-    """
-    for number, row in enumerate(open_dataset(folder).select(range(start, stop)), start):
-        yield from records.read_document(row, f"{folder}: row {number}", f"{number}")
-
-
-def open_stream(address: str) -> Any:
-    """Open a dataset of the hub, `NAME[:CONFIG[:SPLIT]]`, as a stream, which is not stored on the disk.
-
-    Raises:
-        UserError: there is no dataset of this name, or it cannot be reached.
-    """
-    name, config, split = (*address.split(":"), "", "")[:3]
-    datasets = import_extra("datasets", "datasets", f"hf:{address}")
-    with reraise_as_user_error(Path(f"hf:{address}")):
-        return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-
-
-def read_stream(address: str, records: Records, shard: int, n_shards: int) -> Iterator[TextDocument]:
-    """Yield the documents of one shard of a stream.
-
-    Raises:
-        UserError: the stream breaks, or a row has no text.
-    """
-    place = f"hf:{address}"
-    with reraise_as_user_error(Path(place)):
-        stream = open_stream(address)
-        rows = stream.shard(n_shards, shard) if n_shards > 1 else stream
-        for number, row in enumerate(rows):
-            yield from records.read_document(row, f"{place}: row {number} of shard {shard}", f"{shard}:{number}")
-
-
-@contextmanager
-def reraise_as_user_error(path: Path) -> Iterator[None]:
-    """Turn the exceptions of many kinds that libraries raise for a damaged or unreadable file into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from error
-
-
-def import_extra(module: str, name: str, place: str) -> Any:
-    """Import a library that only some sources need.
-
-    Raises:
-        UserError: it is not installed; names the extra that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{place}: needs {module}; pip install 'gpt-training-pipeline[{name}]'") from error
+    number = 0
+    with records.refuse_bad_file(path), open_bytes(path) as file:
+        try:
+            for number, record in enumerate(read_json_values(file), 1):
+                yield from records.read_document(record, f"{shorten(path)}: record {number}", f"{name}:{number - 1}")
+        except (ValueError, RecursionError) as error:
+            records.refuse(f"{shorten(path)}: record {number + 1}: not valid JSON: {shorten(error)}")
 
 
 def _decode(content: bytes, path: Path, start: int) -> str:
@@ -291,7 +183,9 @@ def _decode(content: bytes, path: Path, start: int) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         byte, at = content[error.start], start + error.start
-        raise UserError(f"{path}: not UTF-8 at byte offset {at} (0x{byte:02x}); convert the file to UTF-8") from error
+        raise BadFileError(
+            f"{shorten(path)}: not UTF-8 at byte offset {at} (0x{byte:02x}); convert the file to UTF-8"
+        ) from error
 
 
 def _is_json_lines(head: bytes, path: Path) -> bool:
@@ -300,17 +194,28 @@ def _is_json_lines(head: bytes, path: Path) -> bool:
         return True
     first, _, rest = head.partition(b"\n")
     try:
-        return isinstance(json.loads(first), dict) and rest.lstrip()[:1] in (b"", b"{")
+        return isinstance(DECODER.decode(first.decode("utf-8-sig")), dict) and rest.lstrip()[:1] in (b"", b"{")
     except (ValueError, RecursionError):
         return False
 
 
-def _is_unicode(text: str) -> bool:
-    """Return whether a text has no lone surrogate, which JSON can spell but which is no character."""
-    if text.isascii():
+def _is_json(head: bytes, name: Path, path: Path, text_field: str) -> bool:
+    """Return whether a file is an array of objects, or has pretty-printed objects with the text field."""
+    is_json_name = name.suffix.lower() == ".json"
+    if JSON_ARRAY_START.match(head) or (is_json_name and head.lstrip().startswith(b"[")):
         return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not JSON_OBJECT_START.match(head) or _is_json_lines(head, Path(name.stem)):
         return False
-    return True
+    try:
+        first = read_first_value(path)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and text_field in first
+
+
+def _find_last_character(content: bytes) -> int:
+    """Return the start of the last character of a block of UTF-8, which may be cut."""
+    at = len(content) - 1
+    while at > max(0, len(content) - 4) and content[at] & 0xC0 == 0x80:
+        at -= 1
+    return at

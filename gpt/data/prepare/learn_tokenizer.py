@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from gpt.data.prepare.compression import is_compressed
 from gpt.data.prepare.documents import Document, TextDocument
-from gpt.data.prepare.formats import is_compressed
 from gpt.data.prepare.parts import Part
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import build_char_tokenizer, train_bpe_tokenizer

@@ -11,12 +11,14 @@ from typing import Literal
 
 from gpt.data.prepare.dedup import count_duplicates, drop_duplicates, has_whole_documents, write_digests
 from gpt.data.prepare.documents import Document
-from gpt.data.prepare.formats import Records
 from gpt.data.prepare.parts import PART_BYTES, Part, read_part
+from gpt.data.prepare.records import MAX_REASON_LETTERS, Records, shorten
 from gpt.data.prepare.split import batch_by_size, split
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.shards import ShardWriter
 from gpt.data.tokenizer import Tokenizer
+from gpt.errors import UserError
+from gpt.utils.helper import first_line
 
 Advance = Callable[[int, int], None]
 """Reports progress: bytes of text and tokens since the last call."""
@@ -82,10 +84,18 @@ class PartWorker:
             UserError: a document cannot be read or encoded.
             OSError: the result cannot be written.
         """
-        if action == "digests":
-            self._write_digests(part, advance)
-        else:
-            self._write_shards(part, advance)
+        try:
+            if action == "digests":
+                self._write_digests(part, advance)
+            else:
+                self._write_shards(part, advance)
+        except (UserError, OSError):
+            raise
+        except MemoryError as error:
+            raise UserError(f"{_name_part(part)}: not enough memory; set --data.workers to a smaller number") from error
+        except Exception as error:
+            what = f"{type(error).__name__}: {shorten(first_line(error), MAX_REASON_LETTERS)}"
+            raise UserError(f"{_name_part(part)}: cannot be prepared: {what}") from error
 
     @property
     def _tokenizer(self) -> Tokenizer | None:
@@ -124,8 +134,18 @@ class PartWorker:
                 val=val.finish(),
                 skipped_records=records.skipped,
                 duplicates=count_duplicates(folder.keep_mask_path(part)) if is_deduplicated else 0,
+                skipped_reasons=tuple(records.reasons),
             )
         folder.write_record(part, record)
 
     def _new_records(self) -> Records:
         return Records(self._settings.text_field, skip_bad=self._settings.skip_bad)
+
+
+def _name_part(part: Part) -> str:
+    """Return the place of a part for messages: its file, or the first and the last of several."""
+    first, last = part.files[0][1], part.files[-1][1]
+    if len(part.files) > 1:
+        return f"{shorten(first, 120)} to {shorten(Path(last).name, 60)}"
+    where = "" if part.stop is None else f" [{part.start}:{part.stop}]"
+    return shorten(first) + where

@@ -11,20 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from gpt.data.prepare.compression import is_compressed
 from gpt.data.prepare.documents import Document, TextDocument, TokenDocument
-from gpt.data.prepare.formats import (
-    Records,
-    is_compressed,
-    read_dataset,
-    read_json_lines,
-    read_parquet,
-    read_row_group_sizes,
-    read_stream,
-    read_text,
-    reraise_as_user_error,
-)
+from gpt.data.prepare.formats import read_json, read_json_lines, read_text
+from gpt.data.prepare.records import BadFileError, Records, reraise_as_user_error, shorten
 from gpt.data.prepare.sources import File, Kind
 from gpt.data.prepare.split import choose_held_out
+from gpt.data.prepare.tables import read_dataset, read_parquet, read_row_group_sizes, read_stream, read_table
 from gpt.data.prepare.token_files import open_tokens
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.word_boundaries import LOOKBEHIND_BYTES, WORD_BOUNDARY_IN_UTF8
@@ -69,13 +62,13 @@ class Part:
 
 
 def cut_into_parts(
-    files: Sequence[File], text_field: str, *, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
+    files: Sequence[File], records: Records, *, val_fraction: float, role: Role | None, tokenizer: Tokenizer | None
 ) -> list[Part]:
     """Cut the files of a source into parts.
 
     Args:
         files: of the source, in order.
-        text_field: column of Parquet files.
+        records: names the column of Parquet files, and counts files that cannot be cut.
         val_fraction: tail to hold out of a text file that is larger than a part.
         role: split that all of the source belongs to; None for both.
         tokenizer: of token files; its end-of-text token separates their documents.
@@ -84,26 +77,61 @@ def cut_into_parts(
     roles = _assign_roles(files, max_bytes, val_fraction) if role is None else {}
     parts: list[Part] = []
     open_groups: dict[Role | None, list[File]] = {}
+    group_bytes: dict[Role | None, int] = {}
 
     def close(role: Role | None) -> None:
         if group := open_groups.pop(role, None):
             named = tuple((file.name, str(file.path)) for file in group)
-            parts.append(Part(group[0].kind, named, sum(file.size for file in group), role=role))
+            parts.append(Part(group[0].kind, named, group_bytes.pop(role), role=role))
 
     for file in files:
         file_role = roles.get(file.name, role)
         if _is_text(file) and (file.size <= max_bytes or is_compressed(file.path)):
             group = open_groups.get(file_role, [])
-            if group and (group[0].kind != file.kind or sum(other.size for other in group) + file.size > max_bytes):
+            if group and (group[0].kind != file.kind or group_bytes[file_role] + file.size > max_bytes):
                 close(file_role)
             open_groups.setdefault(file_role, []).append(file)
+            group_bytes[file_role] = group_bytes.get(file_role, 0) + file.size
         else:
             for open_role in list(open_groups):
                 close(open_role)
-            parts += _cut_file(file, text_field, max_bytes, val_fraction, file_role, tokenizer)
+            try:
+                parts += _cut_file(file, records.text_field, max_bytes, val_fraction, file_role, tokenizer)
+            except BadFileError as error:
+                records.refuse(str(error))
     for open_role in list(open_groups):
         close(open_role)
     return parts
+
+
+def leave_out_foreign_tokens(files: Sequence[File], tokenizer: Tokenizer | None) -> tuple[list[File], list[str]]:
+    """Return the files of a source without those that look like tokens but are of another kind than the others.
+
+    Beside text, a file of tokens has to hold tokens of the given tokenizer. Any .bin of even size could be nanoGPT's.
+
+    Args:
+        files: of the source.
+        tokenizer: of token files; None if it is learned from the text.
+
+    Returns:
+        the files, and the names of those that are left out.
+    """
+    if all(file.kind == "tokens" for file in files):
+        return list(files), []
+    reasons = {file.name: _find_token_fault(file.path, tokenizer) for file in files if file.kind == "tokens"}
+    left_out = [f"{shorten(name, 60)} ({shorten(reason, 100)})" for name, reason in reasons.items() if reason]
+    return [file for file in files if not reasons.get(file.name)], left_out
+
+
+def _find_token_fault(path: Path, tokenizer: Tokenizer | None) -> str | None:
+    if tokenizer is None:
+        return "tokens beside text"
+    try:
+        tokens = open_tokens(path)
+        tokens.check_ids(0, len(tokens.tokens), tokenizer.vocab_size)
+    except BadFileError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
 
 
 def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) -> Iterator[Document]:
@@ -117,7 +145,8 @@ def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) 
     match part.kind:
         case "text" if part.stop is None:
             for name, place in part.files:
-                yield from read_text(Path(place), name)
+                with records.refuse_bad_file(Path(place)):
+                    yield from read_text(Path(place), name)
         case "text":
             yield from read_text(path, f"{name}:{part.start}", part.start, part.stop)
         case "python":
@@ -127,6 +156,10 @@ def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) 
                     yield TextDocument(name, file.read())
         case "json-lines":
             yield from read_json_lines(path, name, records, part.start, part.stop)
+        case "json":
+            yield from read_json(path, name, records)
+        case "table":
+            yield from read_table(path, name, records)
         case "parquet":
             assert part.stop is not None
             yield from read_parquet(path, name, records, part.start, part.stop)
@@ -138,10 +171,11 @@ def read_part(part: Part, records: Records, tokenizer: Tokenizer | None = None) 
             yield from read_stream(place, records, part.start, part.stop)
         case "tokens":
             assert part.stop is not None and tokenizer is not None
-            tokens = open_tokens(path)
-            tokens.check_ids(part.start, part.stop, tokenizer.vocab_size)
-            for number, ids in enumerate(tokens.documents(part.start, part.stop, tokenizer.end_of_text)):
-                yield TokenDocument(f"{name}:{part.start}:{number}", ids)
+            with records.refuse_bad_file(path):
+                tokens = open_tokens(path)
+                tokens.check_ids(part.start, part.stop, tokenizer.vocab_size)
+                for number, ids in enumerate(tokens.documents(part.start, part.stop, tokenizer.end_of_text)):
+                    yield TokenDocument(f"{name}:{part.start}:{number}", ids)
         case kind:
             raise AssertionError(f"nothing reads {kind}")
 
@@ -169,6 +203,8 @@ def _cut_file(
     match file.kind:
         case "text":
             yield from _cut_text(uncut, max_bytes, val_fraction)
+        case "json" | "table":
+            yield uncut
         case "json-lines" if is_compressed(file.path):
             yield uncut
         case "json-lines":

@@ -29,9 +29,12 @@ from gpt.data.manifest import (
 )
 from gpt.data.prepare.dedup import has_whole_documents, write_keep_masks
 from gpt.data.prepare.documents import Document
+from gpt.data.prepare.file_state import FileState, SourceChangedError, digest_states, require_unchanged
+from gpt.data.prepare.formats import RECORD_KINDS
 from gpt.data.prepare.learn_tokenizer import LEARNED_KINDS, learn_bpe_tokenizer, learn_char_tokenizer
 from gpt.data.prepare.part_worker import Action, ReadSettings, read_splits
-from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts
+from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts, leave_out_foreign_tokens
+from gpt.data.prepare.records import Records, join, shorten
 from gpt.data.prepare.sources import Source, find_source
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.prepare.workers import WorkerPool
@@ -50,6 +53,8 @@ log = logging.getLogger(__name__)
 MAX_XZ_BYTES = 2**21
 """Bytes of validation text above which xz takes longer than its number is worth."""
 MIN_SECONDS_TO_REPORT_SPEED = 10
+MAX_NAMED_FILES = 3
+"""Files that are left out and named."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,11 @@ class PreparationPlan:
         return sum(file.size for source in self.sources for file in source.files)
 
     @property
+    def states(self) -> list[FileState]:
+        """State of every file when it was fingerprinted."""
+        return [state for source in self.sources for state in source.states]
+
+    @property
     def is_remote(self) -> bool:
         """Whether reading may fail for a while although nothing is wrong with the sources."""
         return any(file.kind == "hub" for source in self.sources for file in source.files)
@@ -118,8 +128,14 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
         UserError: a source is missing, empty or unreadable.
     """
     train_role: Role | None = None if config.val_fraction and not config.val_source else "train"
-    found = [(find_source(source, "--data.source", config.cache_dir), train_role) for source in sources]
-    found += [(find_source(source, "--data.val-source", config.cache_dir), "val") for source in config.val_source]
+
+    def find(source: str, flag: str) -> Source:
+        skip_bad = config.on_error == "skip"
+        return find_source(source, flag, config.cache_dir, text_field=config.text_field, skip_bad=skip_bad)
+
+    found = [(find(source, "--data.source"), train_role) for source in sources]
+    found += [(find(source, "--data.val-source"), "val") for source in config.val_source]
+    _require_records(config.text_field, [source for source, _ in found])
     tokenizer_file = Path(config.tokenizer)
     return PreparationPlan(
         sources=tuple(source for source, _ in found),
@@ -133,6 +149,21 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
         deduplicate=config.deduplicate,
         n_workers=config.workers or usable_cores(),
     )
+
+
+def _require_records(text_field: str, sources: Sequence[Source]) -> None:
+    """Check that a text field that was named has records to be found in.
+
+    Raises:
+        UserError: no source has any.
+    """
+    has_records = any(file.kind in RECORD_KINDS for source in sources for file in source.files)
+    if not has_records and text_field != PreparationConfig().text_field:
+        names = join(source.name for source in sources)
+        raise UserError(
+            f"--data.text-field {shorten(text_field)}: {names} holds no records, only text or tokens; "
+            "leave out the flag, or name JSON, CSV or Parquet files"
+        )
 
 
 def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
@@ -166,13 +197,13 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
 def _prepare_locked(folder: Path, unfinished: Path, plan: PreparationPlan) -> None:
     """Prepare `folder` in `unfinished`, while this process holds the lock."""
     working_folder = UnfinishedFolder(unfinished)
-    working_folder.claim(plan.identity)
+    working_folder.claim(plan.identity, digest_states(plan.states))
     if folder.exists():  # its manifest was deleted
         remove_folder(folder)
     try:
         _Preparation(working_folder, plan).run()
-    except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation
-        if not plan.is_remote:
+    except UserError as error:  # a source that the user mends has another fingerprint, and so needs another preparation
+        if not plan.is_remote or isinstance(error, SourceChangedError):
             shutil.rmtree(unfinished)
         raise
     unfinished.rename(folder)
@@ -189,6 +220,8 @@ class _Preparation:
 
     def __init__(self, folder: UnfinishedFolder, plan: PreparationPlan):
         self._folder, self._plan = folder, plan
+        self._left_out_tokens: dict[str, list[str]] = {}
+        self._bad_files: dict[str, Records] = {}
         self._settings = ReadSettings(
             text_field=plan.text_field,
             skip_bad=plan.on_error == "skip",
@@ -203,16 +236,53 @@ class _Preparation:
             n_files = sum(len(source.files) for source in self._plan.sources)
             names, files = ", ".join(self._plan.names), plural(n_files, "file")
             log.info("preparing %s: %s, %sB", names, files, format_si(self._plan.size))
-            # The workers start while the tokenizer is built.
-            with WorkerPool(self._folder.path, self._settings, self._count_workers()) as pool:
-                tokenizer = self._build_tokenizer()
-                parts_of_sources = self._cut_into_parts(tokenizer)
-                parts = [part for of_source in parts_of_sources for part in of_source]
-                self._find_duplicates(pool, parts)
-                tokenizer = tokenizer or self._folder.load_or_save_tokenizer(lambda: self._learn_tokenizer(parts))
-                self._write_shards(pool, parts)
-            self._write_manifest(tokenizer, parts_of_sources)
+            try:
+                self._prepare()
+            except SourceChangedError:
+                raise
+            except UserError:
+                require_unchanged(self._plan.states)  # a file that changed may be an error in many ways
+                raise
         self._folder.finish()
+
+    def _prepare(self) -> None:
+        # The workers start while the tokenizer is built.
+        with WorkerPool(self._folder.path, self._settings, self._count_workers()) as pool:
+            tokenizer = self._build_tokenizer()
+            parts_of_sources = self._cut_into_parts(tokenizer)
+            self._report_left_out()
+            parts = [part for of_source in parts_of_sources for part in of_source]
+            self._find_duplicates(pool, parts)
+            tokenizer = tokenizer or self._folder.load_or_save_tokenizer(lambda: self._learn_tokenizer(parts))
+            self._write_shards(pool, parts)
+        self._require_unchanged()
+        self._write_manifest(tokenizer, parts_of_sources)
+
+    def _require_unchanged(self) -> None:
+        """Check that the sources and the tokenizer's file are still those of the fingerprint.
+
+        Raises:
+            SourceChangedError: a file has changed or is gone.
+        """
+        require_unchanged(self._plan.states)
+        path = Path(self._plan.tokenizer)
+        if self._plan.tokenizer_file_sha256 and not (
+            path.is_file() and sha256_of_file(path) == self._plan.tokenizer_file_sha256
+        ):
+            raise SourceChangedError(f"{path}: changed while it was used; run the same command again")
+
+    def _report_left_out(self) -> None:
+        """Name the first files that are left out, in one line for each source."""
+        for name, source in zip(self._plan.names, self._plan.sources, strict=True):
+            left_out = (*source.left_out, *self._left_out_tokens[name])
+            if left_out:
+                shown = ", ".join(left_out[:MAX_NAMED_FILES]) + (", ..." if len(left_out) > MAX_NAMED_FILES else "")
+                what = (
+                    plural(len(left_out), "file or folder", "")
+                    if len(left_out) == 1
+                    else f"{len(left_out):,} files or folders"
+                )
+                log.warning("%s: left out %s: %s", name, what, shown)
 
     def _count_workers(self) -> int:
         """Return the number of workers: as configured, and no more than parts, if sizes of files give their number."""
@@ -226,10 +296,10 @@ class _Preparation:
         kind = self._plan.tokenizer
         if kind not in LEARNED_KINDS:
             return self._folder.load_or_save_tokenizer(lambda: build_tokenizer(kind))
-        for file in (file for source in self._plan.sources for file in source.files):
-            if file.kind == "tokens":
+        for source in self._plan.sources:
+            if all(file.kind == "tokens" for file in source.files):
                 raise UserError(
-                    f"{file.path} holds tokens, from which no tokenizer can be learned; "
+                    f"{source.files[0].path} holds tokens, from which no tokenizer can be learned; "
                     "set --data.tokenizer to gpt2 or the tokenizer.json that wrote them"
                 )
         return None
@@ -237,10 +307,14 @@ class _Preparation:
     def _cut_into_parts(self, tokenizer: Tokenizer | None) -> list[list[Part]]:
         """Return the parts of each source, numbered through all sources."""
         groups, number = [], 0
-        for source, role in zip(self._plan.sources, self._plan.roles, strict=True):
+        for name, source, role in zip(self._plan.names, self._plan.sources, self._plan.roles, strict=True):
+            self._bad_files[name] = records = Records(self._plan.text_field, skip_bad=self._settings.skip_bad)
+            for message in source.bad_files:
+                records.refuse(message)
+            files, self._left_out_tokens[name] = leave_out_foreign_tokens(source.files, tokenizer)
             parts = cut_into_parts(
-                source.files,
-                self._plan.text_field,
+                files,
+                records,
                 val_fraction=self._plan.val_fraction,
                 role=role,
                 tokenizer=tokenizer,
@@ -293,14 +367,20 @@ class _Preparation:
 
     def _write_manifest(self, tokenizer: Tokenizer, parts_of_sources: Sequence[Sequence[Part]]) -> None:
         entries = [
-            _build_source_entry(name, source.sha256, [self._folder.read_record(part) for part in parts])
+            _build_source_entry(
+                name, source.sha256, [self._folder.read_record(part) for part in parts], self._bad_files[name].skipped
+            )
             for name, source, parts in zip(self._plan.names, self._plan.sources, parts_of_sources, strict=True)
         ]
-        for entry in entries:
+        for entry, parts in zip(entries, parts_of_sources, strict=True):
+            records = [self._folder.read_record(part) for part in parts]
+            reasons = [*self._bad_files[entry.name].reasons, *(reason for r in records for reason in r.skipped_reasons)]
+            first = next(iter(reasons), None)
             if not any(shard.text_bytes for shard in (*entry.train, *entry.val)) and not entry.duplicates:
-                raise _no_text_error(entry.name)
+                raise _no_text_error(entry.name, first)
             if entry.skipped_records:
-                log.warning("%s: left out %s", entry.name, plural(entry.skipped_records, "bad record"))
+                count = plural(entry.skipped_records, "bad record")
+                log.warning("%s: left out %s%s", entry.name, count, f"; first: {first}" if first else "")
             if entry.duplicates:
                 log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
         shards = [shard for entry in entries for shard in (*entry.train, *entry.val)]
@@ -338,16 +418,17 @@ class _Preparation:
         return 8 * (compressed + len(compressor.flush())) / val_bytes
 
 
-def _build_source_entry(name: str, sha256: str, records: Sequence[PartRecord]) -> SourceEntry:
+def _build_source_entry(name: str, sha256: str, records: Sequence[PartRecord], n_bad_files: int) -> SourceEntry:
     return SourceEntry(
         name=name,
         sha256=sha256,
         train=tuple(record.train for record in records if record.train is not None),
         val=tuple(record.val for record in records if record.val is not None),
-        skipped_records=sum(record.skipped_records for record in records),
+        skipped_records=n_bad_files + sum(record.skipped_records for record in records),
         duplicates=sum(record.duplicates for record in records),
     )
 
 
-def _no_text_error(name: str) -> UserError:
-    return UserError(f"{name}: no document has any text; name a source with text in it")
+def _no_text_error(name: str, reason: str | None = None) -> UserError:
+    because = f" ({reason})" if reason else ""
+    return UserError(f"{name}: no document has any text{because}; name a source with text in it")

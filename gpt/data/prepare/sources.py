@@ -5,17 +5,24 @@ import logging
 import os
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from gpt.configs.data_config import HUB_PREFIX, SHAKESPEARE, STDLIB, PreparationConfig
-from gpt.data.prepare.formats import Format, detect_format, import_extra, is_dataset, open_dataset, open_stream
+from gpt.data.prepare.file_state import FileState, read_file_state
+from gpt.data.prepare.folders import Found, find_files, is_run, walk_files
+from gpt.data.prepare.foreign import find_foreign_chunks, name_foreign_note
+from gpt.data.prepare.formats import JSON_OBJECT_START, Format, detect_format, read_first_value, require_utf8
+from gpt.data.prepare.optional import import_extra
+from gpt.data.prepare.records import BadFileError, join, shorten
 from gpt.data.prepare.shakespeare import fetch_shakespeare
+from gpt.data.prepare.tables import is_dataset, open_dataset, open_stream, read_table_header
+from gpt.data.prepare.token_files import HEAD_BYTES
 from gpt.errors import UserError
-from gpt.utils.helper import plural, sha256_of_file
+from gpt.utils.helper import plural
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +40,7 @@ EXCLUDED_FROM_STDLIB = frozenset(
         "pydoc_data",
     }
 )
+
 MAX_SHOWN_RUNS = 3
 
 Kind = Format | Literal["python", "dataset", "hub"]
@@ -59,17 +67,33 @@ class Source:
     files: tuple[File, ...]
     sha256: str
     """Digest of the files' names and contents."""
+    states: tuple[FileState, ...] = field(default=(), compare=False)
+    """State of every file when its content was digested."""
+    left_out: tuple[str, ...] = ()
+    """Files and folders that are no text of this source, each with what it is."""
+    bad_files: tuple[str, ...] = ()
+    """Messages about files that `--data.on-error skip` leaves out."""
 
 
-def find_source(source: str, flag: str = "--data.source", cache_dir: Path | None = None) -> Source:
+def find_source(
+    source: str,
+    flag: str = "--data.source",
+    cache_dir: Path | None = None,
+    *,
+    text_field: str = "text",
+    skip_bad: bool = False,
+) -> Source:
     """Find the files of a source, in the order of their names, and fingerprint them.
 
-    Hidden and binary files of a folder are left out, and so are the folders of runs.
+    Hidden and binary files of a folder are left out. So are folders of runs, prepared folders, and files that are no
+    text: `Source.left_out` names them.
 
     Args:
         source: a name or a path.
         flag: option that names it, for messages.
         cache_dir: folder for texts that are downloaded; None for the default one.
+        text_field: key or column that holds the text of a record.
+        skip_bad: leaves out and names a file of a folder that cannot be read.
 
     Raises:
         UserError: there is no such source, it has no text, or a file cannot be read.
@@ -83,29 +107,118 @@ def find_source(source: str, flag: str = "--data.source", cache_dir: Path | None
     if source == SHAKESPEARE and not path.exists():
         path = fetch_shakespeare(flag, cache_dir or PreparationConfig().cache_dir)
     if not _is_folder(path, flag):
-        kind = detect_format(path)
-        if kind == "token-index":
-            raise UserError(f"{flag} {source} is the index of a token file; name the .bin file beside it")
-        if not path.stat().st_size:
-            raise UserError(f"{flag} {source}: the file is empty; name one with text in it")
-        return _make_source(
-            path.stem, [File(path.name, path, "text" if kind == "binary" else kind, path.stat().st_size)]
-        )
+        return _find_file(source, path, flag, text_field)
     if is_run(path):
         raise UserError(f"{flag} {source} is the folder of a run, not of texts; name the texts")
+    if chunks := find_foreign_chunks(path):
+        raise UserError(f"{flag} {shorten(source)} is {chunks[0]}; {chunks[1]}")
     name = path.resolve().name
     if is_dataset(path):
         return _make_source(name, [File("", path, "dataset", len(open_dataset(path)))])
-    files = list(_find_text_files(path))
+    files, left_out, bad_files = _find_files_of_folder(path, text_field, skip_bad=skip_bad)
     if not files:
-        raise UserError(f"{flag} {source}: the folder holds no text; name one with text in it")
-    return _make_source(name, files)
+        reason = f" ({(left_out + bad_files)[0]})" if left_out or bad_files else ""
+        raise UserError(f"{flag} {shorten(source)}: the folder holds no text{reason}; name one with text in it")
+    return replace(_make_source(name, files), left_out=tuple(left_out), bad_files=tuple(bad_files))
 
 
-def is_run(folder: Path) -> bool:
-    """Return whether a folder is that of a training run, whose files are no texts to train on."""
-    records = (folder / "lineage.jsonl").is_file() or (folder / "checkpoints").is_dir()
-    return records and (folder / "config.json").is_file()
+def _find_file(source: str, path: Path, flag: str, text_field: str) -> Source:
+    """Return the source that is a single file."""
+    kind = detect_format(path, text_field)
+    if kind == "token-index":
+        raise UserError(f"{flag} {source} is the index of a token file; name the .bin file beside it")
+    if not path.stat().st_size:
+        raise UserError(f"{flag} {source}: the file is empty; name one with text in it")
+    if kind == "table":
+        read_table_header(path, text_field)
+    if kind == "text" and JSON_OBJECT_START.match(_read_head(path)):
+        _refuse_json_without_text(path, text_field)
+    return _make_source(path.stem, [File(path.name, path, "text" if kind == "binary" else kind, path.stat().st_size)])
+
+
+def _refuse_json_without_text(path: Path, text_field: str) -> None:
+    """Refuse a JSON object without a text, which would be trained on with its keys and braces."""
+    try:
+        record = read_first_value(path)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(record, dict):
+        raise UserError(
+            f"{shorten(path)}: a JSON object with no text under {text_field!r}; "
+            f"set --data.text-field to one of: {join(record)}"
+        )
+
+
+def _find_files_of_folder(root: Path, text_field: str, *, skip_bad: bool) -> tuple[list[File], list[str], list[str]]:
+    """Return the files of a folder, names of what is no text of it, and messages about files that cannot be read."""
+    found = find_files(root)
+    if found.runs:
+        shown = ", ".join(map(shorten, found.runs[:MAX_SHOWN_RUNS])) + (
+            ", ..." if len(found.runs) > MAX_SHOWN_RUNS else ""
+        )
+        log.info("%s: left out %s: %s", root, plural(len(found.runs), "run"), shown)
+    files: list[File] = []
+    foreign: list[tuple[File, str]] = []
+    bad_files: list[str] = []
+    for path in found.paths:
+        file = _describe_path(found, root, path, text_field)
+        if isinstance(file, File):
+            reason = None if file.kind == "dataset" else _find_reason_to_leave_out(file, text_field)
+            if reason is None:
+                files.append(file)
+            else:
+                foreign.append((file, reason))
+        elif isinstance(file, BadFileError):
+            if file.is_foreign:
+                foreign.append((File(path.relative_to(root).as_posix(), path, "binary", 0), str(file)))
+            elif skip_bad:
+                bad_files.append(str(file))
+            else:
+                raise UserError(f"{file} (--data.on-error skip leaves such files out)") from file
+    if not files and len(foreign) == 1 and not found.left_out:
+        file, reason = foreign[0]
+        raise UserError(reason if reason.startswith(shorten(file.path)) else f"{shorten(file.path)}: {reason}")
+    left_out = [f"{shorten(file.name, 60)} ({shorten(reason, 100)})" for file, reason in foreign]
+    return files, left_out + found.left_out, bad_files
+
+
+def _describe_path(found: Found, root: Path, path: Path, text_field: str) -> File | BadFileError | None:
+    """Return the file or saved dataset at a path, its error, or None if it is empty, binary or an index."""
+    name = path.relative_to(root).as_posix()
+    try:
+        if path in found.datasets:
+            return File(name, path, "dataset", len(open_dataset(path)))
+        size = path.stat().st_size
+        if size and (kind := detect_format(path, text_field)) not in ("binary", "token-index"):
+            return File(name, path, kind, size)
+    except BadFileError as error:
+        return error
+    return None
+
+
+def _find_reason_to_leave_out(file: File, text_field: str) -> str | None:
+    """Return why a file is no text of the folder that holds it; None if it is one."""
+    try:
+        match file.kind:
+            case "text":
+                require_utf8(file.path)
+                return name_foreign_note(file.path, _read_head(file.path))
+            case "table":
+                read_table_header(file.path, text_field)
+            case "json" | "json-lines" if file.path.suffix.lower() == ".json":
+                record = read_first_value(file.path)
+                if not (isinstance(record, dict) and text_field in record):
+                    return f"no record with {text_field!r}"
+    except BadFileError as error:
+        return str(error).removeprefix(f"{shorten(file.path)}: ")
+    except (ValueError, RecursionError):
+        return None  # a record that is damaged is an error of its own
+    return None
+
+
+def _read_head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 def require_apart(folder: Path, flag: str, sources: Sequence[str], *, below_only: bool = False) -> None:
@@ -134,37 +247,33 @@ def require_apart(folder: Path, flag: str, sources: Sequence[str], *, below_only
 
 
 def _make_source(name: str, files: list[File]) -> Source:
-    return Source(name, tuple(files), _fingerprint_files(files))
-
-
-def _fingerprint_files(files: Sequence[File]) -> str:
-    """Return the SHA-256 of all names and contents."""
+    """Fingerprint the files: the SHA-256 of all names and contents."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        contents = threads.map(_hash_content, files)
+        states_of_files = list(threads.map(_read_states, files))
     digest = hashlib.sha256()
-    for file, content in zip(files, contents, strict=True):
-        name = os.fsencode(file.name)
-        digest.update(len(name).to_bytes(8, "little") + name + bytes.fromhex(content))
-    return digest.hexdigest()
+    for file, states in zip(files, states_of_files, strict=True):
+        # Files of these kinds were raw text in former corpora, which a cache may still hold.
+        file_name = os.fsencode(file.name) + (file.kind.encode() if file.kind in ("json", "table") else b"")
+        digest.update(len(file_name).to_bytes(8, "little") + file_name + bytes.fromhex(_join_digests(file, states)))
+    return Source(
+        name, tuple(files), digest.hexdigest(), tuple(state for states in states_of_files for state in states)
+    )
 
 
-def _hash_content(file: File) -> str:
-    try:
-        if file.kind == "dataset":
-            return _hash_files(_walk_files(file.path))
-        index = file.path.with_suffix(".idx")
-        if file.kind == "tokens" and index.is_file():  # Megatron's index says where documents begin
-            return _hash_files([file.path, index])
-        return sha256_of_file(file.path)
-    except OSError as error:
-        raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
+def _read_states(file: File) -> list[FileState]:
+    """Digest a file and those that belong to it: all of a dataset, or Megatron's index with its tokens."""
+    if file.kind == "dataset":
+        return [read_file_state(path) for path in walk_files(file.path)]
+    index = file.path.with_suffix(".idx")
+    has_index = file.kind == "tokens" and index.is_file()
+    return [read_file_state(path) for path in ((file.path, index) if has_index else (file.path,))]
 
 
-def _hash_files(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(bytes.fromhex(sha256_of_file(path)))
-    return digest.hexdigest()
+def _join_digests(file: File, states: Sequence[FileState]) -> str:
+    """Return the digest of a file, or that of the digests of several."""
+    if len(states) == 1 and file.kind != "dataset":
+        return states[0].sha256
+    return hashlib.sha256(b"".join(bytes.fromhex(state.sha256) for state in states)).hexdigest()
 
 
 def _find_hub_source(address: str) -> Source:
@@ -173,13 +282,15 @@ def _find_hub_source(address: str) -> Source:
     if not name:
         raise UserError(f"hf:{address}: name a dataset: hf:NAME[:CONFIG[:SPLIT]]")
     n_shards = max(1, int(open_stream(address).num_shards))
+    states: tuple[FileState, ...] = ()
     if Path(name).is_dir():
-        content = "".join(sha256_of_file(path) for path in _walk_files(Path(name)))
+        states = tuple(read_file_state(path) for path in walk_files(Path(name)))
+        content = "".join(state.sha256 for state in states)
     else:
         api = import_extra("huggingface_hub", "datasets", f"hf:{address}").HfApi()
         content = str(api.dataset_info(name).sha)
     sha256 = hashlib.sha256(f"{address.partition(':')[2]}\n{content}".encode()).hexdigest()
-    return Source(Path(name).name, (File(address, Path(address), "hub", n_shards),), sha256)
+    return Source(Path(name).name, (File(address, Path(address), "hub", n_shards),), sha256, states)
 
 
 def _is_folder(path: Path, flag: str) -> bool:
@@ -195,34 +306,7 @@ def _is_folder(path: Path, flag: str) -> bool:
 
 
 def _find_stdlib_files(root: Path) -> Iterator[File]:
-    for path in _walk_files(root):
+    for path in walk_files(root):
         name = path.relative_to(root)
         if path.suffix == ".py" and not EXCLUDED_FROM_STDLIB.intersection(name.parts) and path.stat().st_size:
             yield File(name.as_posix(), path, "python", path.stat().st_size)
-
-
-def _find_text_files(root: Path) -> Iterator[File]:
-    for path in _walk_files(root):
-        size = path.stat().st_size
-        if size and (kind := detect_format(path)) not in ("binary", "token-index"):
-            yield File(path.relative_to(root).as_posix(), path, kind, size)
-
-
-def _walk_files(root: Path) -> Iterator[Path]:
-    """Return all files below a folder in the order of their paths, which no file system changes."""
-    found, runs = [], []
-    for folder, folders, names in os.walk(root, onerror=_raise_unreadable_folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        runs_here = [name for name in folders if is_run(Path(folder) / name)]
-        folders[:] = [name for name in folders if name not in runs_here]
-        runs += [str(Path(folder) / name) for name in runs_here]
-        found += [Path(folder) / name for name in names if not name.startswith(".")]
-    if runs:
-        shown = ", ".join(runs[:MAX_SHOWN_RUNS]) + (", ..." if len(runs) > MAX_SHOWN_RUNS else "")
-        log.info("%s: left out %s: %s", root, plural(len(runs), "run"), shown)
-    regular = (path for path in found if path.is_file())  # no pipes, sockets or broken links
-    return iter(sorted(regular, key=lambda path: path.relative_to(root).parts))
-
-
-def _raise_unreadable_folder(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gpt.data.prepare.records import BadFileError
 from gpt.data.shards import Tokens
-from gpt.errors import UserError
 from gpt.utils.helper import first_line
 
 HEAD_BYTES = 8192
@@ -100,13 +100,13 @@ class TokenFile:
         """Check every id of a range against the vocabulary.
 
         Raises:
-            UserError: an id is not in it; names the file, the offset and the id of the first one.
+            BadFileError: an id is not in it; names the file, the offset and the id of the first one.
         """
         for block, piece in self._blocks(start, stop):
             if piece.max() < vocab_size and piece.min() >= 0:
                 continue
             offset = block + int(((piece >= vocab_size) | (piece < 0)).argmax())
-            raise UserError(
+            raise BadFileError(
                 f"{self.path}: token {self.tokens[offset]} at offset {offset} is not in the vocabulary of "
                 f"{vocab_size}; set --data.tokenizer to the tokenizer that wrote the file"
             )
@@ -137,7 +137,7 @@ def is_token_file(path: Path, head: bytes) -> bool:
     """Return whether a file that begins with `head` holds tokens.
 
     Raises:
-        UserError: the index beside the file cannot be read.
+        BadFileError: the index beside the file cannot be read.
     """
     return _choose_reader(path, head) is not None
 
@@ -151,18 +151,18 @@ def open_tokens(path: Path) -> TokenFile:
     """Map a file of tokens.
 
     Raises:
-        UserError: the file is damaged, or holds something else.
+        BadFileError: the file is damaged, or holds something else.
     """
     head = _read_head(path)
     if not head:
-        raise UserError(f"{path}: the file is empty; name one with tokens in it")
+        raise BadFileError(f"{path}: the file is empty; name one with tokens in it")
     reader = _choose_reader(path, head)
     if reader is None and is_token_index(path, head):
-        raise UserError(f"{path} is the index of a token file; name the file itself, {path.with_suffix('.bin')}")
+        raise BadFileError(f"{path} is the index of a token file; name the file itself, {path.with_suffix('.bin')}")
     if reader is None:
         known = LLM_C_OTHER_FILES.get(_magic_number(head))
         found = f"the {known} of llm.c" if known else "not a file of tokens"
-        raise UserError(f"{path}: {found}; name a .bin of nanoGPT, llm.c or Megatron, or a .npy")
+        raise BadFileError(f"{path}: {found}; name a .bin of nanoGPT, llm.c or Megatron, or a .npy")
     try:
         return reader(path, head)
     except OSError as error:
@@ -188,27 +188,29 @@ def _choose_reader(path: Path, head: bytes) -> Callable[[Path, bytes], TokenFile
 def _read_nanogpt(path: Path, head: bytes) -> TokenFile:
     size = path.stat().st_size
     if size % 2:
-        raise UserError(f"{path}: {size} bytes are not a whole number of uint16 tokens; copy the file again")
+        raise BadFileError(f"{path}: {size} bytes are not a whole number of uint16 tokens; copy the file again")
     # 32-bit ids read as uint16 have almost only zeros in every second place.
     low, high = np.frombuffer(head[: len(head) // 4 * 4], "<u2").astype(int).reshape(-1, 2).T
     if len(high) >= 256 and high.max() <= 3 and low.max() > 16 * (1 + high.max()):
         index = path.with_suffix(".idx").name
-        raise UserError(f"{path}: seems to hold 32-bit ids; copy Megatron's {index} beside it, or save it as .npy")
+        raise BadFileError(f"{path}: seems to hold 32-bit ids; copy Megatron's {index} beside it, or save it as .npy")
     return TokenFile(path, np.memmap(path, "<u2", mode="r"))
 
 
 def _read_llm_c(path: Path, head: bytes) -> TokenFile:
     if len(head) < LLM_C_HEADER_BYTES:
-        raise UserError(
+        raise BadFileError(
             f"{path}: {len(head)} bytes are less than llm.c's header of {LLM_C_HEADER_BYTES}; copy it again"
         )
     magic, version, count = struct.unpack_from("<3i", head)
     known_version, dtype = LLM_C_FORMATS[magic]
     if version != known_version:
-        raise UserError(f"{path}: llm.c's format {magic} in version {version}; save it in version {known_version}")
+        raise BadFileError(f"{path}: llm.c's format {magic} in version {version}; save it in version {known_version}")
     size, expected = path.stat().st_size, LLM_C_HEADER_BYTES + count * np.dtype(dtype).itemsize
     if size != expected or not count:
-        raise UserError(f"{path}: {size} bytes, but its header says {count} tokens in {expected} bytes; copy it again")
+        raise BadFileError(
+            f"{path}: {size} bytes, but its header says {count} tokens in {expected} bytes; copy it again"
+        )
     return TokenFile(path, np.memmap(path, dtype, mode="r", offset=LLM_C_HEADER_BYTES))
 
 
@@ -217,30 +219,34 @@ def _read_megatron(path: Path, head: bytes) -> TokenFile:
     header = _read_head(index)[: MEGATRON_HEADER.size]
     size, size_of_tokens = index.stat().st_size, path.stat().st_size
     if not header.startswith(MEGATRON_MAGIC):
-        raise UserError(f"{index}: is beside {path.name} but is no index of Megatron's; copy it again or move it away")
+        raise BadFileError(
+            f"{index}: is beside {path.name} but is no index of Megatron's; copy it again or move it away"
+        )
     if len(header) < MEGATRON_HEADER.size:
-        raise UserError(f"{index}: {size} bytes are less than its header of {MEGATRON_HEADER.size}; copy it again")
+        raise BadFileError(f"{index}: {size} bytes are less than its header of {MEGATRON_HEADER.size}; copy it again")
     _, version, code, sequences, entries = MEGATRON_HEADER.unpack(header)
     if version != 1 or code not in MEGATRON_DTYPES:
-        raise UserError(f"{index}: version {version}, type {code}; save it in version 1 as integers, type 4 or 8")
+        raise BadFileError(f"{index}: version {version}, type {code}; save it in version 1 as integers, type 4 or 8")
     at_pointers = MEGATRON_HEADER.size + 4 * sequences
     at_documents = at_pointers + 8 * sequences
     end = at_documents + 8 * entries
     if size not in (end, end + sequences):  # multimodal: a byte more for each sequence
         claim = f"{sequences} sequences and {entries} entries of documents in {end} bytes"
-        raise UserError(f"{index}: {size} bytes, but its header says {claim}; copy it again")
+        raise BadFileError(f"{index}: {size} bytes, but its header says {claim}; copy it again")
     content, dtype = np.memmap(index, np.uint8, mode="r"), np.dtype(MEGATRON_DTYPES[code])
     lengths = content[MEGATRON_HEADER.size : at_pointers].view("<i4")
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     if (lengths < 0).any() or int(edges[-1]) * dtype.itemsize != size_of_tokens:
         claim = f"lengths add up to {edges[-1]} tokens of {dtype.itemsize} bytes"
-        raise UserError(f"{index}: {claim}, but {path.name} has {size_of_tokens} bytes; copy both again")
+        raise BadFileError(f"{index}: {claim}, but {path.name} has {size_of_tokens} bytes; copy both again")
     if not np.array_equal(content[at_pointers:at_documents].view("<i8"), edges[:-1] * dtype.itemsize):
-        raise UserError(f"{index}: pointers and lengths of the sequences disagree; copy it again")
+        raise BadFileError(f"{index}: pointers and lengths of the sequences disagree; copy it again")
     documents = content[at_documents:end].view("<i8")
     ascends = entries > 0 and documents[0] == 0 and (documents[:-1] <= documents[1:]).all()
     if not ascends or documents[-1] != sequences:
-        raise UserError(f"{index}: the document index does not ascend from 0 to {sequences} sequences; copy it again")
+        raise BadFileError(
+            f"{index}: the document index does not ascend from 0 to {sequences} sequences; copy it again"
+        )
     starts = np.unique(edges[documents])[:-1]  # empty documents fall together; the last is the file's end
     return TokenFile(path, np.memmap(path, dtype, mode="r"), starts)
 
@@ -249,17 +255,17 @@ def _read_numpy(path: Path, head: bytes) -> TokenFile:
     # Version 1 has two bytes for the length of the header, the others four.
     header_size = int.from_bytes(head[8 : 10 if head[6:7] == b"\x01" else 12], "little")
     if header_size > MAX_NPY_HEADER_BYTES:
-        raise UserError(f"{path}: damaged: a header of {header_size} bytes; copy it again")
+        raise BadFileError(f"{path}: damaged: a header of {header_size} bytes; copy it again")
     try:
         with warnings.catch_warnings(action="ignore"):
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy has Python parse the header, which can raise many exceptions
-        raise UserError(f"{path}: {first_line(error)}; save it again, as one dimension of integers") from error
+        raise BadFileError(f"{path}: {first_line(error)}; save it again, as one dimension of integers") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(f"{path}: shape {tokens.shape} of {tokens.dtype}; save it as one dimension of integers")
+        raise BadFileError(f"{path}: shape {tokens.shape} of {tokens.dtype}; save it as one dimension of integers")
     size, expected = path.stat().st_size, tokens.offset + tokens.nbytes
     if size != expected or not len(tokens):
-        raise UserError(
+        raise BadFileError(
             f"{path}: {size} bytes, but its header says {len(tokens)} tokens in {expected} bytes; copy it again"
         )
     return TokenFile(path, tokens)
@@ -285,5 +291,5 @@ def _read_head(path: Path) -> bytes:
         raise _unreadable_error(path, error) from error
 
 
-def _unreadable_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read: {error.strerror or first_line(error)}")
+def _unreadable_error(path: Path, error: OSError) -> BadFileError:
+    return BadFileError(f"{path}: cannot be read: {error.strerror or first_line(error)}")

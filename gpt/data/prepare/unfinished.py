@@ -2,6 +2,7 @@
 
     preparation.json       what is prepared; written first, removed last
     tokenizer.json         written when it is built or learned
+    parts/sources.txt      digest of the sizes and times of the sources' files
     parts/N.digests        digests of the documents of part N            with deduplication
     parts/N.kept           mask of the documents of part N to keep       with deduplication
     train-N.safetensors    shards of part N
@@ -30,6 +31,7 @@ from gpt.utils.atomic_io import fsync, write_json, write_text
 
 IDENTITY_FILE = "preparation.json"
 PARTS_FOLDER = "parts"
+STATES_FILE = "sources.txt"
 
 
 class PartRecord(Config):
@@ -39,6 +41,8 @@ class PartRecord(Config):
     val: ShardInfo | None
     skipped_records: int
     duplicates: int
+    skipped_reasons: tuple[str, ...] = ()
+    """Messages of the first bad records."""
 
 
 class UnfinishedFolder:
@@ -51,16 +55,28 @@ class UnfinishedFolder:
     def __init__(self, path: Path):
         self.path = path
 
-    def claim(self, identity: dict[str, Any]) -> None:
+    def claim(self, identity: dict[str, Any], states: str = "") -> None:
         """Make the folder, or keep in it what an interrupted preparation of the same identity has finished.
+
+        Args:
+            identity: everything that decides the content of the prepared folder.
+            states: digest of the sizes and times of the sources. If a source was written since, and has its former
+                content again, the finished parts may be of another content: they are removed.
 
         Raises:
             UserError: it holds another preparation.
         """
-        identity_path = self.path / IDENTITY_FILE
+        identity_path, states_path = self.path / IDENTITY_FILE, self.path / PARTS_FOLDER / STATES_FILE
+        if (
+            states_path.exists()
+            and states_path.read_text(encoding="utf-8") != states
+            and _holds(identity_path, identity)
+        ):
+            shutil.rmtree(self.path)
         if not identity_path.exists():  # killed before it was written, or just before the end
             shutil.rmtree(self.path, ignore_errors=True)
             (self.path / PARTS_FOLDER).mkdir(parents=True)
+            write_text(states_path, states)
             write_json(identity_path, identity)
         elif json.loads(identity_path.read_text(encoding="utf-8")) != identity:
             raise UserError(
@@ -123,3 +139,7 @@ class UnfinishedFolder:
 
     def _record_path(self, part: Part) -> Path:
         return self.path / PARTS_FOLDER / f"{part.number:06d}.json"
+
+
+def _holds(identity_path: Path, identity: dict[str, Any]) -> bool:
+    return identity_path.exists() and bool(json.loads(identity_path.read_text(encoding="utf-8")) == identity)

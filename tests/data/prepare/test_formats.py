@@ -15,7 +15,7 @@ from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import open_corpus, prepare_corpus
 from gpt.data.prepare import formats
 from gpt.data.prepare.documents import TextDocument
-from gpt.data.prepare.formats import Records
+from gpt.data.prepare.records import Records
 from gpt.data.prepare.sources import find_source
 from gpt.errors import UserError
 from tests.conftest import read_documents

@@ -14,8 +14,8 @@ import tiktoken
 import zstandard
 
 from gpt.data.prepare import parts as module
-from gpt.data.prepare.formats import Records
 from gpt.data.prepare.parts import Part, cut_into_parts, read_part
+from gpt.data.prepare.records import Records
 from gpt.data.prepare.sources import find_source
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import build_gpt2_tokenizer
@@ -40,7 +40,7 @@ def cut(
     tokenizer: Tokenizer | None = None,
 ) -> list[Part]:
     files = find_source(str(path)).files
-    return cut_into_parts(files, RECORDS.text_field, val_fraction=val_fraction, role=role, tokenizer=tokenizer)
+    return cut_into_parts(files, RECORDS, val_fraction=val_fraction, role=role, tokenizer=tokenizer)
 
 
 def write_folder(path: Path) -> Path:

@@ -9,7 +9,8 @@ import pytest
 
 from gpt.configs.data_config import STDLIB
 from gpt.data.prepare.documents import Document
-from gpt.data.prepare.sources import EXCLUDED_FROM_STDLIB, find_source, is_run, require_apart
+from gpt.data.prepare.folders import is_run
+from gpt.data.prepare.sources import EXCLUDED_FROM_STDLIB, find_source, require_apart
 from gpt.errors import UserError
 from tests.conftest import read_documents
 
@@ -58,11 +59,16 @@ def test_bad_file_is_named(tmp_path: Path, content: bytes | None, message: str) 
         read_documents(path)
 
 
-def test_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "good.txt").write_text("good")
-    (tmp_path / "bad.txt").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(UserError, match=r"bad.txt: not UTF-8 at byte offset 0"):
-        read_documents(tmp_path)
+@pytest.mark.parametrize("offset", [0, 9, 2**20 - 1, 2**20, 3_000_000])
+def test_file_of_another_encoding_in_a_folder_is_left_out_and_named(tmp_path: Path, offset: int) -> None:
+    (tmp_path / "good.txt").write_text("good \N{GRINNING FACE}" * 300_000)
+    (tmp_path / "bad.txt").write_bytes(b"x" * offset + b"\xe9t\xe9" + b"y" * 100)
+    source = find_source(str(tmp_path))
+    assert [file.name for file in source.files] == ["good.txt"]
+    assert source.left_out == (f"bad.txt (not UTF-8 at byte offset {offset} (0xe9); convert the file to UTF-8)",)
+    (tmp_path / "good.txt").unlink()
+    with pytest.raises(UserError, match=rf"bad.txt: not UTF-8 at byte offset {offset}"):
+        find_source(str(tmp_path))
 
 
 def test_pipes_and_broken_links_are_ignored(tmp_path: Path) -> None:
