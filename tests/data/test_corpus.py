@@ -72,7 +72,9 @@ def test_second_preparation_uses_the_cache(config: DataConfig) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_cache_is_keyed_by_content_and_settings(config: DataConfig) -> None:
+def test_cache_is_keyed_by_content_and_settings(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text('{"text": "some text", "body": "some text"}\n' * 20)
+    records = (str(tmp_path / "records.jsonl"),)
     changes: list[dict[str, Any]] = [
         {},
         {"val_fraction": 0.2},
@@ -81,7 +83,8 @@ def test_cache_is_keyed_by_content_and_settings(config: DataConfig) -> None:
         {"tokenizer": "bpe", "vocab_size": 261},
         {"deduplicate": True},
         {"on_error": "skip"},
-        {"text_field": "body"},
+        {"source": records},
+        {"source": records, "text_field": "body"},
         {"val_source": config.source},
         {"source": config.source * 2},
     ]

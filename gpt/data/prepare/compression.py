@@ -6,6 +6,7 @@ import io
 import lzma
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,6 +19,7 @@ ZSTD_SKIPPABLE_FRAME = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
 MAX_ZSTD_WINDOW_BYTES = 2**31
 """Window of `zstd --long=31`, the largest."""
 MAGIC_BYTES = 16
+READ_BYTES = 2**17
 MAGIC_OF_SUFFIX = {".gz": GZIP_MAGIC, ".zst": ZSTD_MAGIC, ".zstd": ZSTD_MAGIC, ".xz": XZ_MAGIC, ".bz2": b"BZh"}
 """Suffix -> first bytes; a shorter file is the beginning of a compressed one."""
 
@@ -36,11 +38,11 @@ def open_bytes(path: Path) -> IO[bytes]:
         case "gzip":
             return cast(IO[bytes], gzip.open(path))
         case "xz":
-            return cast(IO[bytes], lzma.open(path))
+            return io.BufferedReader(_FramesFile(path, lzma.LZMADecompressor), READ_BYTES)
         case "bzip2":
-            return cast(IO[bytes], bz2.open(path))
+            return io.BufferedReader(_FramesFile(path, bz2.BZ2Decompressor), READ_BYTES)
         case "zstd":
-            return io.BufferedReader(_ZstdFile(path), 2**17)
+            return io.BufferedReader(_ZstdFile(path), READ_BYTES)
     return path.open("rb")
 
 
@@ -66,6 +68,39 @@ def _detect_compression(path: Path, head: bytes) -> str | None:
     if head and len(head) < MAGIC_BYTES and (magic.startswith(head) or (head.startswith(b"BZh") and magic == b"BZh")):
         raise _cut_error(path)
     return None
+
+
+class _FramesFile(io.RawIOBase):
+    """The content of an xz or bzip2 file. Other bytes after a frame are an error; Python's own reader ends there."""
+
+    def __init__(self, path: Path, build_decompressor: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor]):
+        self._build_decompressor = build_decompressor
+        self._decompressor = build_decompressor()
+        self._file = path.open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._decompressor.eof:
+                content = self._decompressor.unused_data.lstrip(b"\0")  # xz pads with zeros
+                content = content or self._file.read(READ_BYTES).lstrip(b"\0")
+                if not content:
+                    return 0
+                self._decompressor = self._build_decompressor()
+            else:
+                content = self._file.read(READ_BYTES) if self._decompressor.needs_input else b""
+                if self._decompressor.needs_input and not content:
+                    raise EOFError
+            output = self._decompressor.decompress(content, len(buffer))
+            if output:
+                buffer[: len(output)] = output
+                return len(output)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _ZstdFile(io.RawIOBase):

@@ -193,10 +193,7 @@ def _is_json_lines(head: bytes, path: Path) -> bool:
     if JSON_LINES_SUFFIXES.intersection(path.suffixes):
         return True
     first, _, rest = head.partition(b"\n")
-    try:
-        return isinstance(DECODER.decode(first.decode("utf-8-sig")), dict) and rest.lstrip()[:1] in (b"", b"{")
-    except (ValueError, RecursionError):
-        return False
+    return first.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{" and _is_json_value(first) and rest.lstrip()[:1] in (b"", b"{")
 
 
 def _is_json(head: bytes, name: Path, path: Path, text_field: str) -> bool:
@@ -204,13 +201,21 @@ def _is_json(head: bytes, name: Path, path: Path, text_field: str) -> bool:
     is_json_name = name.suffix.lower() == ".json"
     if JSON_ARRAY_START.match(head) or (is_json_name and head.lstrip().startswith(b"[")):
         return True
-    if not JSON_OBJECT_START.match(head) or _is_json_lines(head, Path(name.stem)):
+    if not JSON_OBJECT_START.match(head) or _is_json_value(head.partition(b"\n")[0]):
         return False
     try:
         first = read_first_value(path)
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and text_field in first
+
+
+def _is_json_value(line: bytes) -> bool:
+    try:
+        DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _find_last_character(content: bytes) -> int:

@@ -378,9 +378,10 @@ class _Preparation:
             first = next(iter(reasons), None)
             if not any(shard.text_bytes for shard in (*entry.train, *entry.val)) and not entry.duplicates:
                 raise _no_text_error(entry.name, first)
+            if first:
+                log.warning("%s: first bad record: %s", entry.name, first)
             if entry.skipped_records:
-                count = plural(entry.skipped_records, "bad record")
-                log.warning("%s: left out %s%s", entry.name, count, f"; first: {first}" if first else "")
+                log.warning("%s: left out %s", entry.name, plural(entry.skipped_records, "bad record"))
             if entry.duplicates:
                 log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
         shards = [shard for entry in entries for shard in (*entry.train, *entry.val)]

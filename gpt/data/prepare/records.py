@@ -8,10 +8,12 @@ from gpt.data.prepare.documents import TextDocument
 from gpt.errors import UserError
 from gpt.utils.helper import first_line, printable
 
-MAX_PATH_LETTERS = 160
+MAX_PATH_LETTERS = 140
 """Letters of a path in a message."""
-MAX_REASON_LETTERS = 120
+MAX_REASON_LETTERS = 100
 """Letters of a reason in a message, such as a library's."""
+MAX_NAME_LETTERS = 18
+"""Letters of a key in a message."""
 MAX_NAMED = 5
 """Keys that a message names."""
 MAX_REASONS = 3
@@ -134,7 +136,7 @@ def join(names: Iterable[object]) -> str:
     >>> join("abcdefg"), join([])
     ('a, b, c, d, e and 2 more', 'none')
     """
-    listed = [shorten(name, 24) for name in names]
+    listed = [shorten(name, MAX_NAME_LETTERS) for name in names]
     rest = f" and {len(listed) - MAX_NAMED:,} more" if len(listed) > MAX_NAMED else ""
     return (", ".join(listed[:MAX_NAMED]) or "none") + rest
 

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gpt.data.prepare.compression import open_bytes, remove_compression_suffix
 from gpt.data.prepare.documents import TextDocument
@@ -25,13 +25,12 @@ def read_table_header(path: Path, text_field: str) -> tuple[list[str], str]:
     Raises:
         BadFileError: the file is damaged, or has no such column.
     """
-    with reraise_as_user_error(path), open_bytes(path) as file:
-        lines = [line for _, line in zip(range(100), _decode_lines(file), strict=False)]
-        is_tsv = remove_compression_suffix(path).suffix.lower() in (".tsv", ".tab")
-        headers = [
-            (next(csv.reader(lines, delimiter=delimiter), []), delimiter)
-            for delimiter in ("\t" if is_tsv else DELIMITERS)
-        ]
+    is_tsv = remove_compression_suffix(path).suffix.lower() in (".tsv", ".tab")
+    csv.field_size_limit(MAX_FIELD_LETTERS)
+    headers = []
+    for delimiter in "\t" if is_tsv else DELIMITERS:
+        with reraise_as_user_error(path), _open_lines(path) as lines:
+            headers.append((next(csv.reader(lines, delimiter=delimiter), []), delimiter))
     for header, delimiter in headers:
         if text_field in header:
             return header, delimiter
@@ -45,11 +44,10 @@ def read_table(path: Path, name: str, records: Records) -> Iterator[TextDocument
     Raises:
         UserError: the file is damaged, or a row has no text; names the line.
     """
-    csv.field_size_limit(MAX_FIELD_LETTERS)
-    with records.refuse_bad_file(path), open_bytes(path) as file:
+    with records.refuse_bad_file(path), _open_lines(path) as lines:
         header, delimiter = read_table_header(path, records.text_field)
         column, number = header.index(records.text_field), 0
-        rows = csv.reader(_decode_lines(file), delimiter=delimiter, strict=True)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
         next(rows)
         while True:
             place = f"{shorten(path)}: line {rows.line_num + 1}"
@@ -181,8 +179,8 @@ def _to_value(scalar: Any) -> object:
         return NotUtf8()
 
 
-def _decode_lines(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _open_lines(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _column_error(path: Path, text_field: str, columns: list[str]) -> BadFileError:
