@@ -131,7 +131,8 @@ def _describe(folder: Path, manifest: "CorpusManifest") -> dict[str, Any]:
         }
         for source in manifest.sources
     ]
-    return {"folder": str(folder), **facts, "sources": sources}
+    note = {"vocab_note": manifest.vocab_note} if manifest.vocab_note else {}
+    return {"folder": str(folder), **facts, **note, "sources": sources}
 
 
 def _count(shards: "Sequence[ShardInfo]") -> dict[str, int]:
@@ -152,6 +153,8 @@ def _build_table(facts: dict[str, Any]) -> Any:
     table.add_row("folder", facts["folder"])
     table.add_row("sha256", facts["sha256"])
     table.add_row("tokenizer", f"{facts['vocab_size']:,} tokens, {special}, {facts['tokenizer_sha256']}")
+    if "vocab_note" in facts:
+        table.add_row("note", facts["vocab_note"])
     table.add_row("tokens", f"{facts['tokens']:,} as {facts['dtype']}, largest id {facts['largest_id']:,}")
     table.add_row("text", f"{plural(facts['documents'], 'document')}, {facts['text_bytes']:,} bytes")
     for source in facts["sources"]:

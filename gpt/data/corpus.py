@@ -104,10 +104,10 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     is_named = folders[0] == Path(config.source[0])  # else it is in the cache, prepared for this configuration
     notes = [
         _compare_tokenizers(config, manifests[0], tokenizer) if is_named else None,
+        None if is_named else compare_end_of_text(config, manifests[0], tokenizer),
+        manifests[0].vocab_note,
         *(note for manifest in manifests for note in list_notes(manifest)),
     ]
-    if not is_named:
-        notes.append(compare_end_of_text(config, manifests[0], tokenizer))
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]

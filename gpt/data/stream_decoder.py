@@ -1,6 +1,6 @@
 """Token ids -> text, piece by piece while the ids come."""
 
-import os.path
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 REPLACEMENT = "\ufffd"
@@ -48,4 +48,5 @@ def _split_new(shown: str, text: str) -> tuple[str, str]:
     """Return the part of `text` that is not shown yet, and all that is shown with it."""
     if shown.startswith(text):
         return "", shown
-    return text[len(os.path.commonprefix([shown, text])) :], text
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shown, text, strict=False)))
+    return text[same:], text

@@ -38,10 +38,8 @@ def build_finder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> F
     if isinstance(model["vocab"], dict) and "merges" in model:
         finder = _AlphabetFinder(definition, library)
         return None if finder.is_complete else finder
-    if isinstance(model["vocab"], dict):
-        unknown_id = model["vocab"].get(model.get("unk_token"))
-    else:
-        unknown_id = model.get("unk_id")
+    has_names = isinstance(model["vocab"], dict)
+    unknown_id = model["vocab"].get(model.get("unk_token")) if has_names else model.get("unk_id")
     return None if unknown_id is None else _UnknownTokenFinder(library, unknown_id)
 
 
@@ -78,6 +76,7 @@ class _AlphabetFinder:
         return len(self._fallback_bytes) == UTF8_BYTES or (is_byte_level and self._alphabet.issuperset(byte_level))
 
     def __call__(self, text: str, ids: Ids) -> Unrepresented | None:
+        """Return the characters that no id stands for."""
         missing = self._find_missing(text)
         if missing and self._added is not None:  # added tokens are found before the model sees the text
             text = self._added.sub("", text)
@@ -123,6 +122,7 @@ class _UnknownTokenFinder:
         self._library, self._unknown_id = library, unknown_id
 
     def __call__(self, text: str, ids: Ids) -> Unrepresented | None:
+        """Return the characters that the unknown token stands for."""
         if not (ids == self._unknown_id).any():
             return None
         encoding = self._library.encode(text, add_special_tokens=False)
