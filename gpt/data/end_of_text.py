@@ -93,7 +93,7 @@ def take_id(index: int | None) -> EndOfTextRule:
 
 
 def find_first_known_name(vocabulary: Vocabulary) -> int | None:
-    """Return the id that was chosen before tokens were told apart by kind; folders of that time record no name."""
+    """Return the id that was chosen when ordinary tokens counted too; folders of that time record no name."""
     return next((vocabulary.ids[name] for name in KNOWN_NAMES if name in vocabulary.ids), None)
 
 

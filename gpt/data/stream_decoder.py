@@ -48,5 +48,7 @@ def _split_new(shown: str, text: str) -> tuple[str, str]:
     """Return the part of `text` that is not shown yet, and all that is shown with it."""
     if shown.startswith(text):
         return "", shown
+    if text.startswith(shown):
+        return text[len(shown) :], text
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shown, text, strict=False)))
     return text[same:], text

@@ -188,15 +188,14 @@ class Tokenizer:
     def _may_be_text(self, name: str) -> bool:
         """Return whether the library finds the token of this name in ordinary text."""
         index = self._library.token_to_id(name)
-        for text in (name, f" {name} ", f"a{name}a", f"a {name} a"):
-            try:
-                if index in _encode_or_user_error(
-                    lambda text=text: self._text_library.encode(text, add_special_tokens=False).ids
-                ):
-                    return True
-            except UserError:  # a vocabulary that cannot encode the text has no token for it
-                continue
-        return False
+        return any(index in self._encode_if_possible(text) for text in (name, f" {name} ", f"a{name}a", f"a {name} a"))
+
+    def _encode_if_possible(self, text: str) -> list[int]:
+        """Return the library's ids of a text; none if the vocabulary cannot encode it."""
+        try:
+            return _encode_or_user_error(lambda: self._text_library.encode(text, add_special_tokens=False).ids)
+        except UserError:
+            return []
 
     @cached_property
     def _byte_fallback_ids(self) -> frozenset[int]:

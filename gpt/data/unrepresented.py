@@ -70,7 +70,7 @@ class _AlphabetFinder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every text has tokens: each byte has one."""
+        """True if each byte has a token, so that every text has."""
         byte_level = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         is_byte_level = self._split("\u00e9").endswith("\u00c3\u00a9")  # the two bytes of e with an acute accent
         return len(self._fallback_bytes) == UTF8_BYTES or (is_byte_level and self._alphabet.issuperset(byte_level))
