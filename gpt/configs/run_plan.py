@@ -17,6 +17,11 @@ CORPUS_KEY, TOKENIZER_KEY, DTYPE_KEY = "the corpus's SHA-256", "the tokenizer's 
 """Keys of a run's identity that others compare by name."""
 
 
+MAX_USEFUL_EPOCHS = 4
+"""Passes over a text up to which it teaches almost as much as new text (Muennighoff et al. 2023, "Scaling
+Data-Constrained Language Models")."""
+
+
 @dataclass(frozen=True)
 class MachineFacts:
     """Hardware and process settings of a run; filled by `gpt.machine.hardware`."""
@@ -209,6 +214,13 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
+    sources = _plan_sources(config, sequences, max_steps * batch.sequences_per_step)
+    notes += [
+        f"{source.name} is read {source.epochs:.1f} times: beyond {MAX_USEFUL_EPOCHS} epochs a text teaches less and "
+        "less; add text or lower --max-steps"
+        for source in sources
+        if source.epochs > MAX_USEFUL_EPOCHS
+    ]
     return RunPlan(
         machine=machine,
         corpus=corpus,
@@ -219,7 +231,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}).resolve(),
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
-        sources=_plan_sources(config, sequences, max_steps * batch.sequences_per_step),
+        sources=sources,
         lr=config.lr.model_copy(update={"decay_steps": _resolve_decay_steps(config.lr, max_steps)}),
         optimizer=config.optimizer,
         log_interval=config.log.interval,

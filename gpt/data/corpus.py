@@ -95,7 +95,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     manifests = [read_corpus_manifest(folder) for folder in folders]
     tokenizer = _read_tokenizer(folders, manifests)
     is_named = folders[0] == Path(config.source[0])  # else it is in the cache, prepared for this configuration
-    note = _compare_tokenizers(config, manifests[0], tokenizer) if is_named else None
+    note = _compare_tokenizers(config, manifests[0], tokenizer) if is_named else _compare_sizes(config, tokenizer)
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]
@@ -170,6 +170,16 @@ def _compare_tokenizers(config: DataConfig, manifest: CorpusManifest, tokenizer:
     if config.tokenizer in (manifest.settings.get("tokenizer"), DataConfig().tokenizer):
         return None
     return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"
+
+
+def _compare_sizes(config: DataConfig, tokenizer: Tokenizer) -> str | None:
+    """Return a note for the user if a learned vocabulary is smaller than the one asked for."""
+    if config.tokenizer != "bpe" or tokenizer.vocab_size >= config.vocab_size:
+        return None
+    return (
+        f"the vocabulary has {tokenizer.vocab_size:,} tokens, not the {config.vocab_size:,} of --data.vocab-size: the "
+        "text has no more to merge"
+    )
 
 
 def _join_unless_weighted(shards: ShardsByName, weights: Sequence[float]) -> ShardsByName:

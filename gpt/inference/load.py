@@ -12,7 +12,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.machine.hardware import find_device
 from gpt.models.gpt import GPT
-from gpt.utils.helper import format_si
+from gpt.utils.helper import format_count
 
 
 def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
@@ -34,8 +34,8 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     n_weights = sum(tensor.numel() for tensor in weights.values())
     if config.n_parameters != n_weights:  # before the model is allocated
         raise UserError(
-            f"{checkpoint}: config.json describes a model of {format_si(config.n_parameters)} parameters, but the "
-            f"weights have {format_si(n_weights)}; use a checkpoint as it was saved"
+            f"{checkpoint}: config.json describes a model of {format_count(config.n_parameters)} parameters, but the "
+            f"weights have {format_count(n_weights)}; use a checkpoint as it was saved"
         )
     model = GPT(config, seed=0)
     load_model_tensors(model, weights)

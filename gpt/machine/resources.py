@@ -27,11 +27,21 @@ def find_memory_budget() -> int:
     return int(min(total * MEMORY_SHARE, meminfo.get("MemAvailable", total)))
 
 
+def find_free_host_memory() -> int | None:
+    """Return the bytes that are free on this machine and in its container now; None if unknown."""
+    free = _read_meminfo().get("MemAvailable")
+    limit, used = cgroup_limit("memory.max"), cgroup_limit("memory.current")
+    if limit is None or used is None:
+        return free
+    return max(0, min(int(limit - used), free if free is not None else int(limit)))
+
+
 def cgroup_limit(name: str) -> float | None:
     """Return a limit of the container that this process runs in; None if there is none.
 
     Args:
-        name: the limit's file: memory.max (bytes), or cpu.max (two numbers, returned as their quotient: cores).
+        name: the limit's file: memory.max or memory.current (bytes), or cpu.max (two numbers, returned as their
+            quotient: cores).
     """
     try:
         limit, *period = (CGROUP / name).read_text(encoding="ascii").split()
