@@ -81,6 +81,8 @@ class LiveLine:
 
     def paint(self) -> None:
         """Paint a frame, unless it equals the one that is shown."""
+        if not self._console.is_interactive:
+            return
         with self._lock:
             text = self._render(max(1, self._console.width - 1))  # in the last column the cursor would wrap
             if text.plain != self._painted and not self._stopped.is_set():

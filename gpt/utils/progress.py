@@ -59,11 +59,11 @@ class Progress:
     def render(self, columns: int, *, unicode: bool = True) -> Text:
         """Return a line of the fullest form that fits."""
         parts = self.parts
-        while len(parts) > 1 and cell_len(GAP.join(parts)) > columns:
+        while parts and cell_len(GAP.join(parts)) > columns:
             parts.pop()
         room = min(columns - cell_len(GAP.join(parts)) - len(GAP), MAX_BAR_COLUMNS)
-        if not self._total or room < MIN_BAR_COLUMNS:
-            return Text(GAP.join(parts)) if cell_len(GAP.join(parts)) <= columns else Text()
+        if not self._total or room < MIN_BAR_COLUMNS or len(parts) < 2:
+            return Text(GAP.join(parts))
         bar = draw_bar(self._size / self._total, room, unicode=unicode)
         return Text(parts[0] + GAP) + bar + Text(GAP + GAP.join(parts[1:]))
 

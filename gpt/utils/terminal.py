@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -35,8 +35,8 @@ class RunConsole(Console):
         is_dumb = os.environ.get("TERM", "").lower() in DUMB_TERMS
         is_terminal = options.setdefault("force_terminal", _is_terminal(stream))  # FORCE_COLOR makes no file a terminal
         options.setdefault("force_interactive", is_terminal and not is_dumb and not os.environ.get("CI"))
-        if is_terminal and is_dumb and "width" not in options:  # rich takes 80 columns for granted there
-            options["width"] = _terminal_columns(stream)
+        if is_terminal and is_dumb:  # unless it is given both sizes, rich takes 80 columns for granted there
+            options |= {"width": options.get("width") or _find_columns(stream), "height": options.get("height") or 25}
         if os.environ.get("NO_COLOR"):
             options["color_system"] = None  # rich's own no_color leaves bold and dim text
         super().__init__(
@@ -57,15 +57,21 @@ class RunConsole(Console):
         """Print a text and a line break; its own line breaks and tabs stay as they are."""
         self.print(Segments([Segment(text + "\n")]), end="")
 
-    def write_rows(self, rows: Mapping[str, str]) -> None:
-        """Print rows of a name and a value, whose lines are indented to a column of their own."""
+    def write_rows(self, rows: Mapping[str, str], *, unbroken: Collection[str] = ()) -> None:
+        """Print rows of a name and a value, whose lines are indented to a column of their own.
+
+        Args:
+            rows: name -> value.
+            unbroken: names of the rows whose values are not broken, such as paths and commands, which users copy.
+        """
         indent = max(map(cell_len, rows), default=0) + len(GAP)
         for name, value in rows.items():
-            self.write_text(wrap(value, self.columns, indent=indent, head=name + " " * (indent - cell_len(name))))
+            columns = None if name in unbroken else self.columns
+            self.write_text(wrap(value, columns, indent=indent, head=name + " " * (indent - cell_len(name))))
 
 
 def wrap(text: str, columns: int | None, *, indent: int = 0, head: str = "") -> str:
-    """Break a text between words where a line would be too long; a longer word, such as a path, is not broken.
+    """Break a text between words where a line would be too long; the terminal wraps a word that fits no line.
 
     Args:
         text: one line.
@@ -79,7 +85,7 @@ def wrap(text: str, columns: int | None, *, indent: int = 0, head: str = "") -> 
 def wrap_parts(
     parts: Sequence[str], columns: int | None, *, separator: str = GAP, indent: int = 0, head: str = ""
 ) -> str:
-    """Join parts, with a line break instead of the separator where a line would be too long.
+    """Join parts, with a line break before a part that fits on the next line and not on this one.
 
     Args:
         parts: texts that are not broken.
@@ -91,7 +97,8 @@ def wrap_parts(
     lines = [head + "".join(parts[:1])]
     for part in parts[1:]:
         line = lines[-1] + separator + part
-        if columns is not None and cell_len(line) > columns:
+        if columns is not None and cell_len(line) > columns >= indent + cell_len(part):
+            lines[-1] = lines[-1].rstrip(" ")  # of several spaces between two words
             lines.append(" " * indent + part)
         else:
             lines[-1] = line
@@ -105,7 +112,7 @@ def _is_terminal(stream: Any) -> bool:
         return False
 
 
-def _terminal_columns(stream: Any) -> int | None:
+def _find_columns(stream: Any) -> int | None:
     try:
         return os.get_terminal_size(stream.fileno()).columns or None
     except (AttributeError, ValueError, OSError):

@@ -38,6 +38,9 @@ class Screen(StringIO):
 
     def resize(self, columns: int) -> None:
         """Wrap every line anew, as terminals do; the cursor stays at the end of the last one."""
+        assert not any(self.rows[self.y + 1 :])  # nothing is below the cursor
+        del self.rows[self.y + 1 :], self.continues[self.y + 1 :]
+        self.continues[-1] = False
         lines = self.lines
         self.columns = columns
         self.rows, self.continues = [], []
@@ -49,13 +52,15 @@ class Screen(StringIO):
 
     @property
     def lines(self) -> list[str]:
-        """The lines as they were written, each of one or more rows."""
+        """The lines as they were written, each of one or more rows; without empty rows below the cursor."""
         lines, line = [], ""
         for row, continues in zip(self.rows, self.continues, strict=True):
             line += row
             if not continues:
                 lines.append(line)
                 line = ""
+        while len(lines) > self.y + 1 and not lines[-1]:
+            lines.pop()
         return lines
 
     @property

@@ -11,6 +11,7 @@ from gpt.training.events import (
     RolledBack,
     SpikeSeen,
     TextSampled,
+    TrainStart,
 )
 from gpt.utils.helper import format_count, format_duration, format_percent, plural, printable
 
@@ -90,22 +91,24 @@ def format_evaluation(metrics: Mapping[str, float]) -> list[str]:
     return [f"{name} {_format_metric(name, value)}" for name, value in metrics.items()]
 
 
-def format_event(event: Event) -> str:
-    """Return the line of an event that is printed wherever a run is watched; empty for other events."""
+def format_event(event: Event) -> list[str]:
+    """Return the line of an event that is printed on every console, as parts; none for other events."""
     match event:
         case SpikeSeen(step=step, loss=loss, median=median, deviations=deviations):
             distance = f"{deviations:.1f} deviations above the median {median:.4f}"
-            return f"step {step}: loss {loss:.4f} is a spike, {distance}"
+            return f"step {step}: loss {loss:.4f} is a spike, {distance}".split(" ")
         case RolledBack(step=step, to_step=to_step, reason=reason):
-            return one_line(f"step {step}: rolled back to step {to_step}: {reason}")
+            return one_line(f"step {step}: rolled back to step {to_step}: {reason}").split(" ")
         case EvalEnd(step=step, metrics=metrics):
-            return one_line(f"step {step}: {', '.join(format_evaluation(metrics))}")
+            return one_line(f"step {step}: {', '.join(format_evaluation(metrics))}").split(" ")
         case CheckpointSaved(step=step, path=path):
-            return one_line(f"step {step}: saved {path}")
+            return [f"step {step}: saved", one_line(path)]
         case MetricsReady(skipped=skipped) if skipped:
             updates, steps = plural(len(skipped), "update"), ", ".join(map(str, skipped))
-            return f"step {steps}: {updates} skipped: a NaN or inf in the loss or gradient"
-    return ""
+            return f"step {steps}: {updates} skipped: a NaN or inf in the loss or gradient".split(" ")
+        case TrainStart(resumed_from=checkpoint) if checkpoint:
+            return ["resuming from", one_line(checkpoint)]
+    return []
 
 
 def format_sample(event: TextSampled) -> str:

@@ -26,12 +26,11 @@ from gpt.training.sinks.console.lines import (
     format_sample,
     format_smoothed_report,
     format_speed,
-    one_line,
 )
 from gpt.training.sinks.console.summary import Ending, print_summary
 from gpt.training.step_timer import StepTimer
 from gpt.utils.live_line import LiveLine
-from gpt.utils.terminal import RunConsole, wrap, wrap_parts
+from gpt.utils.terminal import GAP, RunConsole, wrap_parts
 
 INDENT = 4
 """Columns before the second and later lines of a line that is too long for the terminal."""
@@ -73,9 +72,7 @@ class ConsoleSink(Sink):
     def write(self, event: Event) -> None:
         """Show an event."""
         match event:
-            case TrainStart(step=step, resumed_from=resumed_from):
-                if resumed_from:
-                    self._print(one_line(f"resuming from {resumed_from}"))
+            case TrainStart(step=step):
                 self._bar.start(step)
                 self._line.start()
             case StepEnd(step=step):
@@ -92,8 +89,8 @@ class ConsoleSink(Sink):
                 self._line.stop()
                 parts = self._timer.totals() if self._timer else {}
                 print_summary(self._console, Ending(step, reason, self._bar.elapsed, parts), self._plan, self._folder)
-        if line := format_event(event):
-            self._print(line)
+        if parts := format_event(event):
+            self._print(parts, separator=" ")
 
     def close(self, error: BaseException | None) -> None:
         """Erase the live bar."""
@@ -101,20 +98,16 @@ class ConsoleSink(Sink):
 
     def _report(self, event: MetricsReady) -> None:
         if not self._console.is_interactive:
-            self._print_parts(format_report(event, self._plan))
+            self._print(format_report(event, self._plan))
             return
         self._losses += event.losses
         loss = f"loss {event.metrics['train/loss']:.4f}"
         self._bar.report([loss, *format_speed(event.metrics)])
         if self._log_lines.takes(event.step):
             mean_loss = math.fsum(self._losses) / len(self._losses)
-            self._print_parts(format_smoothed_report(event, self._plan, mean_loss))
+            self._print(format_smoothed_report(event, self._plan, mean_loss))
             self._losses.clear()
 
-    def _print(self, line: str) -> None:
+    def _print(self, parts: Sequence[str], separator: str = GAP) -> None:
         with self._line.pause():
-            self._console.write_text(wrap(line, self._console.columns, indent=INDENT))
-
-    def _print_parts(self, parts: Sequence[str]) -> None:
-        with self._line.pause():
-            self._console.write_text(wrap_parts(parts, self._console.columns, indent=INDENT))
+            self._console.write_text(wrap_parts(parts, self._console.columns, separator=separator, indent=INDENT))

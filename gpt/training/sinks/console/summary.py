@@ -59,7 +59,8 @@ def print_summary(console: RunConsole, ending: Ending, plan: RunPlan, folder: Ru
         rows["best validation"] = _format_best(min(evaluations.values(), key=lambda record: record[VAL_LOSS]), plan)
     if ending.parts:
         rows["time"] = _format_time(ending)
-    console.write_rows(rows | _list_files(folder) | _suggest_commands(ending, plan, folder))
+    to_copy = _list_files(folder) | _suggest_commands(ending, plan, folder)
+    console.write_rows(rows | to_copy, unbroken=to_copy)
 
 
 def _read_records(metrics: Path) -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ def _format_best(record: Mapping[str, Any], plan: RunPlan) -> str:
 
 def _format_time(ending: Ending) -> str:
     """Return the seconds of each part and their share."""
-    parts: dict[str, float] = {**ending.parts}
+    parts: dict[str, float] = {name: seconds for name, seconds in ending.parts.items()}  # noqa: C416
     parts["other"] = max(0.0, ending.seconds - math.fsum(parts.values()))
     total = math.fsum(parts.values()) or 1.0
     return ", ".join(

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from rich.cells import cell_len
@@ -11,13 +12,13 @@ CURVE = {step: 3 + 6 * math.exp(-step / 80) for step in range(1, 401)}
 
 def test_falling_loss_is_a_falling_line() -> None:
     assert plot_losses({1: 8.0, 2: 6.0, 3: 4.0, 4: 2.0}, {4: 5.0}, 19, unicode=False) == [
-        "8.00 |*",
-        "     | **",
-        "     |   **",
-        "5.00 |     **     o",
+        "8.00 |**",
+        "     |  *",
+        "     |   ***",
+        "5.00 |      *     o",
         "     |       ***",
-        "     |          **",
-        "2.00 |            *",
+        "     |          *",
+        "2.00 |           **",
         "      step 1      4",
     ]
 
@@ -36,10 +37,13 @@ def test_plot_fits_its_width(width: int, unicode: bool) -> None:
 
 @pytest.mark.parametrize("unicode", [False, True])
 def test_curve_has_no_gaps(unicode: bool) -> None:
-    lines = plot_losses({1: 9.0, 2: 2.0, 300: 2.1, 301: 8.0, 400: 2.0}, {}, 60, unicode=unicode)
+    lines = plot_losses({1: 9.0, 2: 2.0, 30: 2.1, 31: 8.0, 54: 2.0}, {}, 60, unicode=unicode)
     columns = list(zip(*(line[6:].ljust(54) for line in lines[:-1]), strict=True))
-    assert all(any(character != " " for character in column) for column in columns)
-    assert all(character != " " for character in columns[0])
+    drawn = [{row for row, character in enumerate(column) if character != " "} for column in columns]
+    assert all(drawn)
+    for left, right in pairwise(drawn):
+        assert min(abs(a - b) for a in left for b in right) <= 1
+    assert set.union(*drawn) == set(range(ROWS))
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:

@@ -82,11 +82,11 @@ def test_pipe_gets_one_line_per_report() -> None:
     ]
     assert "step 10: saved runs/a/checkpoints/step_00000010" in lines
     assert "finished at step 20 after 0:00:00" in lines
-    assert lines[-2:] == ["next        gpt sample runs/a --prompt TEXT", "            gpt verify runs/a"]
+    assert lines[-2:] == ["next  gpt sample runs/a --prompt TEXT", "      gpt verify runs/a"]
 
 
 def test_stopped_run_is_resumed_by_the_same_command() -> None:
-    assert "next        the same command resumes the run\n" in in_pipe([TrainEnd(10, "SIGINT")])
+    assert "next  the same command resumes the run\n" in in_pipe([TrainEnd(10, "SIGINT")])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
