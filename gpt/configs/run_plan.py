@@ -193,6 +193,8 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         UserError: values that do not fit together; names the nearest that do.
     """
     batch = plan_batch(config, machine.world_size, machine.max_micro_batch)
+    vocab_size = config.model.vocab_size or corpus.vocab_size
+    model = config.model.model_copy(update={"vocab_size": vocab_size}).resolve()
     sequences = _count_sequences(config, batch, corpus)
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(
@@ -228,7 +230,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=_resolve_dtype(config, machine),
-        model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}).resolve(),
+        model=model,
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
         sources=sources,

@@ -172,8 +172,8 @@ def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     [[0, 2], [1, 3, 4]]
 
     Args:
-        lengths: of the items, descending.
-        capacity: of a row.
+        lengths: lengths of the items, descending.
+        capacity: length of a row.
 
     Returns:
         rows of indices into `lengths`.

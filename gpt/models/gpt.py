@@ -20,8 +20,8 @@ from gpt.ops.precision import compute_dtype
 from gpt.ops.rope import Rope, apply_rope, rope_cos_sin
 
 
-def _norm(config: GPTConfig, width: int) -> nn.Module:
-    return build_norm(config.norm, width, eps=config.norm_eps, bias=config.bias)
+def _norm(config: GPTConfig, width: int, *, rounds: bool = False) -> nn.Module:
+    return build_norm(config.norm, width, eps=config.norm_eps, bias=config.bias, rounds=rounds)
 
 
 class Attention(nn.Module):
@@ -80,9 +80,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = _norm(config, config.n_embd)
+        self.ln_1 = _norm(config, config.n_embd, rounds=True)
         self.attn = Attention(config)
-        self.ln_2 = _norm(config, config.n_embd)
+        self.ln_2 = _norm(config, config.n_embd, rounds=True)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, mask: DocumentMask | None, rope: Rope | None) -> torch.Tensor:

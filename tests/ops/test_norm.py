@@ -31,3 +31,19 @@ def test_norms_are_torchs(bias: bool, eps: float) -> None:
     assert torch.equal(layer_norm(x), F.layer_norm(x, (16,), weight, shift if bias else None, eps))
     assert torch.equal(rms_norm(x), F.rms_norm(x, (16,), weight, eps))
     assert [name for name, _ in rms_norm.named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_rounding_norm_has_the_bits_of_a_norm_whose_output_is_rounded(kind: str) -> None:
+    x = randn(4, 16).requires_grad_()
+    results = []
+    for rounds in (False, True):
+        layer = build_norm(kind, 16, eps=1e-5, bias=True, rounds=rounds)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        assert out.dtype == (torch.bfloat16 if rounds else torch.float32)
+        out = out.bfloat16()
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+    assert build_norm(kind, 16, eps=1e-5, bias=True, rounds=True)(x).dtype == torch.float32
