@@ -10,6 +10,8 @@ from gpt.ops.cross_entropy import CHUNK_BYTES
 from gpt.ops.recompute import RECOMPUTE_MIN_BYTES
 
 FLOAT32_BYTES = 4
+SCRATCH_BYTES = 2**23
+"""Upper estimate of the tiles that functions compute in (`_ELEMENTS_PER_TILE` in gpt.ops)."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -71,13 +73,9 @@ def _estimate_activations(model: GPTConfig, batch: BatchPlan, size: int, checkpo
     n_tokens = batch.micro_batch_size * batch.block_size
     stream = FLOAT32_BYTES * model.n_embd  # bytes per token of the residual stream
     block = _block_bytes_per_token(model, n_tokens, size)
-    saved = {
-        "none": block * model.n_layer,
-        "block": 2 * stream * model.n_layer + block,
-        "selective": (2 * stream + size * (sum(model.qkv_sizes) + sum(model.fc_sizes) + 2 * model.n_embd))
-        * model.n_layer
-        + block,
-    }[checkpointing]
+    matmuls = size * (sum(model.qkv_sizes) + sum(model.fc_sizes) + 2 * model.n_embd)
+    saved = model.n_layer * {"none": block, "block": stream, "selective": stream + matmuls}[checkpointing]
+    recomputed = 0 if checkpointing == "none" else block  # of the block that backward is in
     rounded_weights = 0
     if size < FLOAT32_BYTES and n_tokens * stream < RECOMPUTE_MIN_BYTES:  # see gpt.ops.linear
         *hidden, _ = linear_layers(model)
@@ -87,8 +85,8 @@ def _estimate_activations(model: GPTConfig, batch: BatchPlan, size: int, checkpo
     logits = min(n_tokens * model.vocab_size * size, CHUNK_BYTES)
     loss = FLOAT32_BYTES * head + (size * head if size < FLOAT32_BYTES else 0) + logits
     loss += n_tokens * model.n_embd * (size + FLOAT32_BYTES)
-    backward = FLOAT32_BYTES * head + n_tokens * size * 3 * sum(model.fc_sizes)
-    return n_tokens * (saved + 2 * stream) + rounded_weights + max(loss, backward)
+    backward = FLOAT32_BYTES * head + n_tokens * (recomputed + size * 3 * sum(model.fc_sizes))
+    return n_tokens * (saved + 2 * stream) + rounded_weights + max(loss + SCRATCH_BYTES, backward)
 
 
 def _block_bytes_per_token(model: GPTConfig, n_tokens: int, size: int) -> int:

@@ -49,11 +49,11 @@ def test_activations_are_about_those_that_are_measured(name: str, n_sequences: i
 @pytest.mark.parametrize("checkpointing", ["block", "selective"])
 def test_activation_checkpointing_is_counted(checkpointing: str) -> None:
     config = SMALL.model_copy(update={"n_layer": 12}).resolve()
-    batch = BatchPlan(32, 128, 1, 1)
+    batch = BatchPlan(16, 128, 1, 1)
     estimate = partial(estimate_memory, config, batch, OptimizerConfig(), "float32")
-    measured = measure_activations(config, 32, "float32", checkpointing)
+    measured = measure_activations(config, 16, "float32", checkpointing)
     assert estimate(activation_checkpointing=checkpointing).activations == pytest.approx(measured, rel=0.4)
-    assert estimate(activation_checkpointing=checkpointing).activations < 0.7 * estimate().activations
+    assert estimate(activation_checkpointing=checkpointing).activations < 0.9 * estimate().activations
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(), OptimizerConfig(name="muon")])
