@@ -14,6 +14,7 @@ from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
 CORPUS_KEY, TOKENIZER_KEY, DTYPE_KEY = "the corpus's SHA-256", "the tokenizer's SHA-256", "--dtype"
+CONTENT_KEY = "the SHA-256 of the corpus's content"
 """Keys of a run's identity that others compare by name."""
 
 
@@ -58,6 +59,8 @@ class CorpusFacts:
     """Streams to train on."""
     sha256: str = ""
     """Digest of all prepared files."""
+    content_sha256: str = ""
+    """Digest of the prepared tokens alone, which the names of the sources do not change."""
     tokenizer_sha256: str = ""
     val_tokens: int = 0
     val_bytes: int = 0
@@ -122,6 +125,7 @@ class RunPlan:
         """
         identity: dict[str, str | int] = {
             CORPUS_KEY: self.corpus.sha256,
+            CONTENT_KEY: self.corpus.content_sha256,
             TOKENIZER_KEY: self.corpus.tokenizer_sha256,
             DTYPE_KEY: self.dtype,
             "--tokens-per-step": self.batch.tokens_per_step,
@@ -214,6 +218,8 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         notes.append("--parallel.reproducible is bit-exact on CPUs only; a GPU's kernels may add in any order")
     if config.lr.warmup_steps >= max_steps:
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
+    if config.spike.rollback and not config.checkpoint.interval:
+        notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
     sources = _plan_sources(config, sequences, max_steps * batch.sequences_per_step)

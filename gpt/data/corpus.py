@@ -55,7 +55,9 @@ def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpu
         return [str(folder) for folder in folders]
 
     folders = [Path(folder) for folder in dist.on_local_main(prepare_and_pack)]
-    return open_corpus(folders, config, block_size)
+    opened: list[Corpus] = []
+    dist.on_every_rank(lambda: opened.append(open_corpus(folders, config, block_size)))
+    return opened[0]
 
 
 def prepare_corpus(config: DataConfig) -> list[Path]:
@@ -74,10 +76,13 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
         return [Path(source) for source in prepared]
     if config.weights and len(config.weights) != len(config.source):
         raise UserError(f"--data.weights: {len(config.weights)} for {len(config.source)} sources; give one for each")
-    require_writable(config.cache_dir, "--data.cache-dir")
+    if not any(config.cache_dir.glob(f"*/{CORPUS_MANIFEST}")):  # before the sources are read, which may take long
+        require_writable(config.cache_dir, "--data.cache-dir")
     plan = plan_preparation(config.source, config)
     folder = config.cache_dir / plan.key
-    prepare_folder(folder, plan, "--data.cache-dir")
+    if not (folder / CORPUS_MANIFEST).is_file():  # a prepared corpus needs no lock, and may be in a read-only cache
+        require_writable(config.cache_dir, "--data.cache-dir")
+        prepare_folder(folder, plan, "--data.cache-dir")
     return [folder]
 
 
@@ -126,6 +131,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
                 for name, stream in train.items()
             ),
             sha256=" ".join(digests),
+            content_sha256=" ".join(manifest.content_sha256 for manifest in manifests),
             tokenizer_sha256=tokenizer.sha256,
             val_tokens=sum(len(stream) for stream in val.values()),
             val_bytes=sum(stream.text_bytes for stream in val.values()),

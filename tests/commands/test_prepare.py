@@ -118,6 +118,34 @@ def test_inspect_rejects_a_folder_that_is_not_prepared(tmp_path: Path, capsys: p
     assert f"{tmp_path}: no prepared corpus here" in prepare_error(capsys, "--inspect", tmp_path)
 
 
+def test_inspect_says_what_a_folder_is_instead(
+    lines: Path, tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text")
+    expected = (
+        f"gpt: error: --inspect {texts}: no prepared corpus here; gpt prepare {texts} --out DIR prepares the texts"
+    )
+    assert prepare_error(capsys, "--inspect", texts).startswith(expected)
+    error = prepare_error(capsys, "--inspect", finished_run)
+    assert f"{finished_run}: the folder of a run, not a prepared one; gpt verify {finished_run}" in error
+    assert f"{tmp_path / 'none'}: no such folder" in prepare_error(capsys, "--inspect", tmp_path / "none")
+    (tmp_path / ".part.unfinished").mkdir()
+    assert "not complete yet; run the same gpt prepare" in prepare_error(capsys, "--inspect", tmp_path / "part")
+    for flags in ((texts,), ("--out", tmp_path / "out")):
+        assert "leave out SOURCE and --out" in prepare_error(capsys, *flags, "--inspect", texts)
+
+
+def test_prepared_folder_may_not_lie_in_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text " * 100)
+    error = prepare_error(capsys, texts, "--out", texts / "out")
+    assert error == f"gpt: error: --out {texts / 'out'} lies in {texts}; name a folder beside it\n"
+    assert not (texts / "out").exists()
+
+
 def test_mistake_is_one_line_with_the_flags_of_this_command(
     lines: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
