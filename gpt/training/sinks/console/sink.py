@@ -87,8 +87,8 @@ class ConsoleSink(Sink):
                 self._log_lines.rewind(to_step)
             case TrainEnd(step=step, reason=reason):
                 self._line.stop()
-                parts = self._timer.totals() if self._timer else {}
-                print_summary(self._console, Ending(step, reason, self._bar.elapsed, parts), self._plan, self._folder)
+                seconds = self._timer.totals() if self._timer else {}
+                print_summary(self._console, Ending(step, reason, self._bar.elapsed, seconds), self._plan, self._folder)
         if parts := format_event(event):
             self._print(parts, separator=" ")
 
