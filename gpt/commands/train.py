@@ -1,6 +1,7 @@
 """`gpt train [PRESET] [--flags]`: train a model, resume a run, or only print its plan."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 from pydantic import model_validator
@@ -63,7 +64,8 @@ def run(argv: Sequence[str]) -> int:
                 print_plan(console, opened.plan, memory, probe)
         else:
             if console:
-                print_plan(console, opened.plan, compare_memory(opened))
+                with suppress(OSError):  # a closed stdout does not end a run, in which a broken sink is dropped
+                    print_plan(console, opened.plan, compare_memory(opened))
             with opened.dist.report_lost_ranks():
                 trainer = build_trainer(opened, console)
                 reason = trainer.train()
