@@ -67,8 +67,7 @@ def _prepare(command: PrepareCommand) -> dict[str, Any]:
     require_apart(command.out, "--out", (*command.source, *command.val_source), below_only=True)
     require_writable(command.out.parent, "--out")
     prepare_folder(command.out, plan_preparation(command.source, command), "--out")
-    asked = {"vocab_size_asked": command.vocab_size} if command.tokenizer == "bpe" else {}
-    return _describe(command.out, read_corpus_manifest(command.out)) | asked
+    return _describe(command.out, read_corpus_manifest(command.out))
 
 
 def _inspect(folder: Path) -> dict[str, Any]:
@@ -130,7 +129,8 @@ def _describe(folder: Path, manifest: "CorpusManifest") -> dict[str, Any]:
         }
         for source in manifest.sources
     ]
-    return {"folder": str(folder), **facts, "sources": sources}
+    note = {"vocab_note": manifest.vocab_note} if manifest.vocab_note else {}
+    return {"folder": str(folder), **facts, **note, "sources": sources}
 
 
 def _count(shards: "Sequence[ShardInfo]") -> dict[str, int]:
@@ -146,12 +146,11 @@ def _format_rows(facts: dict[str, Any]) -> dict[str, str]:
     from gpt.utils.helper import format_count, plural, printable
 
     special = ", ".join(f"{name} {index}" for name, index in facts["special_ids"].items()) or "no special ids"
-    asked = facts.get("vocab_size_asked", facts["vocab_size"])
-    came_out = f" ({asked:,} asked for: the text has no more to merge)" if asked > facts["vocab_size"] else ""
     rows = {
         "folder": facts["folder"],
         "sha256": facts["sha256"],
-        "tokenizer": f"{facts['vocab_size']:,} tokens{came_out}, {special}, {facts['tokenizer_sha256']}",
+        "tokenizer": f"{facts['vocab_size']:,} tokens, {special}, {facts['tokenizer_sha256']}",
+        **({"note": facts["vocab_note"]} if "vocab_note" in facts else {}),
         "tokens": f"{facts['tokens']:,} as {facts['dtype']}, largest id {facts['largest_id']:,}",
         "text": f"{plural(facts['documents'], 'document')}, {plural(facts['text_bytes'], 'byte')}",
     }

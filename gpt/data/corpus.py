@@ -12,6 +12,7 @@ from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, r
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
 from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
         return [Path(source) for source in prepared]
     if config.weights and len(config.weights) != len(config.source):
         raise UserError(f"--data.weights: {len(config.weights)} for {len(config.source)} sources; give one for each")
+    require_apart(config.cache_dir, "--data.cache-dir", (*config.source, *config.val_source), below_only=True)
     if not any(config.cache_dir.glob(f"*/{CORPUS_MANIFEST}")):  # before the sources are read, which may take long
         require_writable(config.cache_dir, "--data.cache-dir")
     plan = plan_preparation(config.source, config)
@@ -100,7 +102,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     manifests = [read_corpus_manifest(folder) for folder in folders]
     tokenizer = _read_tokenizer(folders, manifests)
     is_named = folders[0] == Path(config.source[0])  # else it is in the cache, prepared for this configuration
-    note = _compare_tokenizers(config, manifests[0], tokenizer) if is_named else _compare_sizes(config, tokenizer)
+    notes = (_compare_tokenizers(config, manifests[0], tokenizer) if is_named else None, manifests[0].vocab_note)
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]
@@ -139,7 +141,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
             xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
         ),
         source_of={folder / shard.file: name for name, shards in train_shards.items() for folder, shard in shards},
-        notes=(note,) if note else (),
+        notes=tuple(note for note in notes if note),
     )
 
 
@@ -176,16 +178,6 @@ def _compare_tokenizers(config: DataConfig, manifest: CorpusManifest, tokenizer:
     if config.tokenizer in (manifest.settings.get("tokenizer"), DataConfig().tokenizer):
         return None
     return f"the tokenizer is that of {config.source[0]}, not {config.tokenizer}"
-
-
-def _compare_sizes(config: DataConfig, tokenizer: Tokenizer) -> str | None:
-    """Return a note for the user if a learned vocabulary is smaller than the one asked for."""
-    if config.tokenizer != "bpe" or tokenizer.vocab_size >= config.vocab_size:
-        return None
-    return (
-        f"the vocabulary has {tokenizer.vocab_size:,} tokens, not the {config.vocab_size:,} of --data.vocab-size: the "
-        "text has no more to merge"
-    )
 
 
 def _join_unless_weighted(shards: ShardsByName, weights: Sequence[float]) -> ShardsByName:

@@ -125,12 +125,12 @@ def require_apart(folder: Path, flag: str, sources: Sequence[str], *, below_only
         read = source.resolve()
         remedy = "name a folder beside it"
         if written == read:
-            raise UserError(f"{flag} {folder} is --data.source {source} itself; {remedy}")
+            raise UserError(f"{flag} {folder} is the source {source} itself; {remedy}")
         inside = written.relative_to(read).parts if read.is_dir() and written.is_relative_to(read) else ()
         if inside and not any(part.startswith(".") for part in inside):
-            raise UserError(f"{flag} {folder} lies in --data.source {source}; {remedy}")
+            raise UserError(f"{flag} {folder} lies in the source {source}; {remedy}")
         if read.is_relative_to(written) and not below_only:
-            raise UserError(f"{flag} {folder} holds --data.source {source}; name another folder")
+            raise UserError(f"{flag} {folder} holds the source {source}; name another folder")
 
 
 def _make_source(name: str, files: list[File]) -> Source:

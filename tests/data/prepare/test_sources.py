@@ -182,13 +182,13 @@ def test_folder_to_write_to_may_not_be_at_in_or_above_a_source(tmp_path: Path, m
     Path("link").symlink_to("parent/texts")
     texts = str(Path("parent/texts").absolute())
     for folder, sources, reason in (
-        ("parent/texts", [texts], f"is --data.source {texts} itself"),
-        ("link", [texts], f"is --data.source {texts} itself"),
-        ("parent/texts/runs/x", ["stdlib", texts], f"lies in --data.source {texts}"),
-        ("link/run", ["parent/texts"], "lies in --data.source parent/texts"),
-        ("runs/quickstart", ["."], "lies in --data.source ."),
-        ("parent", [texts], f"holds --data.source {texts}"),
-        (".", ["parent/book.txt"], "holds --data.source parent/book.txt"),
+        ("parent/texts", [texts], f"is the source {texts} itself"),
+        ("link", [texts], f"is the source {texts} itself"),
+        ("parent/texts/runs/x", ["stdlib", texts], f"lies in the source {texts}"),
+        ("link/run", ["parent/texts"], "lies in the source parent/texts"),
+        ("runs/quickstart", ["."], "lies in the source ."),
+        ("parent", [texts], f"holds the source {texts}"),
+        (".", ["parent/book.txt"], "holds the source parent/book.txt"),
     ):
         with pytest.raises(UserError) as error:
             require_apart(Path(folder), "--run-dir", sources)
