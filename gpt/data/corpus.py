@@ -14,6 +14,7 @@ from gpt.data.manifest import CORPUS_MANIFEST, CorpusManifest, read_corpus_manif
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
 from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -78,6 +79,7 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
         return [Path(source) for source in prepared]
     if config.weights and len(config.weights) != len(config.source):
         raise UserError(f"--data.weights: {len(config.weights)} for {len(config.source)} sources; give one for each")
+    require_apart(config.cache_dir, "--data.cache-dir", (*config.source, *config.val_source), below_only=True)
     if not any(config.cache_dir.glob(f"*/{CORPUS_MANIFEST}")):  # before the sources are read, which may take long
         require_writable(config.cache_dir, "--data.cache-dir")
     plan = plan_preparation(config.source, config)

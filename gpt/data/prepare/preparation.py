@@ -43,7 +43,7 @@ from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder
 from gpt.utils.folder_lock import hold_lock
-from gpt.utils.helper import format_si, plural, sha256_of_file, unique_names
+from gpt.utils.helper import format_count, format_si, plural, sha256_of_file, unique_names
 from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class _Preparation:
         if not (self._folder.path / CORPUS_MANIFEST).exists():
             n_files = sum(len(source.files) for source in self._plan.sources)
             names, files = ", ".join(self._plan.names), plural(n_files, "file")
-            log.info("preparing %s: %s, %sB", names, files, format_si(self._plan.size))
+            log.info("preparing %s: %s, %s", names, files, format_si(self._plan.size, "B"))
             # The workers start while the tokenizer is built.
             with WorkerPool(self._folder.path, self._settings, self._count_workers()) as pool:
                 tokenizer = self._build_tokenizer()
@@ -295,7 +295,7 @@ class _Preparation:
             pool.run(action, parts, count)
         seconds = time.perf_counter() - started
         if done[1] and seconds > MIN_SECONDS_TO_REPORT_SPEED:
-            log.info("tokenized %sB/s, %s tokens/s", format_si(done[0] / seconds), format_si(done[1] / seconds))
+            log.info("tokenized %s, %s tokens/s", format_si(done[0] / seconds, "B/s"), format_count(done[1] / seconds))
 
     def _write_manifest(self, tokenizer: Tokenizer, parts_of_sources: Sequence[Sequence[Part]]) -> None:
         entries = [
