@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 0
     except KeyboardInterrupt:
         if launch.speaks_first():
-            print("gpt: interrupted", file=sys.stderr)
+            _print_line("gpt: interrupted")
         status = 130
     except Exception as error:
         message = describe_mistake(error)
@@ -154,9 +154,12 @@ def _report_error(message: str, *, is_reported: bool) -> None:
     if not launch.speaks_first():
         time.sleep(OTHER_RANKS_DELAY_SECONDS)
     if not is_reported:
-        line = printable(message).replace("\n", "\\n")
-        with contextlib.suppress(OSError):  # stderr may be closed, too; the status says that it failed
-            print(f"gpt: error: {line}", file=sys.stderr, flush=True)
+        _print_line("gpt: error: " + printable(message).replace("\n", "\\n"))
+
+
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be closed, too; the status says that it failed
+        print(line, file=sys.stderr, flush=True)
 
 
 def program() -> NoReturn:

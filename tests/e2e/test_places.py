@@ -184,6 +184,12 @@ def test_checkpoints_on_another_disk_belong_to_their_run(project: Path) -> None:
     assert main(["data-at", "link", "--step", "1"]) == 0
     assert train("--init-from", "rd", steps=1, run_dir="tuned") == 0
     assert train("--resume", "rd", steps=3, run_dir="fork") == 0
+    assert json.loads((project / "fork/config.json").read_text())["resume"] == str(
+        project / "rd/checkpoints/step_00000002"  # below which its journal is found, unlike below the disk's path
+    )
+    for named in ("rd", "link", "rd/checkpoints/step_00000002", disk / "step_00000002"):
+        assert train("--resume", named, steps=2) == 0
+        assert train("--resume", named, steps=3, run_dir="fork") == 0
 
 
 def test_tilde_makes_no_folder_of_that_name(
