@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _set_up_output(log_to_stderr=has_flag(arguments, "json"))
     launch.provide_home()
+    launch.widen_terminal()
     verb = arguments[0] if arguments and arguments[0] in VERBS else "train"
     try:
         status = _run_command(arguments)

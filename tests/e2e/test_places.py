@@ -288,12 +288,19 @@ def test_failing_lock_is_one_line_with_path_and_remedy(no_flock: Path, project: 
     )
 
 
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_prepared_corpus_in_a_cache_that_is_read_only_needs_no_lock(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed = ("--data.packing", "best-fit")
     assert train(*packed, "--dry-run", steps=1) == 0
     cache = project.parent / "cache"
+    assert all(path.stat().st_mode & 0o044 == 0o044 & ~current_umask() for path in cache.rglob("*"))  # others may read
     before = {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))}
 
     def refuse(path: Path) -> None:
