@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from rich.console import Console
 
 from gpt.auto_batch import build_autocast, trial_loss
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.rollback import RollbackTargets
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
@@ -23,6 +23,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
+from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import peak_memory
 from gpt.machine.peak_flops import load_or_measure_peak_flops
@@ -44,16 +45,18 @@ from gpt.training.observers.stop_signal import StopSignal
 from gpt.training.observers.straggler_guard import StragglerGuard
 from gpt.training.observers.text_sampler import TextSampler
 from gpt.training.probes.layer_norms import LayerNorms
-from gpt.training.sinks.console import ConsoleSink
+from gpt.training.sinks.console.sink import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
+from gpt.utils.progress import work_line
+from gpt.utils.terminal import RunConsole
 
 
-def build_trainer(run: Run, console: Console | None = None) -> Trainer:
+def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     """Compose the Trainer of a run: load the state that it starts from, then attach everything that watches it.
 
     Args:
@@ -70,26 +73,28 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
     prompts = encode_prompts(config.sample.prompts, run.corpus.tokenizer)
     state = build_state(config, plan, dist)
-    spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal)
+    targets = find_rollback_targets(run)
+    spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal, targets)
     restore_state(run.start, state, dist)
     write_run_files(run)
     train_step = build_train_step(config, plan, dist, state, loader, timer)
-    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step)
-    trainer = build_loop(run, state, train_step, checkpoints, journal)
+    kept = targets if config.spike.rollback else None
+    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, kept)
+    trainer = build_loop(run, state, train_step, checkpoints, journal, timer)
     trainer.attach(StopSignal(dist))
     trainer.attach(spike_guard)
     trainer.attach(StragglerGuard(timer, dist))
     trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
     trainer.attach(Profiler(config.profile, run.folder.trace if dist.is_main else None))
     trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
-    trainer.attach(Evaluator(state.model, build_evaluation_tasks(run), plan))
+    trainer.attach(Evaluator(state.model, build_evaluation_tasks(run), plan, timer))
     trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
-    trainer.attach(TextSampler(state.model, run.corpus.tokenizer, prompts, config.sample, plan))
+    trainer.attach(TextSampler(state.model, run.corpus.tokenizer, prompts, config.sample, plan, timer))
     if config.log.grad_norms:
         trainer.attach(LayerNorms())
     trainer.attach(JsonlSink(run.folder.metrics, run.folder.samples))
     if console:
-        trainer.attach(ConsoleSink(console, plan, run.folder.path))
+        trainer.attach(ConsoleSink(console, plan, run.folder, timer))
     return trainer
 
 
@@ -113,7 +118,16 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppSta
 def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, loader: DataLoader, timer: StepTimer
 ) -> TrainStep:
-    """Build the step that updates `state`: parallelize the model, and compile it if configured."""
+    """Build the step that updates `state`: check the machine's matmuls, parallelize the model, and compile it.
+
+    Raises:
+        UserError: the machine multiplies wrongly.
+    """
+    rows, cache_dir = plan.batch.micro_batch_size * plan.batch.block_size, config.data.cache_dir
+    device_name = plan.machine.device_name
+    dist.on_every_rank(
+        lambda: require_right_arithmetic(dist.device, device_name, plan.dtype, plan.model, rows, cache_dir)
+    )
     autocast = build_autocast(plan)
     compile_mode = config.compile_mode if config.compile else None
     blocks = state.model.get_submodule("h").children()
@@ -127,7 +141,8 @@ def build_train_step(
             device=dist.device,
             autocast=autocast,
         )
-        compile_or_fall_back(state.model, model, trial)
+        with work_line("compiling the model", is_shown=dist.is_main):
+            compile_or_fall_back(state.model, model, trial)
     return TrainStep(
         model,
         state,
@@ -142,13 +157,16 @@ def build_train_step(
 
 
 def build_loop(
-    run: Run, state: AppState, train_step: TrainStep, checkpoints: CheckpointManager, journal: Journal
+    run: Run, state: AppState, train_step: TrainStep, checkpoints: CheckpointManager, journal: Journal, timer: StepTimer
 ) -> Trainer:
     """Build the Trainer with its meter and logger; nothing is attached."""
     dist, plan = run.dist, run.plan
-    peak_flops = dist.on_main(
-        lambda: load_or_measure_peak_flops(dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir)
-    )
+    with work_line("measuring the machine's peak FLOP/s", is_shown=dist.is_main):
+        peak_flops = dist.on_main(
+            lambda: load_or_measure_peak_flops(
+                dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir
+            )
+        )
     meter = Meter(
         plan.batch.tokens_per_step,
         state.skipped_updates,
@@ -165,17 +183,27 @@ def build_loop(
         checkpoints=checkpoints,
         journal=journal,
         logger=Logger(run.config.log.sink_timeout, is_main=dist.is_main),
+        timer=timer,
         resumed_from=str(run.start.checkpoint) if run.start.checkpoint else None,
     )
 
 
-def build_spike_guard(run: Run, sequences: TraceableSequences, journal: Journal) -> SpikeGuard:
+def find_rollback_targets(run: Run) -> RollbackTargets:
+    """Find the step that the run's first launch started from; it and the scheduled checkpoints are the targets."""
+    origin = run.dist.on_main(run.folder.read_origin_step)
+    return RollbackTargets(run.start.step if origin is None else origin, run.config.checkpoint.interval)
+
+
+def build_spike_guard(
+    run: Run, sequences: TraceableSequences, journal: Journal, targets: RollbackTargets
+) -> SpikeGuard:
     """Build the guard against spikes, which names the documents of a bad step."""
 
     def name_documents_of(step: int) -> str:
         return name_documents(run.corpus, sequences, run.plan.batch, journal.quarantine.find_batch(step - 1))
 
-    return SpikeGuard(run.config.spike, journal, scaled=run.plan.dtype == "float16", name_documents=name_documents_of)
+    scaled = run.plan.dtype == "float16"
+    return SpikeGuard(run.config.spike, journal, targets, scaled=scaled, name_documents=name_documents_of)
 
 
 def build_evaluation_tasks(run: Run) -> list[EvaluationTask]:

@@ -7,6 +7,7 @@ and trace.json of a run that profiled steps, journal.jsonl of one that skipped b
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, VAL_LOSS
 from gpt.configs.load import load_config
@@ -53,6 +54,12 @@ class RunFolder:
         """Return whether metrics.jsonl holds an evaluation of `step`."""
         records = read_jsonl(self.metrics)
         return any(record.get("step") == step and VAL_LOSS in record for record in records)
+
+    def read_origin_step(self) -> int | None:
+        """Return the step that the run's first launch started from; None before it."""
+        first: dict[str, Any] = next(read_jsonl(self.lineage), {})
+        step = first.get("step")
+        return step if isinstance(step, int) else None
 
     def move_aside(self, checkpoint: Path) -> Path:
         """Rename a damaged checkpoint, so that its step can be saved again, and return its new path.

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.base import POSITIONAL, FilePath
+from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.errors import UserError
 
 UNFINISHED, DAMAGED, OK = "unfinished", "damaged", "ok"
@@ -93,7 +94,7 @@ def _print_table(verdicts: Sequence[Verdict], counts: dict[str, int]) -> None:
     table = Table("checkpoint", "size", "val/loss", "state", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for verdict in verdicts:
         loss = "" if verdict.val_loss is None else f"{verdict.val_loss:.4f}"
-        table.add_row(printable(verdict.name), f"{format_si(verdict.size_bytes)}B", loss, verdict.state)
+        table.add_row(printable(verdict.name), format_si(verdict.size_bytes, "B"), loss, verdict.state)
     console.print(table)
     for verdict in verdicts:
         if verdict.reason:

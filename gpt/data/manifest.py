@@ -14,7 +14,6 @@ from gpt.utils.sealed_json import read_sealed_json, write_sealed_json
 
 CORPUS_FORMAT_VERSION = 2
 CORPUS_MANIFEST = "corpus.json"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class SourceEntry(Config):
@@ -28,6 +27,10 @@ class SourceEntry(Config):
     skipped_records: int = 0
     duplicates: int = 0
     """Documents left out because an equal one comes before them."""
+    unrepresented: int = 0
+    """Characters that the tokenizer has no token for; `text_bytes` leaves them out."""
+    first_unrepresented: str = ""
+    """First of them, and its place."""
 
 
 class CorpusManifest(Config):
@@ -56,9 +59,21 @@ class CorpusManifest(Config):
         shards = [[[shard.sha256 for shard in split] for split in (entry.train, entry.val)] for entry in self.sources]
         return hashlib.sha256(json.dumps([self.tokenizer_sha256, shards]).encode()).hexdigest()
 
+    @property
+    def vocab_note(self) -> str | None:
+        """Note on a learned vocabulary that is smaller than the one asked for; None if it is not."""
+        asked = self.settings.get("vocab_size")
+        if asked is None or self.vocab_size >= asked:
+            return None
+        return f"vocabulary {self.vocab_size:,} of {asked:,} asked: the text has no more merges"
+
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder` in one step."""
-        write_sealed_json(folder / CORPUS_MANIFEST, self.model_dump(mode="json", exclude={"sha256"}))
+        content = self.model_dump(mode="json", exclude={"sha256"})
+        for source in content["sources"]:
+            if not source["unrepresented"]:  # so that a corpus has the digest that it has always had
+                del source["unrepresented"], source["first_unrepresented"]
+        write_sealed_json(folder / CORPUS_MANIFEST, content)
 
 
 def read_corpus_manifest(folder: Path) -> CorpusManifest:

@@ -13,7 +13,7 @@ import pytest
 
 from gpt.configs.train_config import TrainConfig
 from gpt.main import main
-from gpt.utils.helper import format_si
+from gpt.utils.helper import format_count
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAIN = REPOSITORY / "gpt" / "main.py"
@@ -121,8 +121,8 @@ def test_json_of_a_dry_run_equals_the_plain_output(flags: list[str], tmp_path: P
     )
     assert plan["tokens"] == plan["max_steps"] * batch["tokens_per_step"]
     assert f"vocabulary {corpus['vocab_size']:,}" in plain.stdout
-    assert f"{format_si(corpus['train_tokens'])} training tokens" in plain.stdout
-    assert f"{format_si(model['n_parameters'])} parameters: {model['n_layer']} layers" in plain.stdout
+    assert f"{format_count(corpus['train_tokens'])} training tokens" in plain.stdout
+    assert f"{format_count(model['n_parameters'])} parameters: {model['n_layer']} layers" in plain.stdout
     assert plan["lr"]["schedule"] in plain.stdout
     assert all(note in plain.stdout for note in plan["notes"])
     assert not (tmp_path / "run").exists()
@@ -183,7 +183,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no checkpoint": (lambda p: ["--resume", str(p)], "holds no checkpoint"),
     "no weights": (lambda p: ["--init-from", str(p / "none")], "no such folder"),
     "no tokenizer": (lambda p: ["--data.tokenizer", "bpee"], "bpee: no such file; one of byte, char, bpe, gpt2"),
-    "no device": (lambda _: ["--device", "gpu"], "--device gpu: did you mean cpu?"),
+    "no device": (lambda _: ["--device", "gpu"], "--device gpu: did you mean cuda?"),
 }
 
 
