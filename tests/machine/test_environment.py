@@ -25,7 +25,7 @@ def test_git_commit_is_that_of_the_checkout() -> None:
 
 
 def test_version_of_torch_names_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyPI's own Linux build has no +cu130 in its metadata."""
+    """Use metadata without the build, as PyPI's own Linux build has them."""
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     monkeypatch.setattr(module.metadata, "version", lambda name: "2.13.0")
     assert describe_environment({})["libraries"]["torch"] == "2.13.0+cu130"
