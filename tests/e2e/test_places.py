@@ -233,7 +233,7 @@ def test_every_command_works_without_a_home(home: dict[str, str], project: Path)
         return done.stdout
 
     assert run("--version").startswith("gpt-training-pipeline")
-    assert "--data.cache-dir" in run("train", "--help")
+    assert "--data.cache-dir" in run("train", "--help-all")
     flags = ("--data.source", "rep.txt", "--run-dir", "rd", "--max-steps", "1", "--device", "cpu", "--sample.prompts")
     shown = " ".join(run("train", "debug", *flags, "--data.workers", "1").split())
     cache = temporary / f"gpt-training-pipeline-{os.getuid()}"
