@@ -122,7 +122,8 @@ def render_bar(state: BarState, columns: int, *, unicode: bool) -> Text:
         if room >= MIN_BAR_COLUMNS:
             bar = draw_bar(state.step / max(1, state.max_steps), min(room, MAX_BAR_COLUMNS), unicode=unicode)
             return Text(head + GAP) + bar + Text(GAP + GAP.join(texts))
-    for texts in ([head, *parts], [head, state.activity or left or elapsed], [head]):
-        if cell_len(GAP.join(texts)) <= columns:
-            return Text(GAP.join(texts))
+    for texts in ([head, *parts], [head, state.activity, left or elapsed], [head, state.activity or left], [head]):
+        text = GAP.join(filter(None, texts))
+        if cell_len(text) <= columns:
+            return Text(text)
     return Text()
