@@ -76,7 +76,8 @@ def _inspect(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or has changed.
     """
-    from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
+    from gpt.data.manifest import read_corpus_manifest
+    from gpt.data.tokenizer import TOKENIZER_FILE
     from gpt.utils.helper import sha256_of_file
 
     _require_prepared(folder)
@@ -126,6 +127,7 @@ def _describe(folder: Path, manifest: "CorpusManifest") -> dict[str, Any]:
             "val": _count(source.val),
             "skipped_records": source.skipped_records,
             "duplicates": source.duplicates,
+            "unrepresented": source.unrepresented,
         }
         for source in manifest.sources
     ]
@@ -162,14 +164,15 @@ def _format_rows(facts: dict[str, Any]) -> dict[str, str]:
         if source["skipped_records"] or source["duplicates"]:
             skipped = plural(source["skipped_records"], "bad record")
             rows[f"{source['name']} left out"] = f"{skipped}, {plural(source['duplicates'], 'duplicate')}"
+        if source["unrepresented"]:
+            rows[f"{source['name']} without a token"] = plural(source["unrepresented"], "character")
     return {printable(name): printable(value) for name, value in rows.items()}
 
 
 def _read_excerpt(folder: Path, manifest: "CorpusManifest") -> str:
     """Return the beginning of the first text."""
-    from gpt.data.manifest import TOKENIZER_FILE
     from gpt.data.shards import TokenStream
-    from gpt.data.tokenizer import Tokenizer
+    from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
     stream = TokenStream([(folder, shard) for shard in _list_shards(manifest)], tokenizer.vocab_size)

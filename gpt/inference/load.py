@@ -29,7 +29,7 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     """
     match_openmp_team()
     checkpoint = locate_checkpoint(path, "RUN_DIR")
-    tokenizer = Tokenizer.from_file(find_run(checkpoint).tokenizer)
+    tokenizer = Tokenizer.from_folder(find_run(checkpoint).path)
     weights = read_weights(checkpoint)
     saved = load_config(checkpoint / "config.json")
     config = saved.model

@@ -49,12 +49,12 @@ class TextSampler(Observer):
                 TextSampled(
                     event.step,
                     prompt,
-                    self._generate(tokens, random_bits(self._plan.seed, Purpose.TEXT, event.step, index)),
+                    self._generate(prompt, tokens, random_bits(self._plan.seed, Purpose.TEXT, event.step, index)),
                 )
                 for index, (prompt, tokens) in enumerate(self._prompts.items())
             ]
 
-    def _generate(self, tokens: list[int], seed: int) -> str:
+    def _generate(self, prompt: str, tokens: list[int], seed: int) -> str:
         token_ids = generate(
             self._model,
             tokens,
@@ -65,4 +65,4 @@ class TextSampler(Observer):
             end_of_text=self._tokenizer.end_of_text,
         )
         with torch.compiler.set_stance("force_eager"):  # it would recompile for every length
-            return self._tokenizer.decode(token_ids)
+            return "".join(self._tokenizer.decode_stream(token_ids, prompt=tokens if prompt else ()))
