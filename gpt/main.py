@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gpt import __version__
-from gpt.configs.cli import VERBS, has_flag
+from gpt.configs.arguments import VERBS, has_flag
 from gpt.configs.presets import PRESETS
 from gpt.errors import ReportedError
 from gpt.utils import launch
@@ -43,15 +43,16 @@ presets of gpt train:
 examples:
   gpt                                      train a small model on Python's standard library, in minutes
   gpt train debug                          run every part of a training run, in seconds
-  gpt train --data.source my_texts --run-dir runs/mine
-  gpt prepare my_texts --tokenizer gpt2 --out data/mine
+  gpt train --data.source examples/texts --run-dir runs/texts
+  gpt prepare examples/texts --vocab-size 1024 --out data/texts
   gpt sample runs/quickstart --prompt "def main("
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
   gpt bench quickstart                     tokens per second, and the time of each part of a step
 
-gpt VERB --help lists every flag; with --json, a command prints its result as JSON."""
+gpt VERB --help lists its flags; of a flag given twice the last counts.
+With --json, a command prints its result as JSON."""
 
 
 SHORTAGE_REMEDIES = {
@@ -61,8 +62,12 @@ SHORTAGE_REMEDIES = {
     "prepare": "lower --workers, or give the process more memory",
 }
 """Verb -> advice where memory or threads run out; other verbs have no flag that saves any."""
-INFO_FLAGS = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}
-"""Flag -> text to print instead of running a command."""
+VERSION = f"gpt-training-pipeline {__version__}"
+INFO_FLAGS = {
+    **dict.fromkeys(("-h", "--help", "--help-all", "help"), HELP),
+    **dict.fromkeys(("-V", "--version", "version"), VERSION),
+}
+"""First word -> text to print instead of running a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:  # gpt help VERB
+        arguments = [*arguments[1:], "--help"]
     if arguments and arguments[0] in INFO_FLAGS:
         print(INFO_FLAGS[arguments[0]])
         return 0

@@ -153,6 +153,8 @@ def _resume_plan(config: TrainConfig, plan: RunPlan, start: Start, *, has_valida
     """
     if start.init_from is not None:
         _require_same_tokenizer(plan, start, start.init_from)
+    if start.weights_note is not None:
+        plan = _with_notes(plan, [start.weights_note])
     if start.checkpoint is None or start.saved is None:
         return plan
     plan = adopt_corpus(plan, start.identity)

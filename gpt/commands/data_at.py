@@ -1,13 +1,15 @@
 """`gpt data-at RUN_DIR --step N`: show the documents that a step of a run was trained on."""
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from gpt.commands.output import print_json
-from gpt.configs.base import MAX_COUNT, POSITIONAL, FilePath
+from gpt.configs.base import MAX_COUNT, FilePath
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.configs.load import load_config
 from gpt.configs.run_plan import CORPUS_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
@@ -17,6 +19,8 @@ from gpt.utils.helper import plural, printable
 if TYPE_CHECKING:
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.data.corpus import Corpus
+
+log = logging.getLogger(__name__)
 
 MAX_SHOWN_TOKENS = 32
 """Tokens of each document that are shown as text."""
@@ -57,6 +61,12 @@ def describe_batch(folder: "RunFolder", step: int) -> dict[str, Any]:
 
     config = load_config(folder.config)
     corpus, plan = _open_corpus_and_plan(folder, config)
+    if step > plan.max_steps:
+        log.warning(
+            "--step %d is beyond the run, which ends at step %d; a longer run would train on these documents",
+            step,
+            plan.max_steps,
+        )
     index = build_quarantine(read_journal(folder.journal, plan.order)).find_batch(step - 1)
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     return {

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gpt.commands.output import print_json
-from gpt.configs.base import POSITIONAL, FilePath
+from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.configs.observer_config import SampleConfig
 from gpt.utils.helper import printable
 

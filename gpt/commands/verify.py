@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.base import POSITIONAL, FilePath
+from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.errors import UserError
 
 UNFINISHED, DAMAGED, OK = "unfinished", "damaged", "ok"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.cli import JsonOutput, PresetOverrides, has_flag, parse_over_preset
+from gpt.configs.arguments import has_flag
+from gpt.configs.cli import JsonOutput, PresetOverrides, parse_over_preset
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 

@@ -14,6 +14,8 @@ HUB_PREFIX = "hf:"
 """Prefix of a source that is a dataset of the Hugging Face hub, or a local folder that `datasets` reads."""
 STDLIB = "stdlib"
 """Source that is Python's own library."""
+SHAKESPEARE = "shakespeare"
+"""Source that is downloaded, unless a file or folder has this name."""
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2")
 """Values of `tokenizer` that name no file."""
 
@@ -54,6 +56,8 @@ class PreparationConfig(Config):
     """Vocabulary size of a trained bpe tokenizer: 256 bytes, the merges and one end-of-text token."""
     workers: Annotated[int, SAFE] = Field(0, ge=0, le=4096)
     """Processes that prepare the sources; 0: one per core. The result is the same with any number."""
+    cache_dir: Annotated[FilePath, SAFE] = default_cache_dir()
+    """Folder that keeps prepared tokens and downloaded texts for later runs."""
 
 
 class DataConfig(PreparationConfig):
@@ -61,15 +65,13 @@ class DataConfig(PreparationConfig):
 
     source: Annotated[Sources, SAFE_IF_SAME_CONTENT] = Field((STDLIB,), min_length=1)
     """Files or folders of text, source code, JSON lines, Parquet or tokens; saved datasets; hf:NAME[:CONFIG[:SPLIT]];
-    folders made by gpt prepare; or stdlib: Python's own library."""
+    folders made by gpt prepare; stdlib: Python's own library; or shakespeare: tinyshakespeare, which is downloaded."""
     weights: tuple[Annotated[float, Field(gt=0, le=1_000_000)], ...] = ()
     """Sampling weight of each source; none: in proportion to the sources' tokens."""
     packing: Literal["stream", "best-fit"] = "stream"
     """stream: cut sequences from the documents in a row; best-fit: pack whole documents into sequences."""
     document_mask: bool = False
     """Restrict attention to tokens of the same document."""
-    cache_dir: Annotated[FilePath, SAFE] = default_cache_dir()
-    """Folder that keeps prepared tokens for later runs."""
 
     def map_paths(self, change: Callable[[str], str]) -> Self:
         """Return this section with `change` applied to every path in it."""
@@ -83,8 +85,8 @@ class DataConfig(PreparationConfig):
 
 
 def _map_source(source: str, change: Callable[[str], str]) -> str:
-    """Apply `change` to a source that is a path; `stdlib` and a dataset of the hub are none."""
-    if source == STDLIB:
+    """Apply `change` to a source that is a path; `stdlib`, `shakespeare` and a dataset of the hub are none."""
+    if source == STDLIB or (source == SHAKESPEARE and not Path(source).exists()):
         return source
     if not source.startswith(HUB_PREFIX):
         return change(source)

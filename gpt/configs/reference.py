@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.base import get_section
+from gpt.configs.fields import get_section
 from gpt.configs.resume_rule import ResumeRule, get_resume_rule
 from gpt.configs.train_config import TrainConfig
 

@@ -5,7 +5,7 @@ from enum import Enum
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.base import walk_fields
+from gpt.configs.fields import walk_fields
 
 FLAG = "--resume-with-changes"
 

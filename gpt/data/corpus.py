@@ -100,7 +100,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     manifests = [read_corpus_manifest(folder) for folder in folders]
     tokenizer = _read_tokenizer(folders, manifests)
     is_named = folders[0] == Path(config.source[0])  # else it is in the cache, prepared for this configuration
-    note = _compare_tokenizers(config, manifests[0], tokenizer) if is_named else None
+    notes = (_compare_tokenizers(config, manifests[0], tokenizer) if is_named else None, manifests[0].vocab_note)
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]
@@ -139,7 +139,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
             xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
         ),
         source_of={folder / shard.file: name for name, shards in train_shards.items() for folder, shard in shards},
-        notes=(note,) if note else (),
+        notes=tuple(note for note in notes if note),
     )
 
 

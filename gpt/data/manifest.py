@@ -56,6 +56,14 @@ class CorpusManifest(Config):
         shards = [[[shard.sha256 for shard in split] for split in (entry.train, entry.val)] for entry in self.sources]
         return hashlib.sha256(json.dumps([self.tokenizer_sha256, shards]).encode()).hexdigest()
 
+    @property
+    def vocab_note(self) -> str | None:
+        """Note on a learned vocabulary that is smaller than the one asked for; None if it is not."""
+        asked = self.settings.get("vocab_size")
+        if asked is None or self.vocab_size >= asked:
+            return None
+        return f"vocabulary {self.vocab_size:,} of {asked:,} asked: the text has no more merges"
+
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder` in one step."""
         write_sealed_json(folder / CORPUS_MANIFEST, self.model_dump(mode="json", exclude={"sha256"}))

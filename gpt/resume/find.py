@@ -16,6 +16,7 @@ from gpt.checkpoint.manifest import (
     CHECKPOINT_MANIFEST,
     CONFIG,
     PROGRESS,
+    VAL_LOSS,
     environment_mismatch,
 )
 from gpt.checkpoint.newest import find_newest_valid
@@ -23,6 +24,7 @@ from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
 from gpt.configs.base import Config
 from gpt.configs.load import load_config
 from gpt.configs.train_config import NO_CHECKPOINT, TrainConfig
+from gpt.data.prepare.sources import require_apart
 from gpt.errors import UserError
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
 from gpt.resume.origin import find_origin
@@ -41,6 +43,8 @@ class Start(Config):
     """Verified checkpoint to resume from."""
     init_from: Path | None = None
     """Checkpoint whose weights a run at step 0 starts with; also verified."""
+    weights_note: str | None = None
+    """Note for the plan: step and val/loss of the checkpoint of `init_from`."""
     is_fork: bool = False
     """The checkpoint is another run's."""
     step: int = 0
@@ -90,6 +94,8 @@ def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dr
 
 def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
     """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
+    if not folder.config.exists():  # a run that has begun beside its texts may be resumed
+        require_apart(folder.path, "--run-dir", (*config.data.source, *config.data.val_source))
     if dry_run:
         require_creatable(folder.path, "--run-dir")
     else:
@@ -131,7 +137,15 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
         require_same_architecture(saved.model, config.model, newest.checkpoint)
         if launched is not None:
             require_resumable(config, launched, candidates.place)
-        return Start(init_from=newest.checkpoint, identity=identity, manifest_sha256=newest.manifest.sha256)
+        val_loss = newest.manifest.metrics.get(VAL_LOSS)
+        quality = "" if val_loss is None else f", {VAL_LOSS} {val_loss:.4f}"
+        note = f"weights from {newest.checkpoint}, step {step}{quality}"
+        return Start(
+            init_from=newest.checkpoint,
+            weights_note=note,
+            identity=identity,
+            manifest_sha256=newest.manifest.sha256,
+        )
     # A fork may name other weights than the run it forks; a run with a checkpoint need not name its weights again.
     own_weights = launched.init_from if launched is not None and candidates.kind == "own" else config.init_from
     given = config.model_copy(update={"init_from": config.init_from or own_weights})

@@ -118,8 +118,8 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
         UserError: a source is missing, empty or unreadable.
     """
     train_role: Role | None = None if config.val_fraction and not config.val_source else "train"
-    found = [(find_source(source), train_role) for source in sources]
-    found += [(find_source(source, "--data.val-source"), "val") for source in config.val_source]
+    found = [(find_source(source, "--data.source", config.cache_dir), train_role) for source in sources]
+    found += [(find_source(source, "--data.val-source", config.cache_dir), "val") for source in config.val_source]
     tokenizer_file = Path(config.tokenizer)
     return PreparationPlan(
         sources=tuple(source for source, _ in found),
