@@ -249,8 +249,8 @@ class CheckpointManager:
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise UserError(
-                f"the checkpoint of step {step} needs {format_si(needed)}B, but only {format_si(free)}B are free on "
-                f"{parent}; {FREE_SPACE}"
+                f"the checkpoint of step {step} needs {format_si(needed, 'B')}, but only {format_si(free, 'B')} are "
+                f"free on {parent}; {FREE_SPACE}"
             )
 
     def _prunable(self, step: int) -> list[Path]:

@@ -144,7 +144,7 @@ def test_prepared_folder_may_not_lie_in_its_source(tmp_path: Path, capsys: pytes
     texts.mkdir()
     (texts / "a.txt").write_text("a text " * 100)
     error = prepare_error(capsys, texts, "--out", texts / "out")
-    assert error == f"gpt: error: --out {texts / 'out'} lies in {texts}; name a folder beside it\n"
+    assert error == f"gpt: error: --out {texts / 'out'} lies in the source {texts}; name a folder beside it\n"
     assert not (texts / "out").exists()
 
 

@@ -21,7 +21,7 @@ def test_short_help_shows_the_preset_and_twenty_common_flags_in_groups(capsys: p
     assert shown.startswith("usage: gpt train [PRESET] [--flags]\n")
     assert all(preset in shown for preset in PRESETS)
     flags = re.findall(r"^  (--[\w.-]+)", shown, flags=re.MULTILINE)
-    assert len(flags) == 20 + len(["--config", "--json", "--dry-run"])
+    assert len(flags) == 20 + len(["--config", "--json", "--dry-run", "--probe"])
     assert [heading for heading in COMMON_FIELDS if f"\n{heading}:\n" not in shown] == []
     assert "gpt train --help-all lists all" in shown
     assert shown == show(capsys, "-h")

@@ -230,3 +230,11 @@ def test_other_tokenizer_than_a_prepared_folders_is_reported(tmp_path: Path) -> 
 def test_number_of_weights_must_equal_number_of_sources(config: DataConfig) -> None:
     with pytest.raises(UserError, match=r"--data.weights: 2 for 1 sources; give one for each"):
         prepare_corpus(config.model_copy(update={"weights": (1.0, 2.0)}))
+
+
+def test_cache_may_not_lie_in_a_source(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text " * 100)
+    config = DataConfig(source=str(tmp_path), tokenizer="byte", cache_dir=tmp_path / "cache")
+    with pytest.raises(UserError, match=f"^--data.cache-dir {tmp_path / 'cache'} lies in the source {tmp_path}; name"):
+        prepare_corpus(config)
+    assert len(prepare_corpus(config.with_(cache_dir=tmp_path / ".cache"))) == 1

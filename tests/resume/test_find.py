@@ -151,9 +151,9 @@ def test_run_folder_at_in_or_above_a_source_is_refused(tiny: Configure, tmp_path
     texts.mkdir()
     (texts / "a.txt").write_text("a text " * 1000)
     for run_dir in (texts, texts / "run", tmp_path):
-        with pytest.raises(UserError, match=f"^--run-dir {run_dir} .*--data.source {texts}"):
+        with pytest.raises(UserError, match=f"^--run-dir {run_dir} .*the source {texts}"):
             open_run(tiny(run_dir, data={"source": [str(texts)]}))
-    with pytest.raises(UserError, match=f"^--run-dir {texts} .*--data.source {texts}"):
+    with pytest.raises(UserError, match=f"^--run-dir {texts} .*the source {texts}"):
         open_run(tiny(texts, data={"val_source": [str(texts)]}))
     assert [path.name for path in texts.iterdir()] == ["a.txt"]
 

@@ -167,6 +167,25 @@ def test_run_is_no_source(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match=f"--data.source {run} is the folder of a run, not of texts; name the texts"):
         find_source(str(run))
+    checkpoint = run / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text("{}")
+    for folder in (checkpoint, checkpoint.parent):
+        with pytest.raises(UserError, match=f"--data.source {folder} is the folder of a run, not of texts"):
+            find_source(str(folder))
+
+
+def test_missing_source_names_what_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).write_text("a text")
+    for source, remedy in (
+        ("a,b", "separate several sources by spaces"),
+        ("a,c", "name a text file, a folder or stdlib"),
+        ("x/tinyshakespeare.txt", "the source shakespeare downloads it"),
+    ):
+        with pytest.raises(UserError, match=f"^--data.source {source}: no such file or folder; {remedy}$"):
+            find_source(source)
 
 
 def test_folder_of_texts_with_a_config_is_no_run(tmp_path: Path, finished_run: Path) -> None:
@@ -182,13 +201,13 @@ def test_folder_to_write_to_may_not_be_at_in_or_above_a_source(tmp_path: Path, m
     Path("link").symlink_to("parent/texts")
     texts = str(Path("parent/texts").absolute())
     for folder, sources, reason in (
-        ("parent/texts", [texts], f"is --data.source {texts} itself"),
-        ("link", [texts], f"is --data.source {texts} itself"),
-        ("parent/texts/runs/x", ["stdlib", texts], f"lies in --data.source {texts}"),
-        ("link/run", ["parent/texts"], "lies in --data.source parent/texts"),
-        ("runs/quickstart", ["."], "lies in --data.source ."),
-        ("parent", [texts], f"holds --data.source {texts}"),
-        (".", ["parent/book.txt"], "holds --data.source parent/book.txt"),
+        ("parent/texts", [texts], f"is the source {texts} itself"),
+        ("link", [texts], f"is the source {texts} itself"),
+        ("parent/texts/runs/x", ["stdlib", texts], f"lies in the source {texts}"),
+        ("link/run", ["parent/texts"], "lies in the source parent/texts"),
+        ("runs/quickstart", ["."], "lies in the source ."),
+        ("parent", [texts], f"holds the source {texts}"),
+        (".", ["parent/book.txt"], "holds the source parent/book.txt"),
     ):
         with pytest.raises(UserError) as error:
             require_apart(Path(folder), "--run-dir", sources)
