@@ -84,8 +84,8 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     restore_state(run.start, state, dist)
     write_run_files(run)
     train_step = build_train_step(config, plan, dist, state, loader, timer)
-    kept = targets if config.spike.rollback else None
-    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, kept)
+    protected = targets if config.spike.rollback else None
+    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, protected)
     trainer = build_loop(run, state, train_step, checkpoints, journal, timer)
     trainer.attach(StopSignal(dist))
     trainer.attach(spike_guard)
