@@ -242,9 +242,9 @@ class CheckpointManager:
         """
         parent = self._folder.checkpoints
         own = self._own_steps(step)
-        kept = {max(own, default=None), self._targets.find_newest(own) if self._targets else None}
+        needed_steps = {max(own, default=None), self._targets.find_newest(own) if self._targets else None}
         for stale in self._prunable(step):
-            if shutil.disk_usage(parent).free < needed and parse_step(stale) not in kept:
+            if shutil.disk_usage(parent).free < needed and parse_step(stale) not in needed_steps:
                 remove_folder(stale)
         free = shutil.disk_usage(parent).free
         if free < needed:

@@ -14,6 +14,8 @@ from rich.text import Text
 from gpt.utils.terminal import RunConsole
 
 SECONDS_PER_FRAME = 0.25
+FREE_COLUMNS = 5
+"""Columns right of the line, so that neither the cursor nor the terminal's ^C of two Ctrl-C wraps it."""
 LOG_SECONDS = 0.1
 """Time that a log message has to be printed in, before the line is painted again."""
 MAX_LOCK_SECONDS = 1.0
@@ -84,7 +86,7 @@ class LiveLine:
         if not self._console.is_interactive:
             return
         with self._lock:
-            text = self._render(max(1, self._console.width - 1))  # in the last column the cursor would wrap
+            text = self._render(max(1, self._console.width - FREE_COLUMNS))
             if text.plain != self._painted and not self._stopped.is_set():
                 with self._console:  # one write, so that it does not flicker
                     self._erase()

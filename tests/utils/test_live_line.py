@@ -61,7 +61,15 @@ def test_resized_terminal_keeps_no_remains(screen: Screen, columns: int) -> None
     with line.pause():
         console.write_text("above")
     line.paint()
-    assert screen.lines == ["above", TEXT[: columns - 1]]
+    assert screen.lines == ["above", TEXT[: max(1, columns - live_line.FREE_COLUMNS)]]
+
+
+def test_echoed_interrupts_are_erased_with_the_line(screen: Screen) -> None:
+    line = LiveLine(build_console(screen), lambda columns: Text("#" * columns))
+    line.paint()
+    screen.write("^C^C")
+    line.erase()
+    assert screen.lines == [""]
 
 
 def test_line_moves_while_the_program_computes(screen: Screen) -> None:

@@ -112,10 +112,9 @@ def render_bar(state: BarState, columns: int, *, unicode: bool) -> Text:
     The step, the times and the work between steps come first, then a bar, then the numbers in their order.
     """
     head = format_progress(state.step, state.max_steps)
-    times = f"{format_duration(state.elapsed)} elapsed"
-    if state.remaining is not None:
-        times += f", {format_duration(state.remaining)} left"
-    parts = [part for part in (state.activity, times) if part]
+    elapsed = f"{format_duration(state.elapsed)} elapsed"
+    left = "" if state.remaining is None else f"{format_duration(state.remaining)} left"
+    parts = [part for part in (state.activity, ", ".join(filter(None, (elapsed, left)))) if part]
     numbers = [] if state.activity else list(state.numbers)
     for count in range(len(numbers), -1, -1):
         texts = [*parts, *numbers[:count]]
@@ -123,7 +122,8 @@ def render_bar(state: BarState, columns: int, *, unicode: bool) -> Text:
         if room >= MIN_BAR_COLUMNS:
             bar = draw_bar(state.step / max(1, state.max_steps), min(room, MAX_BAR_COLUMNS), unicode=unicode)
             return Text(head + GAP) + bar + Text(GAP + GAP.join(texts))
-    for texts in ([head, *parts], [head, *parts[:1]], [head]):
-        if cell_len(GAP.join(texts)) <= columns:
-            return Text(GAP.join(texts))
+    for texts in ([head, *parts], [head, state.activity, left or elapsed], [head, state.activity or left], [head]):
+        text = GAP.join(filter(None, texts))
+        if cell_len(text) <= columns:
+            return Text(text)
     return Text()

@@ -100,7 +100,8 @@ def format_event(event: Event) -> list[str]:
         case RolledBack(step=step, to_step=to_step, reason=reason):
             return one_line(f"step {step}: rolled back to step {to_step}: {reason}").split(" ")
         case EvalEnd(step=step, metrics=metrics):
-            return one_line(f"step {step}: {', '.join(format_evaluation(metrics))}").split(" ")
+            *values, last = map(one_line, format_evaluation(metrics))
+            return [f"step {step}:", *(f"{value}," for value in values), last]
         case CheckpointSaved(step=step, path=path):
             return [f"step {step}: saved", one_line(path)]
         case MetricsReady(skipped=skipped) if skipped:

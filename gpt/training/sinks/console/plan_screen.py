@@ -98,9 +98,9 @@ def _format_memory(memory: Memory) -> str:
         "activations": need.activations,
         "checkpoint copy": need.checkpoint,
     }
-    free = "" if memory.available is None else f" of {format_si(memory.available, 'B')} free"
+    free = "" if memory.available is None else f", of {format_si(memory.available, 'B')} free"
     listed = ", ".join(f"{name} {format_si(size, 'B')}" for name, size in parts.items() if size)
-    return f"about {format_si(need.total, 'B')}{free} per process: {listed}"
+    return f"about {format_si(need.total, 'B')} per process besides the program{free}: {listed}"
 
 
 def _format_probe(probe: Probe) -> str:

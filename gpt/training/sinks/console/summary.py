@@ -96,6 +96,8 @@ def _format_time(ending: Ending) -> str:
 
 
 def _format_seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1e3 * seconds:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
 
 

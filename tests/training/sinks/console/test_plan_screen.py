@@ -61,10 +61,10 @@ def test_one_is_singular() -> None:
 
 def test_plan_compares_memory_with_what_is_free() -> None:
     assert (
-        "memory         about 116 MB of 200 MB free per process: "
+        "memory         about 116 MB per process besides the program, of 200 MB free: "
         "weights 4 MB, gradients 4 MB, optimizer 8 MB, activations 100 MB\n"
     ) in render(PLAN, Memory(NEEDED, 200 * 10**6))
-    assert "memory         about 116 MB per process: " in render(PLAN, Memory(NEEDED, None))
+    assert "memory         about 116 MB per process besides the program: " in render(PLAN, Memory(NEEDED, None))
 
 
 @pytest.mark.parametrize(("free", "warns"), [(10**8, True), (130 * 10**6, False), (None, False)])

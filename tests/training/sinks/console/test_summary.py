@@ -60,7 +60,7 @@ def test_summary_shows_best_validation_time_files_and_commands(folder: RunFolder
         "best validation  val/loss 4.5000, val/perplexity 90.02, val/bpb 1.9000 at step 10 "
         "(xz -9e on the same files: 1.7500)",
         "time             forward 28.4 s (41%), backward 28.0 s (40%), optimizer 7.0 s (10%), evaluation 3.5 s (5%), "
-        "sampling 0.6 s (1%), saving 1.4 s (2%), other 1.0 s (1%)",
+        "sampling 600 ms (1%), saving 1.4 s (2%), other 1.0 s (1%)",
         f"run folder       {path}",
         f"checkpoint       {path}/checkpoints/step_00000020",
         f"metrics          {path}/metrics.jsonl",
