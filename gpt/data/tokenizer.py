@@ -24,7 +24,7 @@ from gpt.data.end_of_text import (
     find_recorded_rule,
 )
 from gpt.data.special_tokens import hide_special_tokens
-from gpt.data.stream_decoder import decode_stream
+from gpt.data.stream_decoder import decode_stream, keep_ends
 from gpt.data.tokenizer_files import explain_unreadable_file, find_renumbered_token
 from gpt.data.unrepresented import Finder, Unrepresented, build_finder
 from gpt.errors import UserError
@@ -236,6 +236,8 @@ def _load_library(definition: str) -> tokenizers.Tokenizer:
     library.encode_special_tokens = True
     library.no_truncation()
     library.no_padding()
+    if library.decoder is not None and b'"Strip"' in library.decoder.__getstate__():
+        library.decoder = keep_ends(library.decoder)
     return library
 
 
