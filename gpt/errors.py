@@ -1,4 +1,4 @@
-"""UserError: the error for mistakes that a user can fix."""
+"""UserError: the error for mistakes that a user can fix; ReportedError: the same on ranks that stay silent."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints that line on stderr, without a traceback, and exits with status 2.
     """
+
+
+class ReportedError(UserError):
+    """Mistake that another rank of the same run reports, so this rank ends without a message."""

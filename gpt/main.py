@@ -10,6 +10,7 @@ if __name__ == "__main__" and __package__ in (None, "") and sys.path:
     if Path(sys.path[0]).resolve() == package_folder:
         sys.path[0] = str(package_folder.parent)
 
+import contextlib
 import importlib
 import io
 import logging
@@ -20,11 +21,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gpt import __version__
-from gpt.configs.cli import VERBS, has_flag
+from gpt.configs.arguments import VERBS, has_flag
 from gpt.configs.presets import PRESETS
-from gpt.errors import UserError
+from gpt.errors import ReportedError
 from gpt.utils import launch
-from gpt.utils.helper import first_line, printable
+from gpt.utils.helper import describe_mistake, printable
 
 OTHER_RANKS_DELAY_SECONDS = 5.0
 """Delay before a rank other than 0 reports an error, in case rank 0 reports the same one."""
@@ -42,49 +43,63 @@ presets of gpt train:
 examples:
   gpt                                      train a small model on Python's standard library, in minutes
   gpt train debug                          run every part of a training run, in seconds
-  gpt train --data.source my_texts --run-dir runs/mine
-  gpt prepare my_texts --tokenizer gpt2 --out data/mine
+  gpt train --data.source examples/texts --run-dir runs/texts
+  gpt prepare examples/texts --vocab-size 1024 --out data/texts
   gpt sample runs/quickstart --prompt "def main("
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
   gpt bench quickstart                     tokens per second, and the time of each part of a step
 
-gpt VERB --help lists every flag; with --json, a command prints its result as JSON."""
+gpt VERB --help lists its flags; of a flag given twice the last counts.
+With --json, a command prints its result as JSON."""
 
 
-INFO_FLAGS = {"-h": HELP, "--help": HELP, "--version": f"gpt-training-pipeline {__version__}"}
-"""Flag -> text to print instead of running a command."""
+SHORTAGE_REMEDIES = {
+    "train": "lower --micro-batch-size or the sizes of the model",
+    "bench": "lower --micro-batch-size or the sizes of the model",
+    "verify-resume": "lower --micro-batch-size or the sizes of the model",
+    "prepare": "lower --workers, or give the process more memory",
+}
+"""Verb -> advice where memory or threads run out; other verbs have no flag that saves any."""
+VERSION = f"gpt-training-pipeline {__version__}"
+INFO_FLAGS = {
+    **dict.fromkeys(("-h", "--help", "--help-all", "help"), HELP),
+    **dict.fromkeys(("-V", "--version", "version"), VERSION),
+}
+"""First word -> text to print instead of running a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status: 0, 2 for a user's mistake, 130 and 143 for signals."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _set_up_output(log_to_stderr=has_flag(arguments, "json"))
+    launch.provide_home()
+    verb = arguments[0] if arguments and arguments[0] in VERBS else "train"
     try:
         status = _run_command(arguments)
         sys.stdout.flush()
-    except UserError as error:
-        _report_error(str(error))
-        status = 2
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         status = 0
-    except OSError as error:
-        _report_error(f"{error.filename or 'output'}: {error.strerror}")
-        status = 2
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error)):
-            raise
-        _report_error(f"not enough memory: {first_line(error)}; lower --micro-batch-size or the sizes of the model")
-        status = 2
     except KeyboardInterrupt:
-        print("gpt: interrupted", file=sys.stderr)
+        if launch.speaks_first():
+            print("gpt: interrupted", file=sys.stderr)
         status = 130
+    except Exception as error:
+        message = describe_mistake(error)
+        if message is None:
+            raise
+        if isinstance(error, MemoryError | RuntimeError):
+            message += f"; {SHORTAGE_REMEDIES.get(verb, 'give the process more memory')}"
+        _report_error(message, is_reported=isinstance(error, ReportedError))
+        status = 2
     _flush()
     return status
 
 
 def _run_command(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:  # gpt help VERB
+        arguments = [*arguments[1:], "--help"]
     if arguments and arguments[0] in INFO_FLAGS:
         print(INFO_FLAGS[arguments[0]])
         return 0
@@ -99,17 +114,31 @@ def _set_up_output(*, log_to_stderr: bool) -> None:
     Args:
         log_to_stderr: send information to stderr, too, because stdout is for JSON.
     """
-    if sys.stdout is None:  # the parent process has closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without some character must not end a run
+    _open_closed_streams()
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")  # a terminal without some character must not end a run
     stream = sys.stderr if log_to_stderr else sys.stdout
     information, warnings = logging.StreamHandler(stream), logging.StreamHandler(sys.stderr)
     information.addFilter(lambda record: record.levelno < logging.WARNING)
     warnings.setLevel(logging.WARNING)
-    level = logging.INFO if launch.rank() == 0 else logging.ERROR
+    level = logging.INFO if launch.speaks_first() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[information, warnings])
     logging.raiseExceptions = False  # a closed stdout must not fill stderr with tracebacks
+
+
+def _open_closed_streams() -> None:
+    """Open the standard streams that the parent process has closed, so that no other file gets their descriptors.
+
+    What a library writes to descriptor 2 would otherwise end up in that file.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free descriptor: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def _flush() -> None:
@@ -120,15 +149,21 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report_error(message: str) -> None:
+def _report_error(message: str, *, is_reported: bool) -> None:
     """Print an error as one line on stderr.
 
     Every rank sees most mistakes. Rank 0 reports them at once; the launcher then ends the other ranks in their delay.
+
+    Args:
+        message: the line.
+        is_reported: another rank prints it, so this one only waits for that.
     """
-    if launch.rank() > 0:
+    if not launch.speaks_first():
         time.sleep(OTHER_RANKS_DELAY_SECONDS)
-    line = printable(message).replace("\n", "\\n")
-    print(f"gpt: error: {line}", file=sys.stderr)
+    if not is_reported:
+        line = printable(message).replace("\n", "\\n")
+        with contextlib.suppress(OSError):  # stderr may be closed, too; the status says that it failed
+            print(f"gpt: error: {line}", file=sys.stderr, flush=True)
 
 
 def program() -> NoReturn:

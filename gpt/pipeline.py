@@ -12,6 +12,7 @@ from rich.console import Console
 from gpt.auto_batch import build_autocast, trial_loss
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.rollback import RollbackTargets
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import RunPlan
 from gpt.configs.train_config import TrainConfig
@@ -23,6 +24,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
+from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import peak_memory
 from gpt.machine.peak_flops import load_or_measure_peak_flops
@@ -70,11 +72,13 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
     prompts = encode_prompts(config.sample.prompts, run.corpus.tokenizer)
     state = build_state(config, plan, dist)
-    spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal)
+    targets = find_rollback_targets(run)
+    spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal, targets)
     restore_state(run.start, state, dist)
     write_run_files(run)
     train_step = build_train_step(config, plan, dist, state, loader, timer)
-    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step)
+    kept = targets if config.spike.rollback else None
+    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, kept)
     trainer = build_loop(run, state, train_step, checkpoints, journal)
     trainer.attach(StopSignal(dist))
     trainer.attach(spike_guard)
@@ -113,7 +117,16 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppSta
 def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, loader: DataLoader, timer: StepTimer
 ) -> TrainStep:
-    """Build the step that updates `state`: parallelize the model, and compile it if configured."""
+    """Build the step that updates `state`: check the machine's matmuls, parallelize the model, and compile it.
+
+    Raises:
+        UserError: the machine multiplies wrongly.
+    """
+    rows, cache_dir = plan.batch.micro_batch_size * plan.batch.block_size, config.data.cache_dir
+    device_name = plan.machine.device_name
+    dist.on_every_rank(
+        lambda: require_right_arithmetic(dist.device, device_name, plan.dtype, plan.model, rows, cache_dir)
+    )
     autocast = build_autocast(plan)
     compile_mode = config.compile_mode if config.compile else None
     blocks = state.model.get_submodule("h").children()
@@ -169,13 +182,22 @@ def build_loop(
     )
 
 
-def build_spike_guard(run: Run, sequences: TraceableSequences, journal: Journal) -> SpikeGuard:
+def find_rollback_targets(run: Run) -> RollbackTargets:
+    """Find the step that the run's first launch started from; it and the scheduled checkpoints are the targets."""
+    origin = run.dist.on_main(run.folder.read_origin_step)
+    return RollbackTargets(run.start.step if origin is None else origin, run.config.checkpoint.interval)
+
+
+def build_spike_guard(
+    run: Run, sequences: TraceableSequences, journal: Journal, targets: RollbackTargets
+) -> SpikeGuard:
     """Build the guard against spikes, which names the documents of a bad step."""
 
     def name_documents_of(step: int) -> str:
         return name_documents(run.corpus, sequences, run.plan.batch, journal.quarantine.find_batch(step - 1))
 
-    return SpikeGuard(run.config.spike, journal, scaled=run.plan.dtype == "float16", name_documents=name_documents_of)
+    scaled = run.plan.dtype == "float16"
+    return SpikeGuard(run.config.spike, journal, targets, scaled=scaled, name_documents=name_documents_of)
 
 
 def build_evaluation_tasks(run: Run) -> list[EvaluationTask]:

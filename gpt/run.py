@@ -14,12 +14,13 @@ from gpt.checkpoint.run_folder import RunFolder, find_run
 from gpt.configs.batch_plan import plan_batch
 from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
+from gpt.configs.user_folders import temporary_folder
 from gpt.data.corpus import Corpus, load_corpus
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine, find_device
-from gpt.resume.compatibility import keeps_learning_rates, require_same_identity
+from gpt.resume.compatibility import adopt_corpus, keeps_learning_rates, require_same_identity
 from gpt.resume.find import Start, claim_start
 from gpt.resume.journal import Record, collect_records
 from gpt.utils.atomic_io import append_jsonl, filter_jsonl, truncate_jsonl, write_json, write_text
@@ -73,12 +74,13 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
     try:
-        start = claim_start(folder, config, dist, dry_run=dry_run)
-        corpus = load_corpus(config.data, config.model.block_size, dist)
-        plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
-        plan = _with_notes(plan, corpus.notes)
-        plan = _resume_plan(config, plan, start, has_validation=bool(corpus.val))
-        records = dist.on_main(lambda: collect_records(folder, start, plan.order, config.spike.journal))
+        with dist.report_lost_ranks():
+            start = claim_start(folder, config, dist, dry_run=dry_run)
+            corpus = load_corpus(config.data, config.model.block_size, dist)
+            plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
+            plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config)])
+            plan = _resume_plan(config, plan, start, has_validation=bool(corpus.val))
+            records = dist.on_main(lambda: collect_records(folder, start, plan.order, config.spike.journal))
     except BaseException:
         unlock_folder(folder.path)
         raise
@@ -151,10 +153,13 @@ def _resume_plan(config: TrainConfig, plan: RunPlan, start: Start, *, has_valida
     """
     if start.init_from is not None:
         _require_same_tokenizer(plan, start, start.init_from)
+    if start.weights_note is not None:
+        plan = _with_notes(plan, [start.weights_note])
     if start.checkpoint is None or start.saved is None:
         return plan
+    plan = adopt_corpus(plan, start.identity)
     names = plan.identity.keys() - ({DTYPE_KEY} if config.resume_with_changes else set())
-    require_same_identity(start.identity, plan.identity, names, start.checkpoint)
+    require_same_identity(start.identity, plan.identity, names, start.checkpoint, start.differences)
     if start.is_fork and start.step >= plan.max_steps:
         raise UserError(
             f"--resume {start.checkpoint} is at step {start.step} already, and this run would end at {plan.max_steps}; "
@@ -177,6 +182,14 @@ def _require_same_tokenizer(plan: RunPlan, start: Start, init_from: Path) -> Non
         raise UserError(
             f"--init-from {init_from} was trained with another tokenizer; add --data.tokenizer {tokenizer}"
         ) from error
+
+
+def _note_temporary_cache(config: TrainConfig) -> list[str]:
+    """Return a note for the user if prepared tokens are kept among temporary files, for want of a home folder."""
+    cache_dir = config.data.cache_dir
+    if cache_dir != temporary_folder():
+        return []
+    return [f"there is no home folder, so prepared tokens are in {cache_dir}; --data.cache-dir names another folder"]
 
 
 def _with_notes(plan: RunPlan, notes: Sequence[str]) -> RunPlan:

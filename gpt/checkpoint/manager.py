@@ -1,5 +1,6 @@
 """Save, prune and roll back to the checkpoints of one run."""
 
+import contextlib
 import errno
 import logging
 import math
@@ -13,12 +14,13 @@ from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manifest import VAL_LOSS, read_checkpoint_manifest, verify
 from gpt.checkpoint.newest import find_newest_valid
 from gpt.checkpoint.retention import steps_to_keep
+from gpt.checkpoint.rollback import RollbackTargets
 from gpt.checkpoint.run_folder import RunFolder, parse_step
 from gpt.checkpoint.staging import Staging
 from gpt.checkpoint.store import Snapshot, load_checkpoint, take_snapshot, verify_and_load, write_checkpoint
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
-from gpt.utils.atomic_io import make_folder, remove_folder
+from gpt.utils.atomic_io import fsync, make_folder, remove_folder
 from gpt.utils.distributed import DistContext, PendingFlag
 from gpt.utils.helper import first_line, format_si
 
@@ -52,13 +54,20 @@ class CheckpointManager:
         config_json: the run's configuration, which is stored in each checkpoint so that it can be read without its run.
         dist: the ranks.
         resumed_at: the step that the run resumed at. Later checkpoints that were there already are not this run's.
+        targets: the steps to roll back to, the newest of which is kept; None: any, and none is kept for that.
     """
 
     def __init__(
-        self, folder: RunFolder, config: CheckpointConfig, config_json: str, dist: DistContext, resumed_at: int = 0
+        self,
+        folder: RunFolder,
+        config: CheckpointConfig,
+        config_json: str,
+        dist: DistContext,
+        resumed_at: int = 0,
+        targets: RollbackTargets | None = None,
     ):
         self._folder, self._config, self._config_json, self._dist = folder, config, config_json, dist
-        self._resumed_at = resumed_at
+        self._resumed_at, self._targets = resumed_at, targets
         self._written: set[int] = set()
         losses = dist.on_main(self._read_losses) if config.keep_best else []  # what only keep_best compares
         self._losses = {step: loss for step, loss in losses if step <= resumed_at}
@@ -111,6 +120,8 @@ class CheckpointManager:
 
     def load_newest(self, state: AppState, at_most: int | None = None) -> Path | None:
         """Load the newest valid checkpoint into the state, and remove all later ones.
+
+        Rollback targets come first, however old; other checkpoints serve only if no target is valid.
 
         Args:
             state: the state of this rank.
@@ -185,6 +196,7 @@ class CheckpointManager:
         try:
             if not self._is_committed(path):
                 make_folder(path.parent)
+                self._sync_records()
                 self._make_room(step, snapshot.nbytes + NON_TENSOR_BYTES)
                 write_checkpoint(path, snapshot, self._config_json)
             self._written.add(step)
@@ -196,6 +208,15 @@ class CheckpointManager:
                 f"{error.filename or path}: the checkpoint of step {step} cannot be saved: {error.strerror}; {remedy}; "
                 "earlier checkpoints are unchanged"
             ) from error
+
+    def _sync_records(self) -> None:
+        """Force the records of the steps up to this save to the disk: a resumed run begins after them.
+
+        A disk that refuses is no reason to lose the checkpoint as well.
+        """
+        for records in (self._folder.metrics, self._folder.samples):
+            with contextlib.suppress(OSError):
+                fsync(records)
 
     def _is_committed(self, path: Path) -> bool:
         """Return whether a step is committed already; a damaged one, which the run did not resume from, is removed."""
@@ -210,7 +231,7 @@ class CheckpointManager:
         return True
 
     def _make_room(self, step: int, needed: int) -> None:
-        """Prune before the save as far as it needs the space; the newest checkpoint stays in any case.
+        """Prune before the save as far as it needs the space; the newest checkpoint and rollback target stay.
 
         Args:
             step: the step of the save.
@@ -220,9 +241,10 @@ class CheckpointManager:
             UserError: there is still too little space.
         """
         parent = self._folder.checkpoints
-        newest = self._folder.checkpoint_path(max(self._own_steps(step), default=-1))
+        own = self._own_steps(step)
+        kept = {max(own, default=None), self._targets.find_newest(own) if self._targets else None}
         for stale in self._prunable(step):
-            if shutil.disk_usage(parent).free < needed and stale != newest:
+            if shutil.disk_usage(parent).free < needed and parse_step(stale) not in kept:
                 remove_folder(stale)
         free = shutil.disk_usage(parent).free
         if free < needed:
@@ -234,7 +256,8 @@ class CheckpointManager:
     def _prunable(self, step: int) -> list[Path]:
         """Return the earlier checkpoints to remove once that of `step` is committed."""
         steps = [*self._own_steps(step), step]
-        kept_steps = steps_to_keep(steps, self._losses, keep=self._config.keep, keep_best=self._config.keep_best)
+        keep, keep_best = self._config.keep, self._config.keep_best
+        kept_steps = steps_to_keep(steps, self._losses, keep=keep, keep_best=keep_best, targets=self._targets)
         return [path for at, path in self._steps() if at < step and at not in kept_steps and self._config.keep]
 
     def _own_steps(self, before: int) -> list[int]:
@@ -259,7 +282,11 @@ class CheckpointManager:
         return losses
 
     def _find_newest_valid(self, at_most: int | None) -> str | None:
-        found = find_newest_valid([path for step, path in self._steps() if at_most is None or step <= at_most])
+        found_steps = [(step, path) for step, path in self._steps() if at_most is None or step <= at_most]
+        if self._targets is not None:
+            targets = self._targets
+            found_steps.sort(key=lambda item: (item[0] in targets, item[0]))
+        found = find_newest_valid([path for _, path in found_steps])
         for path, reason in found.skipped:
             log.warning("skipped %s: %s", path.name, reason)
         return None if found.checkpoint is None else str(found.checkpoint)

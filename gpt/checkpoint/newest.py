@@ -22,10 +22,10 @@ class NewestValid:
 
 
 def find_newest_valid(checkpoints: Sequence[Path]) -> NewestValid:
-    """Verify checkpoints from the newest down, and return the first that is valid.
+    """Verify checkpoints from the last of the list on, and return the first that is valid.
 
     Args:
-        checkpoints: oldest first.
+        checkpoints: oldest first, or the most wanted last.
 
     Raises:
         NewerFormatError: a newer version of this program wrote one of them; it is not damaged.

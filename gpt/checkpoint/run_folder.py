@@ -4,8 +4,10 @@ config.json  environment.json  lineage.jsonl  tokenizer.json  metrics.jsonl  sam
 and trace.json of a run that profiled steps, journal.jsonl of one that skipped batches
 """
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 from gpt.checkpoint.manifest import CHECKPOINT_MANIFEST, VAL_LOSS
 from gpt.configs.load import load_config
@@ -52,6 +54,12 @@ class RunFolder:
         """Return whether metrics.jsonl holds an evaluation of `step`."""
         records = read_jsonl(self.metrics)
         return any(record.get("step") == step and VAL_LOSS in record for record in records)
+
+    def read_origin_step(self) -> int | None:
+        """Return the step that the run's first launch started from; None before it."""
+        first: dict[str, Any] = next(read_jsonl(self.lineage), {})
+        step = first.get("step")
+        return step if isinstance(step, int) else None
 
     def move_aside(self, checkpoint: Path) -> Path:
         """Rename a damaged checkpoint, so that its step can be saved again, and return its new path.
@@ -106,5 +114,10 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
 
 
 def find_run(checkpoint: Path) -> RunFolder:
-    """Return the run that a checkpoint belongs to."""
-    return RunFolder(checkpoint.resolve().parent.parent)
+    """Return the run that a checkpoint belongs to: the folder with a config.json above it.
+
+    The folder `checkpoints` may be a link to another disk, so the path is tried as it is before its links are followed.
+    """
+    named = Path(os.path.abspath(checkpoint))  # noqa: PTH100 - Path.resolve follows links
+    runs = [RunFolder(path.parent.parent) for path in (named, checkpoint.resolve())]
+    return next((run for run in runs if run.config.exists()), runs[-1])

@@ -1,14 +1,15 @@
 """`gpt data-at RUN_DIR --step N`: show the documents that a step of a run was trained on."""
 
+import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from gpt.commands.output import print_json
-from gpt.configs.base import MAX_COUNT, POSITIONAL
+from gpt.configs.base import MAX_COUNT, FilePath
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.configs.load import load_config
 from gpt.configs.run_plan import CORPUS_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.data.corpus import Corpus
 
+log = logging.getLogger(__name__)
+
 MAX_SHOWN_TOKENS = 32
 """Tokens of each document that are shown as text."""
 
@@ -26,7 +29,7 @@ MAX_SHOWN_TOKENS = 32
 class DataAtCommand(JsonOutput):
     """Show the documents that a step of a run was, or will be, trained on."""
 
-    run_dir: Annotated[Path, POSITIONAL]
+    run_dir: Annotated[FilePath, POSITIONAL]
     """Folder of the run."""
     step: int = Field(ge=1, le=MAX_COUNT)
     """Step to show, numbered as in metrics.jsonl: the first step is 1."""
@@ -58,6 +61,12 @@ def describe_batch(folder: "RunFolder", step: int) -> dict[str, Any]:
 
     config = load_config(folder.config)
     corpus, plan = _open_corpus_and_plan(folder, config)
+    if step > plan.max_steps:
+        log.warning(
+            "--step %d is beyond the run, which ends at step %d; a longer run would train on these documents",
+            step,
+            plan.max_steps,
+        )
     index = build_quarantine(read_journal(folder.journal, plan.order)).find_batch(step - 1)
     sequences = build_sequences(corpus, config.data, plan.batch.block_size, plan.seed)
     return {
@@ -101,7 +110,7 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     """
     from gpt.checkpoint.manifest import PROGRESS
     from gpt.data.corpus import open_corpus, prepare_corpus
-    from gpt.resume.compatibility import require_same_identity
+    from gpt.resume.compatibility import adopt_corpus, require_same_identity
     from gpt.utils.atomic_io import read_json
 
     corpus = open_corpus(prepare_corpus(config.data), config.data, config.model.block_size)
@@ -116,5 +125,6 @@ def _open_corpus_and_plan(folder: "RunFolder", config: TrainConfig) -> tuple["Co
     sizes = {"micro_batch_size": 1, "tokens_per_step": tokens_per_step}
     plan = resolve(config.model_copy(update=sizes), MachineFacts("cpu", "", has_bfloat16=False), corpus.facts)
     if checkpoints:
+        plan = adopt_corpus(plan, identity)
         require_same_identity(identity, plan.identity, {CORPUS_KEY}, checkpoints[-1])
     return corpus, plan

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def build_console(*, stderr: bool = False) -> "Console":
-    """Return a console that prints text as it is: no markup, no highlighting, no line breaks of its own."""
+    """Return a console that prints text as it is: no markup, emoji codes, highlighting or line breaks of its own."""
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False)
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: dict[str, Any]) -> None:

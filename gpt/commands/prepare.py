@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.base import POSITIONAL, FilePath
+from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
-from gpt.configs.data_config import PreparationConfig
+from gpt.configs.data_config import PreparationConfig, Source
+from gpt.configs.fields import POSITIONAL
 from gpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ EXCERPT_TOKENS = 128
 class PrepareCommand(JsonOutput, PreparationConfig):
     """Turn texts into tokens, once for many runs; gpt train --data.source DIR reads the folder."""
 
-    source: Annotated[tuple[str, ...], POSITIONAL] = ()
+    source: Annotated[tuple[Source, ...], POSITIONAL] = ()
     """Sources, as in --data.source of gpt train."""
     out: FilePath | None = None
     """Folder to create."""
@@ -32,6 +33,10 @@ class PrepareCommand(JsonOutput, PreparationConfig):
 def run(argv: Sequence[str]) -> int:
     """Parse the flags, then prepare or inspect a folder."""
     command = parse(PrepareCommand, argv, prog="gpt prepare")
+    if command.inspect is not None and (command.source or command.out is not None):
+        raise UserError(
+            f"--inspect {command.inspect} shows one folder and prepares nothing; leave out SOURCE and --out"
+        )
 
     from gpt.utils.helper import printable
 
@@ -52,12 +57,14 @@ def run(argv: Sequence[str]) -> int:
 def _prepare(command: PrepareCommand) -> dict[str, Any]:
     from gpt.data.manifest import read_corpus_manifest
     from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+    from gpt.data.prepare.sources import require_apart
     from gpt.utils.atomic_io import require_writable
 
     if not command.source or command.out is None:
         raise UserError("usage: gpt prepare SOURCE... --out DIR [--flags], or gpt prepare --inspect DIR")
     if command.out.exists():
         raise UserError(f"--out {command.out} exists already; gpt prepare --inspect shows it, or name another folder")
+    require_apart(command.out, "--out", (*command.source, *command.val_source), below_only=True)
     require_writable(command.out.parent, "--out")
     prepare_folder(command.out, plan_preparation(command.source, command), "--out")
     return _describe(command.out, read_corpus_manifest(command.out))
@@ -72,6 +79,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
     from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
     from gpt.utils.helper import sha256_of_file
 
+    _require_prepared(folder)
     manifest = read_corpus_manifest(folder)
     digests = {TOKENIZER_FILE: manifest.tokenizer_sha256} | {
         shard.file: shard.sha256 for shard in _list_shards(manifest)
@@ -85,6 +93,23 @@ def _inspect(folder: Path) -> dict[str, Any]:
         if actual != expected:
             raise UserError(f"{path}: changed: its SHA-256 is {actual}, not {expected}; prepare the folder again")
     return _describe(folder, manifest) | {"excerpt": _read_excerpt(folder, manifest)}
+
+
+def _require_prepared(folder: Path) -> None:
+    """Check that `--inspect` names a prepared folder, and not the texts or the run that someone may mean by it."""
+    from gpt.data.manifest import CORPUS_MANIFEST
+    from gpt.data.prepare.sources import is_run
+
+    if (folder / CORPUS_MANIFEST).is_file():
+        return
+    reason, remedy = "no prepared corpus here", f"gpt prepare {folder} --out DIR prepares the texts in it"
+    if folder.with_name(f".{folder.name}.unfinished").exists():
+        reason, remedy = "not complete yet", "run the same gpt prepare again, which resumes the preparation"
+    elif not folder.exists():
+        reason, remedy = "no such folder", "name a folder that gpt prepare has written"
+    elif is_run(folder):
+        reason, remedy = "the folder of a run, not a prepared one", f"gpt verify {folder} checks its checkpoints"
+    raise UserError(f"--inspect {folder}: {reason}; {remedy}")
 
 
 def _describe(folder: Path, manifest: "CorpusManifest") -> dict[str, Any]:
@@ -104,7 +129,8 @@ def _describe(folder: Path, manifest: "CorpusManifest") -> dict[str, Any]:
         }
         for source in manifest.sources
     ]
-    return {"folder": str(folder), **facts, "sources": sources}
+    note = {"vocab_note": manifest.vocab_note} if manifest.vocab_note else {}
+    return {"folder": str(folder), **facts, **note, "sources": sources}
 
 
 def _count(shards: "Sequence[ShardInfo]") -> dict[str, int]:
@@ -125,6 +151,8 @@ def _build_table(facts: dict[str, Any]) -> Any:
     table.add_row("folder", facts["folder"])
     table.add_row("sha256", facts["sha256"])
     table.add_row("tokenizer", f"{facts['vocab_size']:,} tokens, {special}, {facts['tokenizer_sha256']}")
+    if "vocab_note" in facts:
+        table.add_row("note", facts["vocab_note"])
     table.add_row("tokens", f"{facts['tokens']:,} as {facts['dtype']}, largest id {facts['largest_id']:,}")
     table.add_row("text", f"{plural(facts['documents'], 'document')}, {facts['text_bytes']:,} bytes")
     for source in facts["sources"]:

@@ -3,14 +3,14 @@
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from gpt.commands.output import print_json
-from gpt.configs.base import POSITIONAL
+from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.configs.observer_config import SampleConfig
 from gpt.utils.helper import printable
 
@@ -18,7 +18,7 @@ from gpt.utils.helper import printable
 class SampleCommand(JsonOutput, SampleConfig):
     """Continue a prompt with a trained model."""
 
-    run_dir: Annotated[Path, POSITIONAL]
+    run_dir: Annotated[FilePath, POSITIONAL]
     """Folder of a run, or of one of its checkpoints."""
     prompt: str = ""
     """Text to continue; an empty prompt starts a new document."""

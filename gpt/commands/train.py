@@ -7,8 +7,10 @@ from pydantic import model_validator
 
 from gpt.configs.cli import JsonOutput, PresetOverrides, parse_over_preset
 
+INCOMPLETE_RECORD = "incomplete record"
 EXIT_STATUSES = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
-"""Exit status by the reason for which training ended, as shells report signals; any other reason is 1."""
+"""Exit status by the reason for which training ended, as shells report signals; any other reason, such as a
+record with lines that the disk refused, is 1."""
 
 
 class TrainCommand(JsonOutput, PresetOverrides):
@@ -41,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
 
     reason = "finished"
     with open_run(config, dry_run=command.dry_run) as opened:
-        console = RunConsole() if opened.dist.is_main else None
+        console = RunConsole(emoji=False) if opened.dist.is_main else None
         if command.dry_run and command.as_json:
             if console:
                 print_json(opened.plan.to_dict())
@@ -54,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
                 console.print(build_plan_table(opened.plan))
         else:
             with opened.dist.report_lost_ranks():
-                reason = build_trainer(opened, console).train()
+                trainer = build_trainer(opened, console)
+                reason = trainer.train()
+                if trainer.is_record_incomplete:
+                    reason = INCOMPLETE_RECORD
     opened.dist.close()
     return EXIT_STATUSES.get(reason, 1)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.base import POSITIONAL
+from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
+from gpt.configs.fields import POSITIONAL
 from gpt.errors import UserError
 
 UNFINISHED, DAMAGED, OK = "unfinished", "damaged", "ok"
@@ -16,7 +17,7 @@ UNFINISHED, DAMAGED, OK = "unfinished", "damaged", "ok"
 class VerifyCommand(JsonOutput):
     """Compare every checkpoint of a run with its SHA-256 digests."""
 
-    run_dir: Annotated[Path, POSITIONAL]
+    run_dir: Annotated[FilePath, POSITIONAL]
     """Folder of the run."""
 
 

@@ -1,5 +1,6 @@
 """`gpt verify-resume [PRESET] [--flags]`: check that a run that is killed and resumed is bit-exact."""
 
+import itertools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from gpt.commands.output import build_console, print_json
-from gpt.configs.cli import JsonOutput, PresetOverrides, has_flag, parse_over_preset
+from gpt.configs.arguments import has_flag
+from gpt.configs.cli import JsonOutput, PresetOverrides, parse_over_preset
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from gpt.verification.processes import Launcher
     from gpt.verification.timings import Timings
 
+SAVES_PER_INTERVAL = 3
+"""Saves by the clock in the time of a checkpoint interval, in every other launch of the killed run."""
 CHECKPOINTS_PER_KILL = 2
 """Checkpoints that a preset's run is extended to, for each kill."""
 ERROR_PREFIX = "gpt: error: "
@@ -33,6 +37,8 @@ ERROR_PREFIX = "gpt: error: "
 class VerifyResumeCommand(JsonOutput, PresetOverrides):
     """Train a reference run, then kill and resume the same run again and again, and compare the two bit by bit.
 
+    Most kills are SIGKILL; every third is a graceful stop by SIGTERM or SIGINT. Every other launch also saves by the
+    clock.
     Both runs are written to a folder of their own beside --run-dir. Every default below is the preset's value, with
     two exceptions: every step is logged, and a preset's run is extended for its kills unless you set its length.
     """
@@ -76,7 +82,13 @@ class ResumeVerdict:
             "steps": self.outline.last_step - self.outline.first_step,
             "checkpoint_interval": self.outline.checkpoint_interval,
             "kills": [
-                {"phase": kill.phase.value, "step": kill.step, "lost_steps": kill.lost_steps} for kill in self.kills
+                {
+                    "phase": kill.phase.value,
+                    "signal": kill.signal.name,
+                    "step": kill.step,
+                    "lost_steps": kill.lost_steps,
+                }
+                for kill in self.kills
             ],
             "max_lost_steps": self.max_lost_steps,
         }
@@ -86,6 +98,7 @@ class ResumeVerdict:
                 "losses": compared.n_losses,
                 "evaluations": compared.n_evaluations,
                 "samples": compared.n_samples,
+                "rollbacks": compared.n_rollbacks,
                 "tensors": compared.n_tensors,
                 "tensor_bytes": compared.tensor_bytes,
                 "differing_values": sum(difference.n_values for difference in compared.differences),
@@ -167,13 +180,15 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     def report(number: int, kill: "KillRecord") -> None:
         kills.append(kill)
         lost = plural(kill.lost_steps, "step")
-        console.print(f"kill {number}: {kill.phase.value}, after step {kill.step}; {lost} lost")
+        console.print(f"kill {number}: {kill.phase.value} by {kill.signal.name}, after step {kill.step}; {lost} lost")
 
     log = folder / "resumed.log"
     plan = plan_kills(command.kill_seed, command.kills, outline)
     arguments = ["train", "--config", str(saved), "--run-dir", str(resumed.path)]
+    minutes = timings.median_step * max(1, outline.checkpoint_interval / SAVES_PER_INTERVAL) / 60
+    save_flags = itertools.cycle([[], ["--checkpoint.every-minutes", f"{minutes:.9f}"]])
     try:
-        kill_and_resume(lambda: launch(arguments, log), resumed, plan, outline, timings, report)
+        kill_and_resume(lambda: launch([*arguments, *next(save_flags)], log), resumed, plan, outline, timings, report)
     except UserError as error:
         reason = f"{error}; last line of {log}: {_read_error_line(log)}"
         console.print(f"the killed run cannot be resumed: {reason}")
@@ -265,10 +280,11 @@ def _print_comparison(console: "Console", verdict: ResumeVerdict) -> None:
         console.print(f"first difference: {compared.differences[0]}")
         console.print(f"values that differ: {sum(difference.n_values for difference in compared.differences):,}")
         return
+    rollbacks = f", {plural(compared.n_rollbacks, 'rollback')}" if compared.n_rollbacks else ""
     console.print(
         f"0 differing bits in {plural(compared.n_losses, 'loss', 'es')}, "
-        f"{plural(compared.n_evaluations, 'evaluation')}, {plural(compared.n_samples, 'sample')}, and the last "
-        f"checkpoint's {plural(compared.n_tensors, 'tensor')} of weights and optimizer state "
+        f"{plural(compared.n_evaluations, 'evaluation')}, {plural(compared.n_samples, 'sample')}{rollbacks}, and the "
+        f"last checkpoint's {plural(compared.n_tensors, 'tensor')} of weights and optimizer state "
         f"({format_si(compared.tensor_bytes)}B) and progress"
     )
     console.print("(randomness is addressed by seed and position, so there is no generator state to compare)")

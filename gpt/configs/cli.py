@@ -8,8 +8,8 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from pydantic import Field, ValidationError
@@ -22,24 +22,18 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from gpt.configs.base import POSITIONAL, Config, get_section
-from gpt.configs.explain import explain_unknown_argument, explain_usage_error, explain_validation_error, suggest_name
+from gpt.configs.arguments import FULL_HELP, SHORT_HELP, explain_unknown_word, has_flag, looks_like_flag, read_words
+from gpt.configs.base import Config, FilePath
+from gpt.configs.explain import explain_validation_error
+from gpt.configs.fields import POSITIONAL, format_type, get_alternatives, get_choices, get_section, is_list
+from gpt.configs.help import format_short_help
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import HORIZON, TrainConfig
+from gpt.configs.user_folders import expand_home
 from gpt.errors import UserError
 
 C = TypeVar("C", bound=Config)
-
-VERBS = {
-    "train": "train a model, or resume a run",
-    "prepare": "turn texts into tokens, once for many runs",
-    "sample": "generate text with a trained model",
-    "data-at": "show the documents that a step of a run was trained on",
-    "verify": "compare every checkpoint of a run with its SHA-256 digests",
-    "verify-resume": "kill and resume a run again and again; check that it stays bit-exact",
-    "bench": "measure the speed of a training step, or of a whole run",
-}
 
 
 class JsonOutput(Config):
@@ -52,7 +46,7 @@ class JsonOutput(Config):
 class PresetOverrides(TrainConfig):
     """Command line that begins with a preset: a field keeps the preset's value unless a flag sets another."""
 
-    config: Path | None = None
+    config: FilePath | None = None
     """Start from a saved config.json instead of a preset."""
 
     def as_train_config(self) -> TrainConfig:
@@ -69,15 +63,20 @@ def parse_over_preset(model: type[P], argv: Sequence[str], *, verb: str) -> P:
     Raises:
         UserError: an unknown preset, or anything that `parse` rejects.
     """
-    flags = list(argv)
-    preset = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    words = list(argv)
+    preset = words.pop(0) if words and not looks_like_flag(words[0]) else None
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown verb or preset {preset!r}; {suggest_name(preset, [*VERBS, *PRESETS])}")
-    base = _load_base_values(_read_flag(flags, "--config"), preset)
-    given = {name for name in HORIZON if has_flag(flags, name)}
+        raise UserError(explain_unknown_word(preset))
+    prog = f"gpt {verb} {preset or ''}".strip()
+    words = read_words(words, model, prog)
+    base = _load_base_values(_read_flag(words, "--config"), preset)
+    if not {*SHORT_HELP}.isdisjoint(words):
+        print(format_short_help(model, model.model_construct(**base), verb))
+        raise SystemExit(0)
+    given = {name for name in HORIZON if has_flag(words, name)}
     if given:  # a horizon on the command line replaces the preset's, whichever of the three the preset sets
         base |= {name: 0 for name in HORIZON if name not in given}
-    return parse(model, flags, prog=f"gpt {verb} {preset or ''}".strip(), default=base)
+    return parse(model, words, prog=prog, default=base)
 
 
 def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[str, Any] | None = None) -> C:
@@ -87,15 +86,15 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
         UserError: an unknown flag, a missing value, or a value that `model` rejects.
         SystemExit: after `--help`.
     """
-    for word in argv:
-        if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
-            raise UserError(f"{word!r} is not valid text: remove NUL and bytes that are not UTF-8")
+    words = read_words(argv, model, prog)
+    if not {*SHORT_HELP, FULL_HELP}.isdisjoint(words):
+        words = ["--help"]
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             values, unknown = tyro.cli(
                 model,
-                args=list(argv),
+                args=words,
                 prog=prog,
                 description=_join_lines(model.__doc__),
                 default=model.model_construct(**(default or {})),
@@ -105,19 +104,13 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(explain_usage_error(message.getvalue(), argv, model, prog)) from None
+        raise UserError(_format_usage(model, prog)) from None
     if unknown:
-        raise UserError(explain_unknown_argument(unknown[0], argv, model, prog))
+        raise UserError(f"unexpected argument {unknown[0]!r}; see {prog} --help")
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise UserError(explain_validation_error(error, model)) from error
-
-
-def has_flag(argv: Sequence[str], name: str) -> bool:
-    """Return whether a command line sets the field `name` by its flag."""
-    flag = f"--{name}".replace("_", "-")
-    return any(word.split("=")[0].replace("_", "-") == flag for word in argv)
 
 
 _registry = ConstructorRegistry()
@@ -145,14 +138,13 @@ def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
 @_registry.primitive_rule
 def _build_value_spec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Keep a single value as the text that was typed; switches and lists are left to tyro's own rules."""
-    alternatives = _get_alternatives(info.type)
+    alternatives = get_alternatives(info.type)
     kinds = [kind for kind in alternatives if kind is not NoneType]
-    if alternatives == [bool] or not all(kind in _VALUE_TYPES or _get_choices(kind) for kind in kinds):
+    if alternatives == [bool] or not all(kind in _VALUE_TYPES or get_choices(kind) for kind in kinds):
         return None
-    names = [f"{{{','.join(_get_choices(kind))}}}" if _get_choices(kind) else kind.__name__.upper() for kind in kinds]
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="|".join(names),
+        metavar=format_type(info.type),
         instance_from_str=lambda words: None if words[0] == "none" and NoneType in alternatives else words[0],
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else str(value)],
@@ -165,28 +157,26 @@ def _join_lines(text: str | None) -> str:
 
 
 def _mark_positional(annotation: Any, name: str) -> Any:
-    metavar = f"[{name.upper()} ...]" if get_origin(annotation) is tuple else name.upper()
+    metavar = f"[{name.upper()} ...]" if is_list(annotation) else name.upper()
     return Annotated[annotation, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)]
 
 
 def _replace_member_type(annotation: Any) -> Any:
-    return tuple[str, ...] if get_origin(annotation) is tuple else annotation
+    return tuple[str, ...] if is_list(annotation) else annotation
 
 
 def _format_members(default: Any) -> Any:
     return tuple(str(member) for member in default) if isinstance(default, tuple) else default
 
 
-def _get_alternatives(annotation: Any) -> list[Any]:
-    """Return the types of a union, without their metadata."""
-    types = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
-    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in types]
-
-
-def _get_choices(annotation: Any) -> tuple[str, ...]:
-    if annotation is bool:
-        return ("true", "false")
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+def _format_usage(model: type[Config], prog: str) -> str:
+    """Return one line for a command line that lacks an argument."""
+    required = [
+        name.upper() if POSITIONAL in field.metadata else f"--{name} {name.upper()}"
+        for name, field in model.model_fields.items()
+        if field.is_required()
+    ]
+    return f"usage: {prog} {' '.join(required)} [--flags]; see {prog} --help"
 
 
 def _load_base_values(saved: str | None, preset: str | None) -> dict[str, Any]:
@@ -197,17 +187,15 @@ def _load_base_values(saved: str | None, preset: str | None) -> dict[str, Any]:
         raise UserError(f"--config {saved} and the preset {preset} both set every value: remove one of them")
     else:
         try:
-            config = load_config(Path(saved))
+            config = load_config(Path(expand_home(saved)))
         except UserError as error:
             raise UserError(f"--config {error}") from error
+        except ValueError as error:
+            raise UserError(f"--config {saved}: {error}") from error
     return {name: getattr(config, name) for name in type(config).model_fields}
 
 
-def _read_flag(argv: Sequence[str], flag: str) -> str | None:
-    """Return the value that a command line gives to `flag`, if any."""
-    for index, word in enumerate(argv):
-        if word == flag:
-            return next((value for value in argv[index + 1 : index + 2] if not value.startswith("--")), None)
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-    return None
+def _read_flag(words: Sequence[str], flag: str) -> str | None:
+    """Return the value that a command line gives to `flag`, if any; of several the last, as tyro does."""
+    given = [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
+    return given[-1] if given else None

@@ -1,17 +1,19 @@
 """Error messages about a configuration, one line each: the place, the value, and the nearest valid one."""
 
-import difflib
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from gpt.configs.base import POSITIONAL, Config, walk_fields
-from gpt.configs.presets import PRESETS
+from gpt.configs.fields import find_field, is_list, list_flags
+from gpt.configs.suggest import read_number, suggest_choice, suggest_key
+
+MAX_SHOWN_CHARACTERS = 80
 
 
-def explain_validation_error(error: ValidationError, model: type[Config], *, as_flag: bool = True) -> str:
+def explain_validation_error(error: ValidationError, model: type[BaseModel], *, as_flag: bool = True) -> str:
     """Return the first of pydantic's errors as one line; `as_flag` names a field by its flag, else by its key."""
     first, *others = error.errors(include_url=False)
     path = _get_field_path(first["loc"], model)
@@ -20,83 +22,54 @@ def explain_validation_error(error: ValidationError, model: type[Config], *, as_
     if first["type"] == "value_error":  # raised by a model's own check, whose message names fields and values
         section = "" if not path else f"{'.'.join(path)}: " if isinstance(value, dict) else f"{place} {value!r}: "
         return f"{section}{context['error']}"
+    shown = _format_value(value)
     if first["type"] == "extra_forbidden":
         known = [flag[2:].replace("-", "_") for flag in list_flags(model)]
-        return f"unknown key {place}; {suggest_name(place, known)}"
+        return f"unknown key {place}; {suggest_key(place, known)}"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{place} {value}: {hint}one of {', '.join(choices)}"
+        close = suggest_choice(str(value), choices)
+        hint = f"did you mean {close}? " if close else ""
+        return f"{place} {shown}: {hint}one of {', '.join(choices)}"
     expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:]).format(**context)
     for other in others:  # a field that is a number or a word has an error for each
         if other["type"] == "literal_error" and _get_field_path(other["loc"], model) == path:
             word = other["ctx"]["expected"].replace("'", "")
             expected = f"{expected[:-1]} or {word})" if expected.endswith(")") else f"{expected} or {word}"
-    return f"{place} {value}: {expected}"
+    if first["type"] in _NUMBER_PARSING and isinstance(value, str):
+        expected += _suggest_number(value, model, path, is_integer=first["type"].startswith("int"))
+    return f"{place} {shown}: {expected}"
 
 
-def explain_usage_error(message: str, argv: Sequence[str], model: type[Config], prog: str) -> str:
-    """Return one line for a command line that tyro rejects: an unknown flag, a flag without value, a missing argument.
-
-    Args:
-        message: text that tyro printed.
-        argv: the command line.
-        model: configuration that it was parsed for.
-        prog: name of the command, such as `gpt sample`.
-    """
-    known = {*list_flags(model), "--help"}
-    for word in argv:
-        if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known:
-            return explain_unknown_argument(word, argv, model, prog)
-    flag = re.search(r"Missing value for argument\W+(--[a-z][\w.-]*)", message)
-    if flag:
-        return f"{flag[1]} needs a value"
-    required = [
-        name.upper() if POSITIONAL in field.metadata else f"--{name} {name.upper()}"
-        for name, field in model.model_fields.items()
-        if field.is_required()
-    ]
-    return f"usage: {prog} {' '.join(required)} [--flags]; see {prog} --help"
+def _suggest_number(text: str, model: type[BaseModel], path: Sequence[str], *, is_integer: bool) -> str:
+    """Return a hint on the number that `text` means in another notation, such as 1e3 or 10k; empty if it means none."""
+    number = read_number(text)
+    if number is None:
+        return "; separate values by spaces" if re.fullmatch(r"[^,\s]+(,[^,\s]+)+", text) else ""
+    candidates = sorted({math.floor(number), math.ceil(number)}) if is_integer else [number]
+    nearest = [f"{candidate:g}" if not is_integer else str(candidate) for candidate in candidates]
+    valid = [shown for shown in nearest if _is_valid(shown, model, path)]
+    return f" (nearest: {' or '.join(valid)})" if valid else ""
 
 
-def explain_unknown_argument(word: str, argv: Sequence[str], model: type[Config], prog: str) -> str:
-    """Return one line for `word`, which is no flag or value that `model` has a place for."""
-    flags = list_flags(model)
-    before = argv[argv.index(word) - 1] if word in argv[1:] else ""
-    joined = next((given.removesuffix(f"={word}") for given in argv if given.endswith(f"={word}")), "")
-    for switch in (before.replace("_", "-"), joined.replace("_", "-")):
-        off = re.sub(r"([a-z-]+)$", r"no-\1", switch.removeprefix("--"))
-        if switch and f"--{off}" in flags:
-            return f"{switch} takes no value: write {switch} or --{off}"
-    if not word.startswith("-"):
-        hint = f"; a preset comes first: {' '.join(prog.split()[:2])} {word}" if word in PRESETS else ""
-        return f"unexpected argument {word!r}{hint}; see {prog} --help"
-    flag = word.split("=")[0].replace("_", "-")
-    return f"unknown flag {flag}; {suggest_name(flag, flags)}"
+def _is_valid(value: str, model: type[BaseModel], path: Sequence[str]) -> bool:
+    field = find_field(model, ".".join(path))
+    if field is None:
+        return False
+    try:
+        annotation: Any = Annotated[field.annotation, *field.metadata]
+        TypeAdapter(annotation).validate_python([value] if is_list(field.annotation) else value)
+    except ValidationError:
+        return False
+    return True
 
 
-def suggest_name(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """Return a hint that names the member of `known` nearest to `word`, or all of a few."""
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    if not close:  # `--lr` is far from every flag by spelling, but is the tail or the section of one
-        close = [name for name in names if word.strip("-") in re.split(r"[.-]+", name)][:1]
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"one of {', '.join(names)}" if len(names) < 20 else "gpt train --help lists them all"
-
-
-def list_flags(model: type[BaseModel]) -> list[str]:
-    """Return every flag of a configuration model, sections and `--no-` forms included."""
-    flags: list[str] = []
-    for path, field in walk_fields(model):
-        section, _, name = path.replace("_", "-").rpartition(".")
-        prefix = f"--{section}." if section else "--"
-        flags.append(prefix + name)
-        if field.annotation is bool:
-            flags.append(f"{prefix}no-{name}")
-    return flags
+def _format_value(value: Any) -> str:
+    """Return a value for a message: quoted if its ends would not be seen, and cut if it is long."""
+    text = str(value)
+    if isinstance(value, str) and (not value or value != value.strip()):
+        text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _get_field_path(location: Sequence[str | int], model: type[BaseModel]) -> list[str]:
@@ -115,15 +88,17 @@ _EXPECTED = {
     "int_parsing": "expected a whole number",
     "int_from_float": "expected a whole number",
     "int_type": "expected a whole number",
+    "int_parsing_size": "expected a whole number",
     "bool_parsing": "expected true, false or none",
     "float_parsing": "expected a number",
     "float_type": "expected a number",
     "finite_number": "expected a finite number",
     "greater_than_equal": "must be at least {ge} (nearest: {ge})",
-    "greater_than": "must be greater than {gt}",
+    "greater_than": "must be greater than {gt:g}",
     "less_than_equal": "must be at most {le} (nearest: {le})",
-    "less_than": "must be less than {lt}",
+    "less_than": "must be less than {lt:g}",
     "string_too_short": "must not be empty",
     "too_short": "must not be empty",
 }
 """pydantic's error type -> text of the message."""
+_NUMBER_PARSING = ("int_parsing", "int_from_float", "float_parsing")

@@ -69,7 +69,8 @@ class SpikeConfig(Config):
     least_rise: Annotated[float, SAFE] = Field(0.2, ge=0)
     """Minimum rise of a spike above the window's median, in nats; a spike exceeds both minimums."""
     rollback: Annotated[bool, SAFE] = False
-    """After a spike, return to the last checkpoint before it and train on without the batches of the bad steps."""
+    """After a spike, return to the last checkpoint of --checkpoint.interval before it and train on without the batches
+    of the bad steps."""
     max_rollbacks: Annotated[int, SAFE] = Field(3, ge=1, le=MAX_COUNT)
     """Rollbacks before the run stops."""
     # SAFE: once a run has begun, its own journal holds these records.

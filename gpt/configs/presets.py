@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt.configs.checkpoint_config import CheckpointConfig
-from gpt.configs.data_config import DataConfig
+from gpt.configs.data_config import SHAKESPEARE, DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
@@ -35,17 +35,14 @@ def debug() -> TrainConfig:
 
 
 def shakespeare_char() -> TrainConfig:
-    """Return nanoGPT's documented CPU setting: its model, batch and steps, at twice its learning rate.
-
-    --data.source names the text.
-    """
+    """Return nanoGPT's documented CPU setting: its model, batch and steps, at twice its learning rate."""
     return TrainConfig(
         run_dir=Path("runs/shakespeare-char"),
         max_steps=2000,
         micro_batch_size=12,
         tokens_per_step=12 * 64,
         model=GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, mlp="gelu_erf"),
-        data=DataConfig(source=("tinyshakespeare.txt",), tokenizer="char"),
+        data=DataConfig(source=(SHAKESPEARE,), tokenizer="char"),
         lr=LRConfig(schedule="cosine", max_lr=2e-3, min_lr=2e-4, warmup_steps=100),
         optimizer=OptimizerConfig(beta2=0.99),
         log=LogConfig(interval=50),
@@ -78,7 +75,7 @@ def speedrun_char() -> TrainConfig:
             qk_norm=True,
             logit_softcap=15,
         ),
-        data=DataConfig(source=("tinyshakespeare.txt",), tokenizer="char"),
+        data=DataConfig(source=(SHAKESPEARE,), tokenizer="char"),
         lr=LRConfig(schedule="wsd", max_lr=2e-2, warmup_steps=0, decay_steps=132),
         optimizer=OptimizerConfig(name="muon", muon_lr=2e-2, muon_momentum=0.7, weight_decay=0),
         log=LogConfig(interval=20),

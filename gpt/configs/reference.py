@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.base import get_section
+from gpt.configs.fields import get_section
 from gpt.configs.resume_rule import ResumeRule, get_resume_rule
 from gpt.configs.train_config import TrainConfig
 
@@ -29,6 +29,8 @@ MEANINGS = {
     ResumeRule.SAFE_IF_LR_UNCHANGED: "accepted if the steps already taken would have had the same learning rates; "
     "else it needs the flag",
     ResumeRule.SAFE_WITHOUT_DROPOUT: "accepted if the model has no dropout; else it needs the flag",
+    ResumeRule.SAFE_IF_SAME_CONTENT: "accepted if the corpus and the tokenizer have the same content as before, "
+    "wherever they are",
     ResumeRule.NEEDS_FLAG: "accepted with this flag: the run goes on as another experiment",
     ResumeRule.FORBIDDEN: "rejected: start a new run",
 }

@@ -5,7 +5,7 @@ from enum import Enum
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.base import walk_fields
+from gpt.configs.fields import walk_fields
 
 FLAG = "--resume-with-changes"
 
@@ -22,6 +22,9 @@ class ResumeRule(Enum):
     SAFE_WITHOUT_DROPOUT = "safe without dropout"
     """Accepted without dropout, where it changes rounding alone; with dropout as NEEDS_FLAG, because dropout masks are
     addressed by micro-batch."""
+    SAFE_IF_SAME_CONTENT = "safe where the content is the same"
+    """Accepted: the field names a file or a source, and the prepared corpus's digest decides whether it is the same.
+    Two kinds of tokenizer, which no file names, differ in any case."""
     NEEDS_FLAG = f"needs {FLAG}"
     """Accepted with the flag: the run resumes as another experiment, so the user has to ask for it."""
     FORBIDDEN = "never changes within a run"
@@ -31,6 +34,7 @@ class ResumeRule(Enum):
 SAFE = ResumeRule.SAFE
 SAFE_IF_LR_UNCHANGED = ResumeRule.SAFE_IF_LR_UNCHANGED
 SAFE_WITHOUT_DROPOUT = ResumeRule.SAFE_WITHOUT_DROPOUT
+SAFE_IF_SAME_CONTENT = ResumeRule.SAFE_IF_SAME_CONTENT
 NEEDS_FLAG = ResumeRule.NEEDS_FLAG
 FORBIDDEN = ResumeRule.FORBIDDEN
 """A field states its rule as metadata: `interval: Annotated[int, SAFE] = 200`; one that states none is FORBIDDEN."""

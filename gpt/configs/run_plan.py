@@ -14,6 +14,7 @@ from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
 CORPUS_KEY, TOKENIZER_KEY, DTYPE_KEY = "the corpus's SHA-256", "the tokenizer's SHA-256", "--dtype"
+CONTENT_KEY = "the SHA-256 of the corpus's content"
 """Keys of a run's identity that others compare by name."""
 
 
@@ -53,6 +54,8 @@ class CorpusFacts:
     """Streams to train on."""
     sha256: str = ""
     """Digest of all prepared files."""
+    content_sha256: str = ""
+    """Digest of the prepared tokens alone, which the names of the sources do not change."""
     tokenizer_sha256: str = ""
     val_tokens: int = 0
     val_bytes: int = 0
@@ -117,6 +120,7 @@ class RunPlan:
         """
         identity: dict[str, str | int] = {
             CORPUS_KEY: self.corpus.sha256,
+            CONTENT_KEY: self.corpus.content_sha256,
             TOKENIZER_KEY: self.corpus.tokenizer_sha256,
             DTYPE_KEY: self.dtype,
             "--tokens-per-step": self.batch.tokens_per_step,
@@ -188,6 +192,8 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         UserError: values that do not fit together; names the nearest that do.
     """
     batch = plan_batch(config, machine.world_size, machine.max_micro_batch)
+    vocab_size = config.model.vocab_size or corpus.vocab_size
+    model = config.model.model_copy(update={"vocab_size": vocab_size}).resolve()
     sequences = _count_sequences(config, batch, corpus)
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(
@@ -207,6 +213,8 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         notes.append("--parallel.reproducible is bit-exact on CPUs only; a GPU's kernels may add in any order")
     if config.lr.warmup_steps >= max_steps:
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
+    if config.spike.rollback and not config.checkpoint.interval:
+        notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
     return RunPlan(
@@ -216,7 +224,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=_resolve_dtype(config, machine),
-        model=config.model.model_copy(update={"vocab_size": config.model.vocab_size or corpus.vocab_size}).resolve(),
+        model=model,
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
         sources=_plan_sources(config, sequences, max_steps * batch.sequences_per_step),

@@ -4,10 +4,12 @@ To change what `python gpt/main.py` trains, edit the recipe below. A field that 
 default in its own section's file.
 """
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gpt.configs.base import MAX_COUNT, Config, FilePath
 from gpt.configs.checkpoint_config import CheckpointConfig
@@ -19,9 +21,12 @@ from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.parallel_config import ParallelConfig
 from gpt.configs.resume_rule import NEEDS_FLAG, SAFE, SAFE_IF_LR_UNCHANGED, SAFE_WITHOUT_DROPOUT
 from gpt.configs.runtime_config import RuntimeConfig
+from gpt.configs.user_folders import expand_home
 
 MAX_MICRO_BATCH_SIZE = 2**20
 """Upper bound of --micro-batch-size, in sequences."""
+NO_CHECKPOINT = frozenset({"auto", "never"})
+"""Values of `resume` that name no checkpoint."""
 HORIZON = ("max_steps", "max_tokens", "epochs")
 """Fields that set the length of a run."""
 
@@ -58,7 +63,7 @@ class TrainConfig(Config):
     """max-autotune times several kernels for each matmul; it takes long to compile."""
     grad_clip: Annotated[float, NEEDS_FLAG] = Field(1.0, ge=0)
     """Maximum norm of the gradient; 0: no clipping."""
-    resume: Annotated[str, SAFE] = Field("auto", min_length=1)
+    resume: Annotated[str, AfterValidator(expand_home), SAFE] = Field("auto", min_length=1)
     """auto: resume the run in run_dir, if any; never: start afresh, in a new run_dir; or a checkpoint to resume."""
     resume_with_changes: Annotated[bool, SAFE] = False
     """Resume although the learning rate, the horizon or another optimization setting has changed."""
@@ -84,7 +89,7 @@ class TrainConfig(Config):
     def _require_consistent(self) -> Self:
         if not (self.max_steps or self.max_tokens or self.epochs):
             raise ValueError("max_steps, max_tokens and epochs are all 0, so the run would never end; set one of them")
-        if self.init_from is not None and self.resume not in ("auto", "never"):
+        if self.init_from is not None and self.resume not in NO_CHECKPOINT:
             raise ValueError(
                 f"init_from={self.init_from} and resume={self.resume} both set where the run starts; remove one"
             )
@@ -93,5 +98,21 @@ class TrainConfig(Config):
         return self
 
     def saved_json(self) -> str:
-        """Return the JSON text for config.json, without the fields that concern a single launch."""
-        return self.model_dump_json(indent=2, exclude={"resume_with_changes"})
+        """Return the JSON text for config.json: without the fields that concern a single launch, its paths absolute."""
+        return self.map_paths(os.path.abspath).model_dump_json(indent=2, exclude={"resume_with_changes"})
+
+    def map_paths(self, change: Callable[[str], str]) -> Self:
+        """Return this configuration with `change` applied to every path in it."""
+
+        def map_optional(path: Path | None) -> Path | None:
+            return None if path is None else Path(change(str(path)))
+
+        return self.model_copy(
+            update={
+                "run_dir": map_optional(self.run_dir),
+                "resume": self.resume if self.resume in NO_CHECKPOINT else change(self.resume),
+                "init_from": map_optional(self.init_from),
+                "data": self.data.map_paths(change),
+                "spike": self.spike.model_copy(update={"journal": map_optional(self.spike.journal)}),
+            }
+        )

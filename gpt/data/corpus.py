@@ -12,6 +12,7 @@ from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, r
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
 from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
 from gpt.data.tokenizer import Tokenizer
@@ -55,7 +56,9 @@ def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpu
         return [str(folder) for folder in folders]
 
     folders = [Path(folder) for folder in dist.on_local_main(prepare_and_pack)]
-    return open_corpus(folders, config, block_size)
+    opened: list[Corpus] = []
+    dist.on_every_rank(lambda: opened.append(open_corpus(folders, config, block_size)))
+    return opened[0]
 
 
 def prepare_corpus(config: DataConfig) -> list[Path]:
@@ -74,10 +77,14 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
         return [Path(source) for source in prepared]
     if config.weights and len(config.weights) != len(config.source):
         raise UserError(f"--data.weights: {len(config.weights)} for {len(config.source)} sources; give one for each")
-    require_writable(config.cache_dir, "--data.cache-dir")
+    require_apart(config.cache_dir, "--data.cache-dir", (*config.source, *config.val_source), below_only=True)
+    if not any(config.cache_dir.glob(f"*/{CORPUS_MANIFEST}")):  # before the sources are read, which may take long
+        require_writable(config.cache_dir, "--data.cache-dir")
     plan = plan_preparation(config.source, config)
     folder = config.cache_dir / plan.key
-    prepare_folder(folder, plan, "--data.cache-dir")
+    if not (folder / CORPUS_MANIFEST).is_file():  # a prepared corpus needs no lock, and may be in a read-only cache
+        require_writable(config.cache_dir, "--data.cache-dir")
+        prepare_folder(folder, plan, "--data.cache-dir")
     return [folder]
 
 
@@ -95,7 +102,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     manifests = [read_corpus_manifest(folder) for folder in folders]
     tokenizer = _read_tokenizer(folders, manifests)
     is_named = folders[0] == Path(config.source[0])  # else it is in the cache, prepared for this configuration
-    note = _compare_tokenizers(config, manifests[0], tokenizer) if is_named else None
+    notes = (_compare_tokenizers(config, manifests[0], tokenizer) if is_named else None, manifests[0].vocab_note)
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]
@@ -126,6 +133,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
                 for name, stream in train.items()
             ),
             sha256=" ".join(digests),
+            content_sha256=" ".join(manifest.content_sha256 for manifest in manifests),
             tokenizer_sha256=tokenizer.sha256,
             val_tokens=sum(len(stream) for stream in val.values()),
             val_bytes=sum(stream.text_bytes for stream in val.values()),
@@ -133,7 +141,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
             xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
         ),
         source_of={folder / shard.file: name for name, shards in train_shards.items() for folder, shard in shards},
-        notes=(note,) if note else (),
+        notes=tuple(note for note in notes if note),
     )
 
 

@@ -1,5 +1,7 @@
 """corpus.json: the manifest of a prepared folder, with the digests of all its files and of itself."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,20 @@ class CorpusManifest(Config):
     """Bits per byte of the validation text under `xz -9e`; None if it was too long to compress."""
     sha256: str = ""
     """Digest of the file up to this key, and so of everything in the folder; empty until it is read."""
+
+    @property
+    def content_sha256(self) -> str:
+        """Digest of the tokenizer and of the tokens of every source, in order; names of files do not change it."""
+        shards = [[[shard.sha256 for shard in split] for split in (entry.train, entry.val)] for entry in self.sources]
+        return hashlib.sha256(json.dumps([self.tokenizer_sha256, shards]).encode()).hexdigest()
+
+    @property
+    def vocab_note(self) -> str | None:
+        """Note on a learned vocabulary that is smaller than the one asked for; None if it is not."""
+        asked = self.settings.get("vocab_size")
+        if asked is None or self.vocab_size >= asked:
+            return None
+        return f"vocabulary {self.vocab_size:,} of {asked:,} asked: the text has no more merges"
 
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder` in one step."""

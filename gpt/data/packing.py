@@ -6,7 +6,9 @@ al. 2024, "Fewer Truncations Improve Language Modeling"). Documents are packed i
 document is packed with its neighbours.
 """
 
+import errno
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,10 @@ from gpt.utils.atomic_io import fsync
 from gpt.utils.folder_lock import hold_lock
 from gpt.utils.helper import first_line
 
+log = logging.getLogger(__name__)
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a cache that this user may only read."""
 DOCUMENTS_PER_GROUP = 2**16
 """Documents that are packed together."""
 
@@ -67,12 +73,17 @@ def load_or_pack(stream: TokenStream, block_size: int, *, ends_are_targets: bool
         UserError: the file cannot be read or written, or was changed.
     """
     try:
+        if path.exists():  # it needs no lock, and may be in a read-only cache
+            return _load(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with hold_lock(path.with_suffix(".lock")):
             if not path.exists():
                 _save(pack(stream, block_size, ends_are_targets=ends_are_targets), path)
             return _load(path)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in READ_ONLY:
+            log.warning(f"{path}: {error.strerror}; the documents are packed again at each start")
+            return pack(stream, block_size, ends_are_targets=ends_are_targets)
         raise UserError(
             f"{path}: {first_line(error)}; delete it if it is there, or name another --data.cache-dir"
         ) from error
@@ -172,8 +183,8 @@ def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     [[0, 2], [1, 3, 4]]
 
     Args:
-        lengths: of the items, descending.
-        capacity: of a row.
+        lengths: lengths of the items, descending.
+        capacity: length of a row.
 
     Returns:
         rows of indices into `lengths`.

@@ -109,7 +109,7 @@ class ShardWriter:
         """Append a document.
 
         Args:
-            ids: of the document.
+            ids: the document's tokens.
             text_bytes: length of its text in UTF-8.
             start: ids to put before the document.
 

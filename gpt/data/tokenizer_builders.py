@@ -49,7 +49,7 @@ def build_char_tokenizer(characters: Iterable[str], *, has_documents: bool = Fal
     """Return a tokenizer of single characters in code point order, as nanoGPT has them.
 
     Args:
-        characters: of the corpus; repetitions count once.
+        characters: the corpus's characters; repetitions count once.
         has_documents: adds an end-of-text token, to separate documents.
     """
     vocabulary = {character: index for index, character in enumerate(sorted(set(characters)))}

@@ -29,8 +29,8 @@ def generate(
         prompt: at least one token id; the model sees the last `block_size` of them.
         config: length, temperature and filters.
         block_size: context length of the model.
-        vocab_size: of the tokenizer; ids above it, which pad the embedding, are never sampled.
-        seed: of a generator that is used for nothing else.
+        vocab_size: the tokenizer's; ids above it, which pad the embedding, are never sampled.
+        seed: seeds a generator that is used for nothing else.
         end_of_text: id of the end-of-text token; None if there is none.
     """
     device = next(model.parameters()).device

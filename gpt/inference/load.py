@@ -10,7 +10,9 @@ from gpt.checkpoint.store import read_weights
 from gpt.configs.load import load_config
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
-from gpt.machine.hardware import find_device
+from gpt.machine.arithmetic_check import require_right_arithmetic
+from gpt.machine.cpu_runtime import match_openmp_team
+from gpt.machine.hardware import detect_machine, find_device
 from gpt.models.gpt import GPT
 from gpt.utils.helper import format_si
 
@@ -23,12 +25,14 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
         device: auto, cpu, cuda or mps.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged.
+        UserError: there is no checkpoint, it is damaged, or this machine multiplies wrongly.
     """
+    match_openmp_team()
     checkpoint = locate_checkpoint(path, "RUN_DIR")
     tokenizer = Tokenizer.from_file(find_run(checkpoint).tokenizer)
     weights = read_weights(checkpoint)
-    config = load_config(checkpoint / "config.json").model
+    saved = load_config(checkpoint / "config.json")
+    config = saved.model
     embedding = weights.get("wte.weight", torch.empty(0))
     config = config.model_copy(update={"vocab_size": len(embedding)})
     n_weights = sum(tensor.numel() for tensor in weights.values())
@@ -37,6 +41,9 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
             f"{checkpoint}: config.json describes a model of {format_si(config.n_parameters)} parameters, but the "
             f"weights have {format_si(n_weights)}; use a checkpoint as it was saved"
         )
-    model = GPT(config, seed=0)
+    model = GPT(config, seed=0).to(find_device(device))
     load_model_tensors(model, weights)
-    return model.to(find_device(device)).eval(), tokenizer
+    used = next(model.parameters()).device
+    name = detect_machine(used.type, world_size=1).device_name
+    require_right_arithmetic(used, name, "float32", model.config, config.block_size, saved.data.cache_dir)
+    return model.eval(), tokenizer

@@ -16,7 +16,7 @@ def sample_next_token(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: number of most likely tokens to keep; 0 keeps all.
         top_p: probability that the most likely tokens to keep reach together (Holtzman et al. 2020).
-        generator: of the logits' device.
+        generator: a generator on the logits' device.
 
     Returns:
         (B,) int64.

@@ -1,6 +1,7 @@
 """Settings of the process that make training on a CPU fast."""
 
 import ctypes
+import logging
 import os
 import sys
 
@@ -9,6 +10,8 @@ import torch
 from gpt.configs.runtime_config import RuntimeConfig
 from gpt.machine.resources import usable_cores
 from gpt.ops import attention_cpu
+
+log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 MAX_REUSED_BYTES = 2**30
@@ -31,6 +34,37 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, MAX_REUSED_BYTES) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
+def match_openmp_team() -> None:
+    """Let torch use as many threads as OpenMP really gives it, which environment variables can make fewer.
+
+    oneDNN divides a matmul among torch's number of threads. If OpenMP starts fewer, the rest of the result is never
+    computed. OMP_DYNAMIC starts fewer when the machine is busy, so it is turned off. OMP_THREAD_LIMIT and
+    OMP_MAX_ACTIVE_LEVELS cannot be, so torch's number is lowered.
+    """
+    wanted = torch.get_num_threads()
+    team = _count_openmp_team(wanted)
+    if team < wanted:
+        torch.set_num_threads(team)
+        names = [name for name in ("OMP_THREAD_LIMIT", "OMP_MAX_ACTIVE_LEVELS") if name in os.environ]
+        reason = f" ({', '.join(f'{name}={os.environ[name]}' for name in names)})" if names else ""
+        log.warning("OpenMP starts only %d of %d threads%s; the run uses %d", team, wanted, reason, team)
+
+
+def _count_openmp_team(wanted: int) -> int:
+    """Start a team of threads and count them; returns `wanted` if torch's OpenMP library cannot be asked."""
+    try:
+        library = ctypes.CDLL(None)
+        start_team = library.GOMP_parallel  # LLVM's library has it, too
+        library.omp_set_dynamic(0)
+    except (OSError, AttributeError, TypeError):  # Windows, or a torch without OpenMP
+        return wanted
+    members: list[None] = []
+    join_team = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: members.append(None))
+    start_team.argtypes = [type(join_team), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    start_team(join_team, None, wanted, 0)
+    return max(1, len(members))
+
+
 def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str, int | bool]:
     """Apply the settings of `config`, and return those that are in effect, under the same names.
 
@@ -50,9 +84,12 @@ def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str
         torch.set_num_threads(threads)
     elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())
+    keeps_freed_memory = config.keep_freed_memory and keep_freed_memory()
+    flushes_denormals = config.flush_denormals and torch.set_flush_denormal(True)
+    match_openmp_team()  # starts the pool of threads
     return {
         "threads": torch.get_num_threads(),
-        "keep_freed_memory": config.keep_freed_memory and keep_freed_memory(),
-        "flush_denormals": config.flush_denormals and torch.set_flush_denormal(True),
+        "keep_freed_memory": keeps_freed_memory,
+        "flush_denormals": flushes_denormals,
         "fused_attention": attention_cpu.set_enabled(config.fused_attention),
     }

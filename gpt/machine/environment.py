@@ -27,7 +27,8 @@ def describe_environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
         "gpt-training-pipeline": gpt.__version__,
         "git_commit": find_git_commit(),
         "python": platform.python_version(),
-        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        # The metadata of PyPI's own builds leave out the build, such as +cpu, on which the bits depend.
+        "libraries": {name: metadata.version(name) for name in LIBRARIES} | {"torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

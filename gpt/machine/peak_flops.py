@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,11 +41,11 @@ def load_or_measure_peak_flops(device: torch.device, device_name: str, dtype: st
     """
     key = [device_name, dtype, torch.get_num_threads(), torch.__version__]
     path = cache_dir / f"peak-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    cached = _read(path)
-    if cached:
-        return cached
+    cached = read_record(path).get("flops_per_second")
+    if isinstance(cached, (int, float)) and cached and math.isfinite(cached):
+        return float(cached)
     measured = measure_peak_flops(device, getattr(torch, dtype))
-    _write(path, {"device, dtype, threads, torch": key, "flops_per_second": measured})
+    write_record(path, {"device, dtype, threads, torch": key, "flops_per_second": measured})
     return measured
 
 
@@ -159,20 +158,19 @@ def _random_matrix(*size: int, device: torch.device, dtype: torch.dtype) -> torc
     return torch.empty(size, device=device, dtype=dtype).uniform_(-1, 1, generator=generator)
 
 
-def _read(path: Path) -> float:
-    """Return the FLOP/s in a file of the cache; 0 if there is none or it is damaged."""
+def read_record(path: Path) -> dict[str, object]:
+    """Return a file of the cache; empty if there is none or it is damaged."""
     try:
-        peak = json.loads(path.read_text(encoding="utf-8"))["flops_per_second"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-    return float(peak) if isinstance(peak, (int, float)) and math.isfinite(peak) else 0.0
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
-def _write(path: Path, record: dict[str, object]) -> None:
+def write_record(path: Path, record: dict[str, object]) -> None:
     """Write a file of the cache in one step, without fsync: a measurement can be repeated."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.tmp")  # not mkstemp's, which only its owner can read
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(record, file)
-        Path(temporary).replace(path)
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+        temporary.replace(path)

@@ -1,20 +1,23 @@
 """Cores and memory that this process may use; read without importing torch."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Folder in which a container sees its own limits (Linux's cgroup-v2.rst)."""
+"""Folder where control groups are mounted: of version 2 (Linux's cgroup-v2.rst), or a folder for each controller of
+version 1 (cgroup-v1/)."""
+OWN_CGROUPS = Path("/proc/self/cgroup")
+"""This process's path in each hierarchy, as HIERARCHY:CONTROLLERS:PATH (cgroups(7))."""
 MEMINFO = Path("/proc/meminfo")
 MEMORY_SHARE = 0.5
 """Share of a machine's memory that a run plans with; the rest is for fragmentation in the allocator."""
 
 
 def usable_cores() -> int:
-    """Return the number of cores for this process: the least of its affinity and its container's share of CPU time."""
+    """Return the number of cores for this process, at least 1: the least of its affinity and its groups' limits."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_limit("cpu.max")
-    return max(1, min(cores, round(quota))) if quota else cores
+    return max(1, min(cores, round(cgroup_cores() or cores)))
 
 
 def find_memory_budget() -> int:
@@ -23,21 +26,80 @@ def find_memory_budget() -> int:
     A share of the total, so that equal machines plan equally, and less only if other programs use the rest.
     """
     meminfo = _read_meminfo()
-    total = min(meminfo.get("MemTotal", _find_installed_memory()), cgroup_limit("memory.max") or float("inf"))
+    total = min(meminfo.get("MemTotal", _find_installed_memory()), cgroup_memory() or float("inf"))
     return int(min(total * MEMORY_SHARE, meminfo.get("MemAvailable", total)))
 
 
-def cgroup_limit(name: str) -> float | None:
-    """Return a limit of the container that this process runs in; None if there is none.
+def cgroup_cores() -> float | None:
+    """Return the cores that this process's control groups and all groups above them allow; None without a limit."""
+    limits = [
+        *_read_limits("cpu", _read_quota),
+        *_read_limits("cpuset", lambda group: _count_cpus(group / "cpuset.cpus.effective")),
+        *_read_limits("cpuset", lambda group: _count_cpus(group / "cpuset.effective_cpus")),
+    ]
+    return min(limits, default=None)
 
-    Args:
-        name: the limit's file: memory.max (bytes), or cpu.max (two numbers, returned as their quotient: cores).
+
+def cgroup_memory() -> float | None:
+    """Return the bytes that this process's control groups and all groups above them allow; None without a limit."""
+    limits = [
+        *_read_limits("memory", lambda group: _read_number(group / "memory.max")),
+        *_read_limits("memory", lambda group: _read_number(group / "memory.limit_in_bytes")),
+    ]
+    return min(limits, default=None)
+
+
+def _read_limits(controller: str, read: Callable[[Path], float | None]) -> Iterator[float]:
+    """Yield the limits that `read` finds in this process's groups and in all groups above them."""
+    for group in _list_groups(controller):
+        try:
+            limit = read(group)
+        except (OSError, ValueError, ZeroDivisionError):  # no such file, or no number in it: no limit
+            continue
+        if limit is not None and limit > 0:
+            yield limit
+
+
+def _list_groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's groups up to their roots, in every hierarchy that has the controller.
+
+    A container may see a path that only exists on its host; its own limits are then at the root.
     """
     try:
-        limit, *period = (CGROUP / name).read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) / int(period[0] if period else 1)
+        lines = OWN_CGROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        lines = []
+    own = {fields[1]: fields[2] for line in lines if len(fields := line.split(":", 2)) == 3}
+    mounted = {"": own.get("", "/"), "unified": own.get("", "/"), controller: "/"}
+    mounted |= {names: path for names, path in own.items() if controller in names.split(",")}
+    mounted[controller] = next((path for names, path in own.items() if controller in names.split(",")), "/")
+    for mount, path in mounted.items():
+        group = CGROUP / mount / path.lstrip("/")
+        while True:
+            yield group
+            if group == CGROUP / mount:
+                break
+            group = group.parent
+
+
+def _read_quota(group: Path) -> float | None:
+    """Return the cores that a group's share of CPU time equals."""
+    if (group / "cpu.max").exists():  # version 2
+        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        return None if quota == "max" else int(quota) / int(period)
+    quota_us, period_us = (_read_number(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return None if quota_us is None or period_us is None else quota_us / period_us
+
+
+def _read_number(path: Path) -> float | None:
+    text = path.read_text(encoding="ascii").strip()
+    return None if text == "max" else int(text)
+
+
+def _count_cpus(path: Path) -> int:
+    """Return the number of CPUs in a list such as 0-3,8."""
+    spans = (span.partition("-") for span in path.read_text(encoding="ascii").strip().split(","))
+    return sum(int(last or first) - int(first) + 1 for first, _, last in spans)
 
 
 def _find_installed_memory() -> int:

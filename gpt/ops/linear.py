@@ -1,4 +1,4 @@
-"""Linear layers that save little for the backward pass; they are called like any module, and nobody opens them.
+"""Linear layers that save little for the backward pass, and are called like any other module.
 
 Shapes: A input channels, C output channels, N = all rows of a batch.
 """

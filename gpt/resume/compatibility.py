@@ -1,14 +1,16 @@
 """Decide whether a configuration may resume a saved state: by its fields, its identity and its learning rates."""
 
+import os
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpt.configs.data_config import TOKENIZER_KINDS
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import FLAG, ResumeRule, get_resume_rules
-from gpt.configs.run_plan import DTYPE_KEY, RunPlan, resolve
+from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, RunPlan, resolve
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 from gpt.utils.custom_scheduler import build_schedule
@@ -47,12 +49,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Difference, ...]:
-    """Compare two configurations field by field; a derived size equals the same size given as a number."""
-    before, now = (flatten(_resolve_model(config).model_dump(mode="json")) for config in (saved, current))
+    """Compare two configurations field by field.
+
+    A derived size equals the same size given as a number, and a path equals every other spelling of it.
+    """
+    before, now = (
+        flatten(_resolve_model(config).map_paths(os.path.realpath).model_dump(mode="json"))
+        for config in (saved, current)
+    )
     rules = get_resume_rules(TrainConfig)
     has_dropout = bool(saved.model.dropout or current.model.dropout)
     return tuple(
-        Difference(name, value, now[name], _apply_dropout(rules[name], has_dropout))
+        Difference(name, value, now[name], _decide_rule(name, rules[name], (value, now[name]), has_dropout))
         for name, value in before.items()
         if value != now[name]
     )
@@ -120,7 +128,11 @@ def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: 
 
 
 def require_same_identity(
-    saved: Mapping[str, str | int], current: Mapping[str, str | int], names: Set[str], checkpoint: Path
+    saved: Mapping[str, str | int],
+    current: Mapping[str, str | int],
+    names: Set[str],
+    checkpoint: Path,
+    differences: Sequence[Difference] = (),
 ) -> None:
     """Compare what a checkpoint's run derived from its corpus and machine with what this run derived.
 
@@ -129,6 +141,7 @@ def require_same_identity(
         current: `RunPlan.identity`.
         names: which of its names to compare.
         checkpoint: for the message.
+        differences: fields that have changed, for the message.
 
     Raises:
         UserError: names the first that differs.
@@ -136,10 +149,25 @@ def require_same_identity(
     for name in current:
         if name in names and saved.get(name, current[name]) != current[name]:
             remedy = f"or add {FLAG}" if name == DTYPE_KEY else "or use another --run-dir"
+            changed = [item for item in differences if item.rule is ResumeRule.SAFE_IF_SAME_CONTENT]
+            causes = "".join(f"; {item.name} was {item.saved} and is {item.current}" for item in changed)
             raise UserError(
                 f"{checkpoint} cannot be resumed: {name} is {saved[name]} in the checkpoint and {current[name]} in "
-                f"this run; restore what was changed, {remedy}"
+                f"this run{causes}; restore what was changed, {remedy}"
             )
+
+
+def adopt_corpus(plan: RunPlan, saved: Mapping[str, str | int]) -> RunPlan:
+    """Return `plan` with the digest that the checkpoint has of its corpus, if only names of sources have changed.
+
+    Args:
+        plan: the plan of this run.
+        saved: the identity in the checkpoint.
+    """
+    content = plan.corpus.content_sha256
+    if not content or saved.get(CONTENT_KEY) != content:
+        return plan
+    return replace(plan, corpus=replace(plan.corpus, sha256=str(saved[CORPUS_KEY])))
 
 
 def keeps_learning_rates(config: TrainConfig, plan: RunPlan, saved: TrainConfig, step: int, checkpoint: Path) -> bool:
@@ -172,8 +200,10 @@ def _resolve_model(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"model": config.model.resolve()})
 
 
-def _apply_dropout(rule: ResumeRule, has_dropout: bool) -> ResumeRule:
-    """Decide SAFE_WITHOUT_DROPOUT; return every other rule as it is."""
-    if rule is not ResumeRule.SAFE_WITHOUT_DROPOUT:
-        return rule
-    return ResumeRule.NEEDS_FLAG if has_dropout else ResumeRule.SAFE
+def _decide_rule(name: str, rule: ResumeRule, values: tuple[Any, Any], has_dropout: bool) -> ResumeRule:
+    """Decide SAFE_WITHOUT_DROPOUT, and SAFE_IF_SAME_CONTENT for kinds of tokenizers; return other rules as they are."""
+    if rule is ResumeRule.SAFE_WITHOUT_DROPOUT:
+        return ResumeRule.NEEDS_FLAG if has_dropout else ResumeRule.SAFE
+    if name == "data.tokenizer" and set(values) <= set(TOKENIZER_KINDS):
+        return ResumeRule.FORBIDDEN
+    return rule

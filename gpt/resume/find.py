@@ -16,24 +16,24 @@ from gpt.checkpoint.manifest import (
     CHECKPOINT_MANIFEST,
     CONFIG,
     PROGRESS,
+    VAL_LOSS,
     environment_mismatch,
 )
 from gpt.checkpoint.newest import find_newest_valid
 from gpt.checkpoint.run_folder import RunFolder, locate_checkpoint
 from gpt.configs.base import Config
 from gpt.configs.load import load_config
-from gpt.configs.train_config import TrainConfig
+from gpt.configs.train_config import NO_CHECKPOINT, TrainConfig
+from gpt.data.prepare.sources import require_apart
 from gpt.errors import UserError
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
+from gpt.resume.origin import find_origin
 from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
 from gpt.utils.distributed import DistContext
 from gpt.utils.folder_lock import lock_folder
 from gpt.utils.helper import sha256_of_file
 
 log = logging.getLogger(__name__)
-
-NO_CHECKPOINT = frozenset({"auto", "never"})
-"""Values of --resume that name no checkpoint."""
 
 
 class Start(Config):
@@ -43,6 +43,8 @@ class Start(Config):
     """Verified checkpoint to resume from."""
     init_from: Path | None = None
     """Checkpoint whose weights a run at step 0 starts with; also verified."""
+    weights_note: str | None = None
+    """Note for the plan: step and val/loss of the checkpoint of `init_from`."""
     is_fork: bool = False
     """The checkpoint is another run's."""
     step: int = 0
@@ -92,6 +94,8 @@ def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dr
 
 def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
     """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
+    if not folder.config.exists():  # a run that has begun beside its texts may be resumed
+        require_apart(folder.path, "--run-dir", (*config.data.source, *config.data.val_source))
     if dry_run:
         require_creatable(folder.path, "--run-dir")
     else:
@@ -117,6 +121,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
             folder holds checkpoints and none is valid.
     """
     launched = load_config(folder.config) if folder.config.exists() else None
+    launched = _recognize_weights(folder, config, launched)
     candidates = _choose_candidates(folder, config, launched)
     newest = find_newest_valid(candidates.paths)
     if newest.checkpoint is None or newest.manifest is None:
@@ -132,7 +137,15 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
         require_same_architecture(saved.model, config.model, newest.checkpoint)
         if launched is not None:
             require_resumable(config, launched, candidates.place)
-        return Start(init_from=newest.checkpoint, identity=identity)
+        val_loss = newest.manifest.metrics.get(VAL_LOSS)
+        quality = "" if val_loss is None else f", {VAL_LOSS} {val_loss:.4f}"
+        note = f"weights from {newest.checkpoint}, step {step}{quality}"
+        return Start(
+            init_from=newest.checkpoint,
+            weights_note=note,
+            identity=identity,
+            manifest_sha256=newest.manifest.sha256,
+        )
     # A fork may name other weights than the run it forks; a run with a checkpoint need not name its weights again.
     own_weights = launched.init_from if launched is not None and candidates.kind == "own" else config.init_from
     given = config.model_copy(update={"init_from": config.init_from or own_weights})
@@ -149,6 +162,15 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
         mismatch=mismatch,
         damaged=newest.skipped,
     )
+
+
+def _recognize_weights(folder: RunFolder, config: TrainConfig, launched: TrainConfig | None) -> TrainConfig | None:
+    """Return `launched` with the --init-from of this launch if both name one checkpoint, which has been moved."""
+    if launched is None or launched.init_from is None or config.init_from is None:
+        return launched
+    if find_origin(folder, config.init_from) is None:
+        return launched
+    return launched.model_copy(update={"init_from": config.init_from})
 
 
 def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainConfig | None) -> _Candidates:
@@ -178,11 +200,16 @@ def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainCo
                     "train on from an earlier one, use another --run-dir"
                 )
             return _Candidates((own[-1],), "own", f"--resume {config.resume}")
-        if named not in (Path(launched.resume), *Path(launched.resume).parents):
+        if named in (Path(launched.resume), *Path(launched.resume).parents):
+            forked = launched.resume
+        elif origin := find_origin(folder, named):
+            forked = str(origin)
+        else:
             raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
+    else:
+        forked = config.resume if launched is None else launched.resume
     if own:
         return _Candidates(own, "own", place, is_named=False)
-    forked = config.resume if launched is None else launched.resume
     if forked not in NO_CHECKPOINT:  # also a fork that was killed before its first checkpoint
         return _Candidates((locate_checkpoint(Path(forked), "--resume"),), "fork", f"--resume {forked}")
     if config.init_from is not None:
@@ -211,6 +238,5 @@ def _require_same_manifest(start: Start, rank: int) -> None:
         is_same = False
     if not is_same:
         raise UserError(
-            f"rank {rank} does not see {start.checkpoint} as rank 0 does; --run-dir must be one folder that all "
-            "machines share"
+            f"it does not see {start.checkpoint} as rank 0 does; --run-dir must be one folder that all machines share"
         )

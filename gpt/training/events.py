@@ -123,7 +123,11 @@ class Save:
 
 @dataclass(frozen=True)
 class RollBack:
-    """Command: load the newest checkpoint before all bad steps, and train on without their batches."""
+    """Command: load the newest scheduled checkpoint before all bad steps, and train on without their batches.
+
+    For a bit-exact resume, the command must depend on losses up to the last bad step alone, not on when it is given: a
+    stop or a save reports steps early.
+    """
 
     reason: str
     bad_steps: Mapping[int, str]

@@ -32,6 +32,8 @@ class Observer(ABC):
 class Sink(ABC):
     """Records events, on rank 0; one that raises or blocks is dropped with a warning, and the run goes on.
 
+    An essential one is never dropped: it keeps what it cannot write, and is asked again before each save.
+
     Its methods are called on a thread of its own, one at a time. On other ranks it is never called. To add one:
     docs/extending.md, "A sink".
     """
@@ -39,12 +41,18 @@ class Sink(ABC):
     events: tuple[type[Event], ...] = (Event,)
     """Types of the events that `write` takes; it is called for no other."""
 
+    is_essential: bool = False
+    """The run's record needs this sink: it is not dropped, and a run whose record is incomplete exits with status 1."""
+
     @abstractmethod
     def write(self, event: Event) -> None:
         """Record an event."""
 
+    def flush(self) -> None:  # noqa: B027 - most sinks keep nothing back
+        """Write what an earlier call could not."""
+
     def close(self, error: BaseException | None) -> None:  # noqa: B027 - most sinks have no resources
-        """Release resources at the end of the run, or when the sink is dropped.
+        """Release resources at the end of the run, or when the sink is dropped; raise if its record is incomplete.
 
         Args:
             error: error that ended the run or the sink; None on a clean end.

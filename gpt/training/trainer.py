@@ -97,6 +97,11 @@ class Trainer(Subject):
         return self._state.model
 
     @property
+    def is_record_incomplete(self) -> bool:
+        """Records of the run could not be written; known at its end, on rank 0."""
+        return self._logger.is_incomplete
+
+    @property
     def _step(self) -> int:
         return self._state.progress.step
 
@@ -137,6 +142,7 @@ class Trainer(Subject):
             self._roll_back(rollback)
             commands = [command for command in commands if isinstance(command, Stop)]
         if commands:
+            self._logger.flush()
             metrics = [item for command in commands if isinstance(command, Save) for item in command.metrics.items()]
             self._checkpoints.save(self._state, dict(metrics))
             later = self._announce(self._checkpoints.poll())
@@ -145,7 +151,10 @@ class Trainer(Subject):
             self._stop_reason = stops[0]
 
     def _roll_back(self, command: RollBack) -> None:
-        """Load the newest checkpoint before the bad steps, and leave their batches out from now on.
+        """Load the newest scheduled checkpoint before the bad steps, and leave their batches out from now on.
+
+        Every step is reported, and so judged, before a state is saved. So no checkpoint holds a step that is bad and
+        not yet known to be, whenever a signal or the clock asks for one.
 
         A kill at any point leads to the same run: until the journal has the record, the run resumes from before the
         bad steps with their batches, and rolls back again.

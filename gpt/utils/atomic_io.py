@@ -18,7 +18,7 @@ UNFINISHED_SUFFIX, REMOVED_SUFFIX = ".tmp", ".gone"
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: temporary file, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     fsync(temporary)
     temporary.replace(path)
     fsync(path.parent)
@@ -117,7 +117,7 @@ def append_jsonl(path: Path, record: dict[str, Any], *, durable: bool = False) -
         record: a JSON object.
         durable: whether to return only once the line and the file's name are on the disk.
     """
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if durable:
             file.flush()
@@ -187,7 +187,8 @@ def fsync(path: Path) -> None:
     """
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folder; NTFS journals the rename itself
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Ranks: joining them, and the few collectives that they need."""
 
+import contextlib
 import itertools
 import json
 import time
@@ -12,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from gpt.errors import UserError
+from gpt.errors import ReportedError, UserError
 from gpt.utils import launch
-from gpt.utils.helper import first_line
+from gpt.utils.helper import describe_mistake, first_line
 from gpt.utils.tree_sum import tree_sum
 
 Number = TypeVar("Number", int, float)
@@ -31,6 +32,11 @@ TIMED_OUT = ("Timed out waiting", "Application timeout")
 """Parts of gloo's messages when another rank does not answer in time: in the same collective, and in others."""
 LOST = (*TIMED_OUT, "Connection closed", "Connection reset", "Broken pipe", "gloo")
 """Parts of gloo's messages when a rank is gone or does not answer in time; these errors have no type of their own."""
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether a collective failed because a rank is gone or does not answer in time."""
+    return any(words in str(error) for words in LOST)
 
 
 class PendingFlag(Protocol):
@@ -93,57 +99,65 @@ class DistContext:
         """True on rank 0, which writes files and talks to the user."""
         return self.rank == 0
 
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's JSON-like value on every rank."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """Return the JSON-like value of rank `source` on every rank."""
         if self.world_size == 1:
             return value
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([len(payload)])
-        dist.broadcast(size, src=0)
-        if not self.is_main:
+        dist.broadcast(size, src=source)
+        if self.rank != source:
             payload = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(payload, src=0)
+        dist.broadcast(payload, src=source)
         return json.loads(bytes(payload.numpy()))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 while the others wait; all return its JSON-like result or raise its UserError."""
-        result: Any = None
-        failure: str | None = None
-        if self.is_main:
-            try:
-                result = work()
-            except UserError as error:
-                failure = str(error)
-        result, failure = self.broadcast([result, failure])
-        if failure is not None:
-            raise UserError(failure)
-        return result
+        """Run `work` on rank 0 while the others wait, and return its JSON-like result on every rank.
+
+        Raises:
+            UserError: on every rank, if `work` fails.
+        """
+        return self._run_together(work, works=self.is_main)
 
     def on_every_rank(self, work: Callable[[], None]) -> None:
         """Run `work` on every rank, and fail on all of them if it fails on one.
 
         Raises:
-            UserError: this rank's own, or one that names the first rank that failed.
+            UserError: on every rank, if `work` fails on one.
         """
-        failure: UserError | None = None
-        try:
-            work()
-        except UserError as error:
-            failure = error
-        first_failed = self.min(self.world_size if failure is None else self.rank)
-        if failure is not None:
-            raise failure
-        if first_failed < self.world_size:
-            raise UserError(f"rank {first_failed} failed (its own message says why); all ranks must see the same files")
+        self._run_together(work, works=True)
 
     def on_local_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on one rank of each machine while the others wait; all return rank 0's JSON-like result.
 
-        A UserError is raised on its own rank only; the launcher ends the others.
+        Raises:
+            UserError: on every rank, if `work` fails on one.
         """
-        result = work() if launch.local_rank() == 0 else None
-        self.min(0)  # until every machine is done
-        return self.broadcast(result)
+        return self._run_together(work, works=launch.local_rank() == 0)
+
+    def _run_together(self, work: Callable[[], Any], *, works: bool) -> Any:
+        """Run `work` on the ranks with `works`, and return rank 0's result on every rank once all are done.
+
+        A mistake of a user on any rank is raised on all: rank 0 reports it, and the others end silently.
+        """
+        if self.world_size == 1:
+            return work()
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            if works:
+                result = work()
+        except Exception as error:
+            failure = error
+        failed = self.min(self.world_size if failure is None else self.rank)
+        if failed == self.world_size:
+            return self.broadcast(result)
+        message = self.broadcast(None if failure is None else describe_mistake(failure), failed)
+        if failure is not None and (self.is_main or message is None):
+            raise failure  # without a message it is a fault of the program: this rank prints its traceback
+        if message is None or not self.is_main:
+            raise ReportedError(message or f"rank {failed} failed") from failure
+        raise UserError(f"rank {failed}: {message}")
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a few numbers element-wise over the ranks, in the order of a tree."""
@@ -211,19 +225,40 @@ class DistContext:
         """Replace the error of a collective that a rank took no part in by one that names the rank.
 
         Raises:
-            UserError: instead of such an error.
+            ReportedError: instead of such an error, if the lost rank reports why it ended.
+            UserError: instead of such an error, if it does not.
         """
         try:
             yield
-        except RuntimeError as error:
-            if self.world_size == 1 or not any(words in str(error) for words in LOST):
+        except Exception as error:
+            if self.world_size == 1 or isinstance(error, ReportedError):
                 raise
+            if not (isinstance(error, RuntimeError) and is_lost_connection(error)):
+                self._announce_failure()
+                raise
+            lost = self._find_lost_ranks()
+            if self._has_announced(lost):
+                raise ReportedError(str(error)) from error
             raise UserError(
-                f"{self._describe_loss(error)}; the same command resumes the run from its last checkpoint"
+                f"{self._describe_loss(lost, error)}; the same command resumes the run from its last checkpoint"
             ) from error
 
-    def _describe_loss(self, error: RuntimeError) -> str:
-        ranks = " and ".join(f"rank {rank}" for rank in self._find_lost_ranks())
+    def _announce_failure(self) -> None:
+        """Let the other ranks know that this one ends with a message of its own."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            self._store.set(f"failed/{self.rank}", "")
+
+    def _has_announced(self, ranks: list[int]) -> bool:
+        """Return whether one of the ranks ended with a message of its own."""
+        if self._store is None:
+            return False
+        try:
+            return any(self._store.check([f"failed/{rank}"]) for rank in ranks)
+        except RuntimeError:
+            return False
+
+    def _describe_loss(self, lost: list[int], error: RuntimeError) -> str:
+        ranks = " and ".join(f"rank {rank}" for rank in lost)
         if not ranks:
             return f"the connection between the ranks broke ({first_line(error)})"
         if any(words in str(error) for words in TIMED_OUT):

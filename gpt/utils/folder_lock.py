@@ -30,8 +30,13 @@ LOCK = ".lock"
 POLL_SECONDS = 0.1
 """Seconds between two attempts to take a lock that another process holds."""
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Errors of file systems that have no locks."""
+_ENOTSUPP = 524
+"""An error number of the Linux kernel alone, which some network file systems let through."""
+_NO_LOCKS = (
+    *(errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, _ENOTSUPP, errno.EINVAL, errno.ENOTTY),
+    *(errno.EPERM, errno.EACCES, errno.EBADF),  # EBADF: NFS locks no file that is open for reading only
+)
+"""Errors of file systems that have no locks, or do not let this user lock; on Unix none of them means a held lock."""
 _WINDOWS_LOCK_OFFSET = 2**30
 """Windows lets nobody read locked bytes, so the locked one is far behind the holder's name."""
 
@@ -62,7 +67,7 @@ def lock_folder(folder: Path, flag: str) -> None:
         if not _try_lock(descriptor, path):
             holder = _read_holder(descriptor)
             raise UserError(f"{flag} {folder} is in use by {holder}; wait for its end, or use another {flag}")
-        _write_holder(descriptor)
+        _write_holder(descriptor, path)
     except BaseException as error:
         os.close(descriptor)
         if not isinstance(error, OSError):
@@ -86,11 +91,11 @@ def hold_lock(path: Path) -> Iterator[None]:
     The file is removed at the end of the block.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be opened or locked; the error names it.
     """
     descriptor = _wait_for_lock(path)
     try:
-        _write_holder(descriptor)
+        _write_holder(descriptor, path)
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows removes no open file
@@ -136,7 +141,14 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _open_lock_file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    """Open the lock file, which another user may have left; a file that is open for reading can be locked, too."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+    except PermissionError:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY | flags)
+        raise
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
@@ -147,21 +159,29 @@ def _try_lock(descriptor: int, path: Path) -> bool:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # of Unix, of Windows
+    except BlockingIOError:
         return False
     except OSError as error:
+        if sys.platform == "win32" and isinstance(error, PermissionError):
+            return False  # Windows' error for a held lock
         if error.errno not in _NO_LOCKS:
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
         log.warning(
             f"{path}: this file system has no locks ({error.strerror}); make sure that only one process uses it"
         )
     return True
 
 
-def _write_holder(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+def _write_holder(descriptor: int, path: Path) -> None:
+    """Write who holds the lock, for messages of others; not into a file of another user that is open for reading."""
+    holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, holder)
+        os.ftruncate(descriptor, len(holder))
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _read_holder(descriptor: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
 
+from gpt.errors import UserError
+
 IGNORED = -100
 """Target that does not count in the loss, such as padding: the `ignore_index` of torch."""
 
@@ -105,3 +107,23 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if it has none."""
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
+
+
+def describe_mistake(error: BaseException) -> str | None:
+    """Return one line for an error that a user can fix; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or error}"
+    return _describe_shortage(error)
+
+
+def _describe_shortage(error: BaseException) -> str | None:
+    """Return one line if memory or processes ran out."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return "the system starts no more threads; raise its limits of memory and processes (ulimit -u, ulimit -v)"
+    runs_out = isinstance(error, RuntimeError) and ("allocate" in text or "out of memory" in text)
+    if isinstance(error, MemoryError) or runs_out:
+        return f"not enough memory: {first_line(error)}"
+    return None

@@ -1,4 +1,7 @@
-"""Facts that the launcher (torchrun) gives this process in environment variables, and the process's end; no torch."""
+"""Facts that the launcher (torchrun) gives this process in environment variables, and the process's end; no torch.
+
+A variable that is set to an empty text counts as unset.
+"""
 
 import atexit
 import contextlib
@@ -6,32 +9,97 @@ import os
 import sys
 from typing import NoReturn
 
+from gpt.configs.user_folders import temporary_folder
 from gpt.errors import UserError
+
+MAX_MONITORING_TOOLS = 6
+"""Number of tool ids of `sys.monitoring` (PEP 669)."""
 
 
 def rank() -> int:
-    """Return this process's rank among all."""
-    return int(os.environ.get("RANK", "0"))
+    """Return this process's rank among all.
+
+    Raises:
+        UserError: RANK is no rank of WORLD_SIZE ranks.
+    """
+    number, size = _read_number("RANK", 0), world_size()
+    if number >= size:
+        size_text = f"is {size}" if _read("WORLD_SIZE") else "is not set"
+        raise UserError(f"RANK is {number}, but WORLD_SIZE {size_text}; unset RANK, or start the ranks with torchrun")
+    return number
 
 
 def local_rank() -> int:
-    """Return this process's rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return this process's rank on its machine.
+
+    Raises:
+        UserError: LOCAL_RANK is no rank of LOCAL_WORLD_SIZE ranks.
+    """
+    number = _read_number("LOCAL_RANK", 0)
+    name = "LOCAL_WORLD_SIZE" if _read("LOCAL_WORLD_SIZE") else "WORLD_SIZE"
+    size = _read_number(name, 1, minimum=1)
+    if number >= size:
+        size_text = f"is {size}" if _read(name) else "is not set"
+        raise UserError(
+            f"LOCAL_RANK is {number}, but {name} {size_text}; unset LOCAL_RANK, or start the ranks with torchrun"
+        )
+    return number
 
 
 def world_size() -> int:
-    """Return the number of ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of ranks.
+
+    Raises:
+        UserError: WORLD_SIZE is no count.
+    """
+    return _read_number("WORLD_SIZE", 1, minimum=1)
 
 
 def local_world_size() -> int:
-    """Return the number of ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the number of ranks on this machine.
+
+    Raises:
+        UserError: LOCAL_WORLD_SIZE is no count, or more than WORLD_SIZE.
+    """
+    number, size = _read_number("LOCAL_WORLD_SIZE", 1, minimum=1), world_size()
+    if number > size:
+        raise UserError(
+            f"LOCAL_WORLD_SIZE is {number}, more than WORLD_SIZE, which is {size}; start the ranks with torchrun"
+        )
+    return number
 
 
 def restarts() -> int:
     """Return how often the launcher has restarted all processes."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _read_number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def speaks_first() -> bool:
+    """Return whether this process reports at once: it is rank 0, or its environment names no valid rank."""
+    try:
+        return rank() == 0
+    except UserError:
+        return True
+
+
+def has_peers() -> bool:
+    """Return whether the environment names more ranks than this one; False if it is not valid."""
+    try:
+        return world_size() > 1
+    except UserError:
+        return False
+
+
+def provide_home() -> None:
+    """Set HOME to a folder for temporary files if this process has no home folder.
+
+    A user id without an entry in the password database has none, unless HOME names it. Libraries then make a folder
+    named `~` in the current one.
+    """
+    if not _read("HOME"):
+        os.environ.pop("HOME", None)  # an empty HOME would hide the entry in the password database
+    if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 - Path.expanduser raises
+        os.environ["HOME"] = str(temporary_folder())
 
 
 def keeps_store() -> bool:
@@ -45,12 +113,15 @@ def store_address() -> tuple[str, int]:
     Raises:
         UserError: the launcher did not set them.
     """
-    try:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except (KeyError, ValueError) as error:
+    host, port = _read("MASTER_ADDR"), _read("MASTER_PORT")
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(
-            f"WORLD_SIZE is {world_size()}, but MASTER_ADDR and MASTER_PORT are not set; start the ranks with torchrun"
-        ) from error
+            f"WORLD_SIZE is {world_size()}, but MASTER_ADDR is {host or 'not set'} and MASTER_PORT is "
+            f"{port or 'not set'}; start the ranks with torchrun"
+        )
+    if not _read("RANK"):
+        raise UserError(f"WORLD_SIZE is {world_size()}, but RANK is not set; start the ranks with torchrun")
+    return host, int(port)
 
 
 def end_process(status: int = 0) -> NoReturn:
@@ -61,11 +132,38 @@ def end_process(status: int = 0) -> NoReturn:
     that fails skips its `atexit` functions, which would wait for collectives that no other rank joins, for up to the
     step timeout.
     """
-    if not (status and world_size() > 1):
-        if sys.getprofile() or sys.gettrace():
+    if not (status and has_peers()):
+        if _is_observed():
             sys.exit(status)  # a profiler or debugger prints its results at a normal exit
         atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed stream is None
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(status)
+
+
+def _is_observed() -> bool:
+    """Return whether a profiler, debugger or coverage tool watches this process."""
+    if sys.getprofile() or sys.gettrace():
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12; cProfile uses it and leaves sys.getprofile empty
+    return monitoring is not None and any(monitoring.get_tool(tool) for tool in range(MAX_MONITORING_TOOLS))
+
+
+def _read(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _read_number(name: str, default: int, *, minimum: int = 0) -> int:
+    text = _read(name)
+    if not text:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        number = minimum - 1
+    if number < minimum:
+        raise UserError(
+            f"{name} is {text!r}, not a whole number of at least {minimum}; unset it, or start the ranks with torchrun"
+        )
+    return number

@@ -32,7 +32,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int, int], 
     Yields:
         advance: function to call with the bytes and the tokens done since its last call.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
     with Progress(
         *columns,

@@ -1,7 +1,7 @@
 """Bit-exact comparison of two runs.
 
 Randomness is addressed by the seed and a position (`gpt.utils.helper.random_bits`), so there is no generator state to
-compare: metrics, samples, and the last checkpoint's tensors and progress are the whole result of a run.
+compare: metrics, samples, the journal, and the last checkpoint's tensors and progress are the whole result of a run.
 """
 
 import json
@@ -47,6 +47,7 @@ class Comparison:
     n_losses: int = 0
     n_evaluations: int = 0
     n_samples: int = 0
+    n_rollbacks: int = 0
     n_tensors: int = 0
     tensor_bytes: int = 0
     differences: list[BitDifference] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Comparison:
 
 
 def compare(reference: RunFolder, resumed: RunFolder) -> Comparison:
-    """Compare all metrics and samples, and the last checkpoint's weights, optimizer state and progress."""
+    """Compare all metrics and samples, the journal, and the last checkpoint's weights, optimizer state and progress."""
     comparison = Comparison()
     metrics = [_read_records(folder.metrics) for folder in (reference, resumed)]
     comparison.n_losses = sum(TRAIN_LOSS in record for record in metrics[0])
@@ -63,6 +64,9 @@ def compare(reference: RunFolder, resumed: RunFolder) -> Comparison:
     samples = [_read_records(folder.samples) for folder in (reference, resumed)]
     comparison.n_samples = len(samples[0])
     comparison.differences += _compare_records(reference.samples.name, *samples)
+    journals = [list(read_jsonl(folder.journal)) for folder in (reference, resumed)]
+    comparison.n_rollbacks = sum("to_step" in record for record in journals[0])
+    comparison.differences += _compare_journals(reference.journal.name, *journals)
     last = [folder.list_checkpoints()[-1] for folder in (reference, resumed)]
     if last[0].name != last[1].name:
         comparison.differences.append(BitDifference("last checkpoint", last[0].name, last[1].name))
@@ -90,6 +94,15 @@ def _compare_records(
             yield BitDifference(f"{file_name}, record {number}", *texts)
             return  # a record is missing or extra, so the later ones no longer line up
         yield from _compare_dicts(f"{file_name}, step {expected['step']}", expected, actual)
+
+
+def _compare_journals(
+    file_name: str, reference: list[dict[str, Any]], resumed: list[dict[str, Any]]
+) -> Iterator[BitDifference]:
+    for number, records in enumerate(zip_longest(reference, resumed), 1):
+        expected, actual = (_MISSING if record is None else _format_value(record) for record in records)
+        if expected != actual:
+            yield BitDifference(f"{file_name}, record {number}", expected, actual)
 
 
 def _compare_dicts(location: str, reference: dict[str, Any], resumed: dict[str, Any]) -> Iterator[BitDifference]:

@@ -1,10 +1,10 @@
 """Launch, kill and resume a run according to a plan, and record what each kill hit."""
 
-import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from signal import SIGKILL, Signals
 
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.errors import UserError
@@ -28,6 +28,7 @@ class KillRecord:
     """Last step that was logged; if the launch logged none, the step that it resumed from."""
     resume_step: int
     """Step of the newest checkpoint, from which the next launch resumes."""
+    signal: Signals = SIGKILL
 
     @property
     def lost_steps(self) -> int:
@@ -69,16 +70,22 @@ def kill_and_resume(
         try:
             save_after = resumed_from if must_save else None
             _wait_until_due(process, watcher, planned, outline, timings, save_after=save_after)
+            stopped_in = None
+            if planned is not None and planned.signal is not SIGKILL and process.poll() is None:
+                stopped_in = _classify_kill(watcher.read_status(), outline, resumed_from)
+                _stop(process, planned.signal, timings)
         finally:
             process.kill()
         if (exit_status := process.poll()) == 0:
             return kills
-        if exit_status != -signal.SIGKILL or planned is None:
+        was_stopped = stopped_in is not None and process.was_stopped
+        if planned is None or not (was_stopped or exit_status == -SIGKILL):
             raise UserError(f"the run exited with status {exit_status} although nothing killed it")
         status = watcher.read_status()
-        phase = _classify_kill(status, outline, resumed_from)
+        phase = stopped_in or _classify_kill(status, outline, resumed_from)
         resume_step = max(status.committed_step, outline.first_step)
-        kills.append(KillRecord(phase, resumed_from if phase is Phase.START_UP else status.step, resume_step))
+        step = status.step if status.step > resumed_from else resumed_from
+        kills.append(KillRecord(phase, step, resume_step, planned.signal))
         report(len(kills), kills[-1])
         launches_without_checkpoint = 0 if resume_step > resumed_from else launches_without_checkpoint + 1
     raise AssertionError("the last launch has no planned kill, so it either finishes or raises")
@@ -114,6 +121,21 @@ def _wait_until_due(
             return
         if time.monotonic() > deadline:
             raise UserError(f"the run hangs at step {status.step}: it has not finished within {limit:.0f} s")
+        time.sleep(POLL_SECONDS)
+
+
+def _stop(process: TrainingProcess, number: Signals, timings: Timings) -> None:
+    """Send a signal that stops the run gracefully, and wait until it has ended.
+
+    Raises:
+        UserError: The launch does not end.
+    """
+    limit = HANG_GRACE_SECONDS + timings.total
+    deadline = time.monotonic() + limit
+    process.stop(number)
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"the run hangs: it has not ended within {limit:.0f} s after {number.name}")
         time.sleep(POLL_SECONDS)
 
 

@@ -1,8 +1,12 @@
-"""Plan of the kills: at which step, in which phase and after which delay, all decided by a seed."""
+"""Plan of the kills: at which step, in which phase, after which delay and by which signal, all decided by a seed."""
 
 import random
 from dataclasses import dataclass
 from enum import Enum
+from signal import SIGINT, SIGKILL, SIGTERM, Signals
+
+SIGNALS = (SIGKILL, SIGTERM, SIGKILL, SIGKILL, SIGINT, SIGKILL)
+"""Signals of the kills, in turn; SIGTERM and SIGINT let the run save its state."""
 
 
 class Phase(Enum):
@@ -45,13 +49,16 @@ class PlannedKill:
     """Earliest step."""
     delay_fraction: float
     """Delay after the phase has begun, as a fraction of the time that it took in the reference run."""
+    signal: Signals = SIGKILL
 
 
 def plan_kills(seed: int, n_kills: int, outline: RunOutline) -> list[PlannedKill]:
     """Plan half of the kills at random times, and half in the phases that read or write files.
 
+    Every third kill is a graceful stop by SIGTERM or SIGINT.
+
     Args:
-        seed: seed of phases, steps and delays.
+        seed: seed of phases, steps, delays and signals.
         n_kills: number of kills.
         outline: outline of the run; kills are planned before its last checkpoint interval.
     """
@@ -64,4 +71,9 @@ def plan_kills(seed: int, n_kills: int, outline: RunOutline) -> list[PlannedKill
     has_interval = outline.last_interval_start > outline.first_step
     end = outline.last_interval_start if has_interval else outline.last_step
     steps = sorted(generator.uniform(outline.first_step, end) for _ in range(n_kills))
-    return [PlannedKill(phase, step, generator.random()) for phase, step in zip(chosen, steps, strict=True)]
+    delays = [generator.random() for _ in range(n_kills)]
+    first_signal = generator.randrange(len(SIGNALS))
+    return [
+        PlannedKill(*place, SIGNALS[(first_signal + number) % len(SIGNALS)])
+        for number, place in enumerate(zip(chosen, steps, delays, strict=True))
+    ]

@@ -1,5 +1,6 @@
 """Processes that train a run and can be killed at any moment, on Linux."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -15,6 +16,10 @@ MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PRELOADED_MODULES = ["torch._dynamo", "gpt.commands.train", "gpt.pipeline"]
 """Modules that take seconds to import; every fork inherits them. Building an optimizer imports torch._dynamo."""
 PROC = Path("/proc")
+STOPPED = frozenset({130, 143, -signal.SIGINT, -signal.SIGTERM})
+"""Exit statuses after SIGINT and SIGTERM."""
+TORCHRUN_FAILED = 1
+"""Exit status of torchrun after a rank ended with any other status than 0."""
 _EXIT_POLL_SECONDS = 0.01
 """Interval at which to check whether killed ranks have exited."""
 
@@ -28,6 +33,15 @@ class TrainingProcess(Protocol):
 
     def kill(self) -> None:
         """Send SIGKILL to all of its processes and wait until they have exited."""
+        ...
+
+    def stop(self, number: signal.Signals) -> None:
+        """Send a signal that asks all of its ranks to save their state and end; return at once."""
+        ...
+
+    @property
+    def was_stopped(self) -> bool:
+        """It ended because of such a signal."""
         ...
 
 
@@ -64,14 +78,29 @@ class _ForkedProcess:
                 self._process.kill()
         self._process.join()
 
+    def stop(self, number: signal.Signals) -> None:
+        pid = self._process.pid
+        assert pid is not None
+        while self._process.is_alive() and os.getpgid(pid) != pid:  # before that it is no run yet
+            time.sleep(_EXIT_POLL_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    @property
+    def was_stopped(self) -> bool:
+        return self.poll() in STOPPED
+
 
 def _run_main(arguments: list[str], log: Path) -> None:
-    os.setsid()
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [str(MAIN), *arguments]
-    runpy.run_path(str(MAIN), run_name="__main__")
+    try:
+        os.setsid()
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.argv = [str(MAIN), *arguments]
+        runpy.run_path(str(MAIN), run_name="__main__")
+    except KeyboardInterrupt:  # before the program handles it
+        os._exit(130)
 
 
 class _TorchrunProcess:
@@ -111,6 +140,17 @@ class _TorchrunProcess:
         while any(_is_running(pid) for pid in pids):
             time.sleep(_EXIT_POLL_SECONDS)
 
+    def stop(self, number: signal.Signals) -> None:
+        """Signal the ranks alone: torchrun would give them half a minute, and then kill them."""
+        ranks = [pid for pid in _list_descendants(self._process.pid) if str(MAIN) in _read_command(pid)]
+        for pid in ranks or [self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    @property
+    def was_stopped(self) -> bool:
+        return self.poll() in STOPPED | {TORCHRUN_FAILED}
+
 
 def _list_descendants(ancestor: int) -> list[int]:
     """Return the ids of all processes that `ancestor` started, directly or indirectly."""
@@ -124,6 +164,14 @@ def _list_descendants(ancestor: int) -> list[int]:
         descendants += own_children
         pending += own_children
     return descendants
+
+
+def _read_command(pid: int) -> list[str]:
+    """Return a process's command line; empty if there is no process."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def _is_running(pid: int) -> bool:

@@ -81,6 +81,18 @@ def test_json_equals_the_plain_output(finished_run: Path, capsys: pytest.Capture
         assert line == f"{document['source']}: {place}: " + document["text"].replace("\n", "\\n")
 
 
+def test_step_beyond_the_run_is_marked(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 8):
+        data_at(finished_run, step, capsys)
+    assert caplog.messages == []
+    data_at(finished_run, 9, capsys)
+    assert caplog.messages == [
+        "--step 9 is beyond the run, which ends at step 8; a longer run would train on these documents"
+    ]
+
+
 def test_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
     for arguments, message in (
         ([str(tmp_path), "--step", "1"], "name a run's config.json"),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gpt.commands.prepare import run
+from gpt.configs.data_config import DataConfig
+from gpt.data.corpus import open_corpus
 from gpt.data.manifest import read_corpus_manifest
 from gpt.data.prepare import parts
 from gpt.errors import UserError
@@ -116,6 +118,34 @@ def test_inspect_finds_a_flipped_bit_in_any_file(
 
 def test_inspect_rejects_a_folder_that_is_not_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{tmp_path}: no prepared corpus here" in prepare_error(capsys, "--inspect", tmp_path)
+
+
+def test_inspect_says_what_a_folder_is_instead(
+    lines: Path, tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text")
+    expected = (
+        f"gpt: error: --inspect {texts}: no prepared corpus here; gpt prepare {texts} --out DIR prepares the texts"
+    )
+    assert prepare_error(capsys, "--inspect", texts).startswith(expected)
+    error = prepare_error(capsys, "--inspect", finished_run)
+    assert f"{finished_run}: the folder of a run, not a prepared one; gpt verify {finished_run}" in error
+    assert f"{tmp_path / 'none'}: no such folder" in prepare_error(capsys, "--inspect", tmp_path / "none")
+    (tmp_path / ".part.unfinished").mkdir()
+    assert "not complete yet; run the same gpt prepare" in prepare_error(capsys, "--inspect", tmp_path / "part")
+    for flags in ((texts,), ("--out", tmp_path / "out")):
+        assert "leave out SOURCE and --out" in prepare_error(capsys, *flags, "--inspect", texts)
+
+
+def test_prepared_folder_may_not_lie_in_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text " * 100)
+    error = prepare_error(capsys, texts, "--out", texts / "out")
+    assert error == f"gpt: error: --out {texts / 'out'} lies in the source {texts}; name a folder beside it\n"
+    assert not (texts / "out").exists()
 
 
 def test_mistake_is_one_line_with_the_flags_of_this_command(
@@ -234,3 +264,18 @@ def test_on_a_full_disk_the_same_command_finishes_when_there_is_room(lines: Path
 def test_flag_outside_section_data_keeps_its_name() -> None:
     with pytest.raises(UserError, match=r"^--val-fraction 0.9: must be at most 0.5"):
         run(["x", "--out", "y", "--val-fraction", "0.9"])
+
+
+def test_vocabulary_that_the_text_cannot_fill_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten " * 20)
+    sizes = []
+    for asked in (8192, 260):
+        out = tmp_path / str(asked)
+        assert main(["prepare", str(tmp_path / "a.txt"), "--vocab-size", str(asked), "--out", str(out)]) == 0
+        sizes.append(read_corpus_manifest(out).vocab_size)
+        note = f"vocabulary {sizes[-1]} of {asked:,} asked: the text has no more merges"
+        is_short = sizes[-1] < asked
+        assert (note in capsys.readouterr().out) == is_short
+        config = DataConfig(source=str(out), cache_dir=tmp_path / "cache")
+        assert open_corpus([out], config, 8).notes == ((note,) if is_short else ())
+    assert sizes[1] == 260 < sizes[0] < 8192

@@ -90,7 +90,10 @@ def test_json_equals_the_plain_output(flags: list[str], capsys: pytest.CaptureFi
     assert f"reference: {verdict['steps']} steps on 1 rank in " in progress
     assert f"most steps lost by a kill: {verdict['max_lost_steps']}; " in progress
     for number, kill in enumerate(verdict["kills"], 1):
-        assert f"kill {number}: {kill['phase']}, after step {kill['step']}; {kill['lost_steps']} step" in progress
+        assert (
+            f"kill {number}: {kill['phase']} by {kill['signal']}, after step {kill['step']}; {kill['lost_steps']} step"
+            in progress
+        )
     assert (
         f"0 differing bits in {verdict['losses']} losses, {verdict['evaluations']} evaluations, {verdict['samples']} "
         f"samples, and the last checkpoint's {verdict['tensors']} tensors"

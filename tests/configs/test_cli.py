@@ -71,6 +71,13 @@ def test_optional_switch_takes_true_false_or_none() -> None:
     assert config_of("").model.qkv_bias is None
 
 
+def test_numbers_may_have_underscores_signs_and_blank_ends() -> None:
+    for text, number in (("1_000", 1000), (" 3", 3), ("3 ", 3), ("+5", 5), ("5.0", 5), ("-0", 0)):
+        assert parse_train(["--seed", text]).seed == number
+        assert parse_train([f"--grad-clip={text}"]).grad_clip == number
+    assert str(parse_train(["--grad-clip", "-0"]).grad_clip) == "0.0"
+
+
 def test_dry_run_is_not_part_of_the_configuration() -> None:
     command = parse_train(["debug", "--dry-run"])
     assert (command.as_train_config(), command.dry_run) == (PRESETS["debug"](), True)
@@ -91,9 +98,9 @@ REQUIRED_FLAGS = """
 """.split()
 
 
-def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_train(["--help"])
+        parse_train(["--help-all"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert [flag for flag in [*REQUIRED_FLAGS, *list_flags(TrainCommand)] if flag not in shown] == []
@@ -108,6 +115,20 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--n-layer 3", "unknown flag --n-layer; did you mean --model.n-layer?"),
         ("--seed x", "--seed x: expected a whole number"),
         ("--tokens-per-step 1e3", "--tokens-per-step 1e3: expected a whole number"),
+        ("--tokens-per-step 1e3", "--tokens-per-step 1e3: expected a whole number (nearest: 1000)"),
+        ("--tokens-per-step 10k", "--tokens-per-step 10k: expected a whole number (nearest: 10000)"),
+        ("--tokens-per-step 0x10", "--tokens-per-step 0x10: expected a whole number (nearest: 16)"),
+        ("--tokens-per-step 1,000", "--tokens-per-step 1,000: expected a whole number (nearest: 1000)"),
+        ("--tokens-per-step 2.5", "--tokens-per-step 2.5: expected a whole number (nearest: 2 or 3)"),
+        ("--tokens-per-step inf", "--tokens-per-step inf: expected a whole number"),
+        ("--tokens-per-step=", "--tokens-per-step '': expected a whole number"),
+        ("--model.n-layer 0.5", "--model.n-layer 0.5: expected a whole number (nearest: 1)"),
+        ("--data.val-fraction 10%", "--data.val-fraction 10%: expected a number (nearest: 0.1)"),
+        ("--data.val-fraction 90%", "--data.val-fraction 90%: expected a number"),
+        ("--lr.max-lr 1e400", "--lr.max-lr 1e400: expected a finite number"),
+        ("--lr.max-lr -0", "--lr.max-lr -0: must be greater than 0"),
+        ("--seed " + "9" * 5000, f"--seed {'9' * 80}...: expected a whole number"),
+        ("--device gpu", "--device gpu: did you mean cuda? one of auto, cpu, cuda, mps"),
         ("--lr.max-lr fast", "--lr.max-lr fast: expected a number"),
         ("--lr.max-lr nan", "--lr.max-lr nan: expected a finite number"),
         ("--lr.max-lr 0", "--lr.max-lr 0: must be greater than 0"),
@@ -155,7 +176,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--device npu", "--device npu: did you mean cpu? one of auto, cpu, cuda, mps"),
         ("--dtype x", "--dtype x: one of auto, float32, bfloat16, float16"),
         ("--run-dir=", "--run-dir '': an empty path; name a file or folder"),
-        ("--data.source=", "--data.source : must not be empty"),
+        ("--data.source=", "--data.source '': must not be empty"),
         ("--data.source", "--data.source (): must not be empty"),
         ("--data.source none", "--data.source (): must not be empty"),
         ("--data.source a b --data.weights 1 0", "--data.weights 0: must be greater than 0"),
@@ -165,7 +186,7 @@ def test_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixture[s
         ("--data.source a b --data.weights inf 1", "--data.weights inf: expected a finite number"),
         ("--data.source a b --data.weights 1e308 1e308", "--data.weights 1e308: must be at most 1000000"),
         ("--data.source a b --data.weights much 1", "--data.weights much: expected a number"),
-        ("--data.weights 0.7,0.3", "--data.weights 0.7,0.3: expected a number"),
+        ("--data.weights 0.7,0.3", "--data.weights 0.7,0.3: expected a number; separate values by spaces"),
         ("--data.packing bestfit", "--data.packing bestfit: did you mean best-fit? one of stream, best-fit"),
         ("--data.document-mask yes", "--data.document-mask takes no value"),
         ("--seed \0", "'\\x00' is not valid text"),

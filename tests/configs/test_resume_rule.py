@@ -26,6 +26,9 @@ FIELDS = {
     ResumeRule.SAFE_WITHOUT_DROPOUT: """
         micro_batch_size
     """,
+    ResumeRule.SAFE_IF_SAME_CONTENT: """
+        data.source data.val_source data.tokenizer
+    """,
     ResumeRule.NEEDS_FLAG: """
         lr.schedule lr.max_lr lr.min_lr lr.warmup_steps optimizer.muon_lr optimizer.muon_momentum
         optimizer.weight_decay optimizer.beta1 optimizer.beta2 grad_clip parallel.reproducible dtype
@@ -35,9 +38,9 @@ FIELDS = {
         model.n_layer model.n_head model.n_kv_head model.n_embd model.block_size model.vocab_size model.bias
         model.position model.norm model.mlp model.qk_norm model.logit_softcap model.head_dim
         model.intermediate_size model.norm_eps model.rope_theta model.tie_embeddings model.qkv_bias
-        model.attn_out_bias model.mlp_bias optimizer.name data.source
-        data.weights data.val_source data.val_fraction data.text_field data.on_error data.deduplicate
-        data.tokenizer data.vocab_size data.packing data.document_mask seed tokens_per_step init_from
+        model.attn_out_bias model.mlp_bias optimizer.name
+        data.weights data.val_fraction data.text_field data.on_error data.deduplicate
+        data.vocab_size data.packing data.document_mask seed tokens_per_step init_from
     """,
 }
 

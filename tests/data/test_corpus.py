@@ -31,7 +31,7 @@ def write_text_files(path: Path, sizes: list[int]) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
-    """A small text, prepared as bytes into a cache of its own."""
+    """Write a small text, to be prepared as bytes into its own cache."""
     (tmp_path / "t.txt").write_text("some text " * 50)
     return DataConfig(source=str(tmp_path / "t.txt"), cache_dir=tmp_path / "c", tokenizer="byte")
 
@@ -163,7 +163,7 @@ def test_another_tokenizer_of_the_same_size_is_detected_by_its_digest(config: Da
 
 
 def prepare_named(tmp_path: Path, name: str, **settings: Any) -> Path:
-    """A folder as gpt prepare leaves it."""
+    """Make a folder as gpt prepare does."""
     (tmp_path / f"{name}.txt").write_text(make_text(800, seed=len(name)))
     cache = tmp_path / f"cache-{name}"
     config = {"source": str(tmp_path / f"{name}.txt"), "cache_dir": cache, "tokenizer": "byte", **settings}
@@ -174,20 +174,20 @@ def test_prepared_folder_is_a_source(tmp_path: Path, tiny: Callable[..., TrainCo
     one = prepare_named(tmp_path, "one")
     (tmp_path / "one.txt").unlink()
     config = tiny(tmp_path / "run", max_steps=2, data={"source": str(one), "tokenizer": "bpe"})  # the default
-    layout = open_run(config)
-    assert layout.corpus.facts.vocab_size == 257
-    assert [*layout.corpus.train] == [*layout.corpus.val] == ["one"]
-    build_trainer(layout).train()
+    opened = open_run(config)
+    assert opened.corpus.facts.vocab_size == 257
+    assert [*opened.corpus.train] == [*opened.corpus.val] == ["one"]
+    build_trainer(opened).train()
 
 
 def test_prepared_folders_are_mixed_by_weight(tmp_path: Path, tiny: Callable[..., TrainConfig]) -> None:
     folders = [str(prepare_named(tmp_path, name)) for name in ("one", "second")]
     base = {"source": folders, "tokenizer": "bpe"}
-    layout = open_run(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
-    assert [*layout.corpus.train] == [*layout.corpus.val] == ["one", "second"]
-    build_trainer(layout).train()
+    opened = open_run(tiny(tmp_path / "run", max_steps=2, data={**base, "weights": [3, 1]}))
+    assert [*opened.corpus.train] == [*opened.corpus.val] == ["one", "second"]
+    build_trainer(opened).train()
     together = open_corpus([Path(folder) for folder in folders], DataConfig(**base), BLOCK)
-    assert [len(stream) for stream in together.train.values()] == [sum(map(len, layout.corpus.train.values()))]
+    assert [len(stream) for stream in together.train.values()] == [sum(map(len, opened.corpus.train.values()))]
     with pytest.raises(UserError, match=r"--data.weights: 3 for the sources one, second; give one for each"):
         open_run(tiny(tmp_path / "other", data={**base, "weights": [1, 1, 1]}))
 
@@ -230,3 +230,11 @@ def test_other_tokenizer_than_a_prepared_folders_is_reported(tmp_path: Path) -> 
 def test_number_of_weights_must_equal_number_of_sources(config: DataConfig) -> None:
     with pytest.raises(UserError, match=r"--data.weights: 2 for 1 sources; give one for each"):
         prepare_corpus(config.model_copy(update={"weights": (1.0, 2.0)}))
+
+
+def test_cache_may_not_lie_in_a_source(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text " * 100)
+    config = DataConfig(source=str(tmp_path), tokenizer="byte", cache_dir=tmp_path / "cache")
+    with pytest.raises(UserError, match=f"^--data.cache-dir {tmp_path / 'cache'} lies in the source {tmp_path}; name"):
+        prepare_corpus(config)
+    assert len(prepare_corpus(config.with_(cache_dir=tmp_path / ".cache"))) == 1

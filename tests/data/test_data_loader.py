@@ -38,14 +38,14 @@ def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_global_batch_is_equal_at_every_world_size(stream: TokenStream, world_size: int) -> None:
     for step in (0, 7, 61, 62):  # an epoch has 249 windows, a step 8: step 31 straddles two
-        whole = {batch.index: batch.inputs.tolist() for batch in load_batches(stream, [step])[0]}
+        expected = {batch.index: batch.inputs.tolist() for batch in load_batches(stream, [step])[0]}
         parts = {
             batch.index: batch.inputs.tolist()
             for rank in range(world_size)
             for batch in load_batches(stream, [step], world_size, rank)[0]
         }
-        assert parts == whole
-        assert sorted(whole) == [0, 1, 2, 3]
+        assert parts == expected
+        assert sorted(expected) == [0, 1, 2, 3]
 
 
 def test_epoch_has_every_window_once(stream: TokenStream) -> None:
@@ -63,7 +63,7 @@ def test_batch_is_equal_in_order_and_after_a_seek(stream: TokenStream) -> None:
 
 @pytest.fixture(scope="module")
 def sequences(stream: TokenStream, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sequences]:
-    """Of each kind some whose epochs no step of these tests divides."""
+    """Build sequences of each kind whose epochs no step of these tests divides."""
     documents = [(np.arange(n) + 1, 1) for n in (3, 20, 7, 1, 9, 4, 8, 13, 2, 5) * 11]
     of_documents = write_stream(tmp_path_factory.mktemp("documents"), documents)
     packing = pack(of_documents, BLOCK, ends_are_targets=False)
@@ -74,7 +74,7 @@ def sequences(stream: TokenStream, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_sequences_has_one_order_at_every_world_size(sequences: dict[str, Sequences], kind: str) -> None:
-    """Steps of 4 sequences through several epochs: every rank has as many steps, and of equal size."""
+    """Load steps of 4 sequences through several epochs: every rank has as many steps, of equal size."""
     orders = []
     for world_size in (1, 2, 4):
         plan = BatchPlan(micro_batch_size=1, block_size=BLOCK, world_size=world_size, grad_accum_steps=4 // world_size)
@@ -114,7 +114,7 @@ def test_batches_have_no_documents_without_a_document_mask(stream: TokenStream) 
 
 
 def test_quarantined_batch_is_left_out_even_if_it_was_fetched_ahead(stream: TokenStream) -> None:
-    whole = [[batch.inputs.tolist() for batch in step] for step in load_batches(stream, list(range(8)))]
+    expected = [[batch.inputs.tolist() for batch in step] for step in load_batches(stream, list(range(8)))]
     plan = BatchPlan(micro_batch_size=2, block_size=BLOCK, world_size=1, grad_accum_steps=4)
     windows, quarantine = Windows(stream, BLOCK, seed=1, document_mask=False), Quarantine([1])
     with DataLoader(windows, plan, rank=0, device=torch.device("cpu"), quarantine=quarantine) as loader:
@@ -122,6 +122,6 @@ def test_quarantined_batch_is_left_out_even_if_it_was_fetched_ahead(stream: Toke
         def read(step: int) -> list[list[list[int]]]:
             return [batch.inputs.tolist() for batch in loader.get_batch(step).micro_batches]
 
-        assert [read(step) for step in range(3)] == [whole[0], whole[2], whole[3]]
+        assert [read(step) for step in range(3)] == [expected[0], expected[2], expected[3]]
         quarantine.add(4)
-        assert [read(step) for step in (3, 4, 1)] == [whole[5], whole[6], whole[2]]
+        assert [read(step) for step in (3, 4, 1)] == [expected[5], expected[6], expected[2]]

@@ -41,7 +41,7 @@ def test_other_tokenizers_are_encoded_by_the_library(tmp_path: Path) -> None:
 
 
 def test_ids_in_another_order_than_the_merges_are_encoded_by_the_library(tmp_path: Path) -> None:
-    """RoBERTa's vocabulary is such: GPT-2's merges under other ids."""
+    """Check a vocabulary like RoBERTa's: GPT-2's merges under other ids."""
     definition = json.loads(BUILDERS["bpe"]().definition)
     tokens = sorted(definition["model"]["vocab"])
     definition["model"]["vocab"] = {token: index for index, token in enumerate(tokens)}
@@ -59,7 +59,7 @@ LLAMA3_PATTERN = (
 
 
 def with_split(pattern: str, normalizer: str | None = None) -> str:
-    """A byte-level BPE whose words are cut by its own expression, as Llama 3's and Qwen's tokenizer.json have it."""
+    """Return a byte-level BPE whose words are cut by its own expression, as in Llama 3's and Qwen's tokenizer.json."""
     definition = json.loads(BUILDERS["bpe"]().definition)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

@@ -21,7 +21,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def path(prepared: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """Copy the manifest, to damage it."""
     (tmp_path / CORPUS_MANIFEST).write_bytes((prepared / CORPUS_MANIFEST).read_bytes())
     return tmp_path / CORPUS_MANIFEST
 
@@ -57,9 +57,9 @@ def test_damaged_manifest_names_the_folder_to_delete(tmp_path: Path, content: st
 
 
 def test_changed_bytes_are_detected(path: Path) -> None:
-    sound = path.read_bytes()
-    for place in range(0, len(sound), 3):
-        changed = bytearray(sound)
+    original = path.read_bytes()
+    for place in range(0, len(original), 3):
+        changed = bytearray(original)
         changed[place] ^= 1 << (place % 7)
         path.write_bytes(changed)
         with pytest.raises(UserError, match=rf"{path}: (damaged|format)"):
@@ -67,15 +67,15 @@ def test_changed_bytes_are_detected(path: Path) -> None:
 
 
 def list_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where each value of a nested one lies."""
+    """Return the path of every value in nested lists and dicts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(found for key, inner in items for found in list_paths(inner, (*path, key)))][bool(not path) :]
 
 
 def test_changed_fields_are_detected(path: Path) -> None:
-    sound = json.loads(path.read_text())
-    for place in list_paths(sound):
-        changed = json.loads(json.dumps(sound))
+    original = json.loads(path.read_text())
+    for place in list_paths(original):
+        changed = json.loads(json.dumps(original))
         inner = changed
         for key in place[:-1]:
             inner = inner[key]

@@ -24,12 +24,12 @@ def test_permute_is_a_bijection_for_every_size(n: int) -> None:
 
 
 def test_permute_of_a_part_is_that_part_of_the_permutation() -> None:
-    whole = permute(np.arange(1000, dtype=np.uint64), 1000, 5)
-    assert permute(np.arange(300, 400, dtype=np.uint64), 1000, 5).tolist() == whole[300:400].tolist()
+    permutation = permute(np.arange(1000, dtype=np.uint64), 1000, 5)
+    assert permute(np.arange(300, 400, dtype=np.uint64), 1000, 5).tolist() == permutation[300:400].tolist()
 
 
 def test_permutations_look_random() -> None:
-    """Over keys, each index lands on each place equally often, and neighbours do not stay together."""
+    """Check over keys that each index lands on each place equally often, and neighbours do not stay together."""
     n, keys = 12, 6000
     places = np.stack([permute(np.arange(n, dtype=np.uint64), n, key) for key in range(keys)]).astype(int)
     for index in range(n):
@@ -87,7 +87,7 @@ def test_seek_takes_constant_memory() -> None:
 
 
 def test_shuffle_epochs_permutes_each_epoch_anew() -> None:
-    """Of 7 sequences per epoch, 40 from the fifth: in pieces of any size the same."""
+    """Read 40 of 7 sequences per epoch from the fifth on: pieces of any size give the same."""
     pieces = list(shuffle_epochs(3, 5, 40, 7))
     assert [epoch for _, epoch, _ in pieces] == [0, 1, 2, 3, 4, 5, 6]
     assert [(place.start, place.stop) for place, _, _ in pieces] == [
@@ -106,7 +106,7 @@ WEIGHTS = [(0.7, 0.2, 0.1), (0.99, 0.01), (1,) * 10, (1, 1, 1), (5, 3), (0.5, 0.
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("base", [0, 123_457, 2**32 - 9_999, 10**12 - 12_345])
 def test_any_ten_thousand_sequences_have_the_shares_of_the_weights(weights: tuple[float, ...], base: int) -> None:
-    """Within a hundredth is promised; it is within four sequences."""
+    """Check a bound of four sequences, where a hundredth is promised."""
     for seed in (0, 1):
         chosen = Mixture(weights, seed).choose_sources(base, 30_000)
         for source, weight in enumerate(weights):
@@ -145,13 +145,13 @@ def test_point_on_a_border_belongs_to_the_next_source() -> None:
 
 
 def test_mixture_depends_on_weights_and_seed_alone() -> None:
-    def chosen(weights: tuple[float, ...], seed: int) -> list[int]:
+    def choose(weights: tuple[float, ...], seed: int) -> list[int]:
         return Mixture(weights, seed).choose_sources(0, 200).tolist()
 
-    assert chosen((3, 1), 1) == chosen((3, 1), 1) == chosen((0.75, 0.25), 1)
-    assert chosen((3, 1), 1) != chosen((3, 1), 2)
-    assert chosen((3, 1), 1) != chosen((1, 3), 1)
-    assert Mixture((3, 1), 1).choose_sources(37, 50).tolist() == chosen((3, 1), 1)[37:87]
+    assert choose((3, 1), 1) == choose((3, 1), 1) == choose((0.75, 0.25), 1)
+    assert choose((3, 1), 1) != choose((3, 1), 2)
+    assert choose((3, 1), 1) != choose((1, 3), 1)
+    assert Mixture((3, 1), 1).choose_sources(37, 50).tolist() == choose((3, 1), 1)[37:87]
 
 
 def test_floor_sum_equals_summing_floors() -> None:

@@ -21,7 +21,7 @@ LENGTHS = [random.Random(0).choice([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 100]) 
 
 
 def write_numbered_stream(folder: Path, lengths: Sequence[int], per_shard: int = 1000) -> TokenStream:
-    """Documents of which every token is another one: 1, 2, 3 and so on through all of them."""
+    """Write documents whose tokens count through all of them: 1, 2, 3 and so on."""
     ends = np.cumsum(lengths)
     return write_stream(
         folder, [(np.arange(e - n, e) + 1, 1) for e, n in zip(ends, lengths, strict=True)], 2**17, per_shard
@@ -29,7 +29,7 @@ def write_numbered_stream(folder: Path, lengths: Sequence[int], per_shard: int =
 
 
 def first_tokens(lengths: Sequence[int]) -> list[int]:
-    """The first token of every document that `numbered` makes."""
+    """Return the first token of every document that `write_numbered_stream` writes."""
     return (np.cumsum([0, *lengths[:-1]]) + 1).tolist()
 
 
@@ -85,7 +85,7 @@ def test_only_documents_longer_than_a_sequence_are_cut(tmp_path: Path, block_siz
 
 
 def plain_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The rule as it is told: longest first, each where the least room remains."""
+    """Pack as the rule is stated: longest first, each where the least room remains."""
     rows: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
         fitting = [row for row in rows if sum(row) + length <= capacity]
@@ -137,7 +137,7 @@ def test_document_that_continues_in_other_shards_is_one_document(tmp_path: Path,
 
 @pytest.fixture
 def load_packing(tmp_path: Path) -> Callable[[], Packing]:
-    """The packing of some documents, saved in tmp_path/packing.safetensors."""
+    """Pack some documents, or load their packing from tmp_path/packing.safetensors."""
     stream = write_numbered_stream(tmp_path / "shards", [3, 7, 20, 5, 5, 1])
     return lambda: load_or_pack(stream, 8, ends_are_targets=True, path=tmp_path / "packing.safetensors")
 

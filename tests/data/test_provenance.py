@@ -15,7 +15,7 @@ BATCH = BatchPlan(micro_batch_size=4, block_size=BLOCK, world_size=1, grad_accum
 
 @pytest.fixture
 def opened(tmp_path: Path) -> tuple[Corpus, TraceableSequences]:
-    """Documents of 11 bytes, so that every window has parts of several."""
+    """Open documents of 11 bytes, so that every window has parts of several."""
     texts = [f"document {index:02d}" for index in range(40)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = DataConfig(source=str(tmp_path / "t.jsonl"), cache_dir=tmp_path / "cache", tokenizer="byte", workers=1)

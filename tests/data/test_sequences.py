@@ -23,7 +23,7 @@ END = 0
 
 
 def write_numbered_stream(folder: Path, seed: int, n_documents: int = 60, per_shard: int = 1000) -> TokenStream:
-    """Documents of 1 to 30 tokens; each begins with END, and no other token is END or comes twice."""
+    """Write documents of 1 to 30 tokens; each begins with END, and no other token is END or comes twice."""
     draw = random.Random(seed)
     documents, at = [], 1
     for _ in range(n_documents):
@@ -34,17 +34,17 @@ def write_numbered_stream(folder: Path, seed: int, n_documents: int = 60, per_sh
 
 
 def number_documents_of_stream(stream: TokenStream) -> np.ndarray:
-    """For every position of the stream its document's number."""
+    """Return the number of the document at every position of the stream."""
     return np.cumsum(stream.read(0, len(stream)) == END)
 
 
 def label_in_order_of_appearance(numbers: np.ndarray) -> list[int]:
-    """Labels as 0, 1, 2 in the order in which they appear: the same grouping has the same result."""
+    """Relabel numbers as 0, 1, 2 in order of appearance, so that equal groupings have equal labels."""
     return np.unique(numbers, return_inverse=True)[1].tolist()
 
 
 def build_every_kind(folder: Path, *, document_mask: bool = True) -> dict[str, TraceableSequences]:
-    """Sequences of every kind."""
+    """Build sequences of every kind."""
     streams = [write_numbered_stream(folder / str(seed), seed) for seed in range(3)]
     windows = [Windows(stream, BLOCK, seed=1, document_mask=document_mask) for stream in streams]
     packings = [pack(stream, BLOCK, ends_are_targets=True) for stream in streams]
@@ -73,7 +73,7 @@ def as_rows(rows: SequenceArrays) -> list[list[int]]:
 @pytest.mark.parametrize("document_mask", [True, False])
 def test_sequences_do_not_depend_on_how_many_are_read_at_a_time(tmp_path: Path, kind: str, document_mask: bool) -> None:
     sequences = build_every_kind(tmp_path, document_mask=document_mask)[kind]
-    whole = as_rows(sequences.read(5, 400))  # some epochs of each source
+    expected = as_rows(sequences.read(5, 400))  # some epochs of each source
     draw = random.Random(0)
     for largest in (1, 7, 150):
         at, together = 0, []
@@ -81,7 +81,7 @@ def test_sequences_do_not_depend_on_how_many_are_read_at_a_time(tmp_path: Path, 
             count = min(draw.randint(1, largest), 400 - at)
             together += as_rows(sequences.read(5 + at, count))
             at += count
-        assert together == whole
+        assert together == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -134,11 +134,11 @@ def test_missing_or_truncated_shard_is_named(tmp_path: Path) -> None:
 def test_flipped_bit_is_detected_when_its_block_is_read(tmp_path: Path) -> None:
     path = tmp_path / "train-0.safetensors"
     info = write(path, [(list(range(1000)) * 30, 1)])
-    sound = path.read_bytes()
+    original = path.read_bytes()
     first_token = info.size - info.tokens * 2
     places = np.random.default_rng(0).integers(0, info.size, 200).tolist()
     for place in [*places, 0, 7, 8, first_token - 1, first_token, info.size - 1]:
-        changed = bytearray(sound)
+        changed = bytearray(original)
         changed[place] ^= 1 << (place % 8)
         path.write_bytes(changed)
         stream = TokenStream([(tmp_path, info)], 2**16)
@@ -148,10 +148,10 @@ def test_flipped_bit_is_detected_when_its_block_is_read(tmp_path: Path) -> None:
         others = [start for start in range(0, info.tokens, PER_BLOCK) if start // PER_BLOCK != block]
         if place >= first_token:
             for start in others:
-                assert TokenStream([(tmp_path, info)], 2**16).read(start, 1) == sound_token(sound, first_token, start)
+                assert TokenStream([(tmp_path, info)], 2**16).read(start, 1) == read_token(original, first_token, start)
 
 
-def sound_token(content: bytes, first_token: int, index: int) -> int:
+def read_token(content: bytes, first_token: int, index: int) -> int:
     return int.from_bytes(content[first_token + 2 * index : first_token + 2 * index + 2], "little")
 
 

@@ -116,12 +116,66 @@ def test_only_rank_0_prints(runs: dict[int, tuple[Path, str]]) -> None:
     assert "2 processes" in output
 
 
+def assert_one_line(output: str, line: str) -> None:
+    """Assert that one rank prints one line, and no other prints anything about its lost connection."""
+    assert output.count("gpt: error: ") == 1, output
+    assert line in output
+    ranks_output = output.partition("torch/distributed/elastic")[0]  # then comes the launcher's own report
+    assert "Traceback" not in ranks_output, output
+    assert "Connection closed" not in output
+
+
 def test_user_error_is_printed_once(tmp_path: Path) -> None:
-    output, _ = (process := start_torchrun("--run-dir", str(tmp_path), "--data.source", "/no/such/text")).communicate(
-        timeout=120
+    for attempt in range(3):  # it depends on which rank is first
+        process = start_torchrun("--run-dir", str(tmp_path), "--data.source", f"/no/such/text{attempt}")
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert_one_line(output, f"gpt: error: --data.source /no/such/text{attempt}: no such file or folder")
+
+
+FAILING_SCRIPT = """
+import os, sys
+from gpt import run
+from gpt.data import corpus
+from gpt.errors import UserError
+from gpt.main import program
+from gpt.training.train_step import TrainStep
+from gpt.utils import launch
+
+place, rank, sys.argv = sys.argv[1], sys.argv[2], ["gpt", *sys.argv[3:]]
+
+def fail(*_, **__):
+    if os.environ["RANK"] == rank:
+        if place == "system error":
+            raise PermissionError(13, "Permission denied", "a shard")
+        raise UserError("a shard is damaged")
+    return work(*_, **__)
+
+if place == "step":
+    work, TrainStep.__call__ = TrainStep.__call__, fail
+elif place == "corpus":
+    work, corpus.open_corpus = corpus.open_corpus, fail
+else:
+    work, corpus.prepare_corpus, launch.local_rank = corpus.prepare_corpus, fail, lambda: 0
+program()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["step", "corpus", "preparation", "system error"])
+def test_mistake_on_one_rank_is_one_line_from_one_rank(
+    place: str, rank: int, text_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(FAILING_SCRIPT)
+    flags = [*FLAGS, "--run-dir", str(tmp_path / "run"), "--data.source", str(text_file), "--max-steps", "3"]
+    process = start_torchrun(
+        place, str(rank), *flags, "--data.cache-dir", str(cache_dir), script=tmp_path / "script.py"
     )
+    output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert output.count("gpt: error: --data.source /no/such/text: no such file or folder") == 1
+    reason = "a shard: Permission denied" if place == "system error" else "a shard is damaged"
+    by_rank_0 = rank == 1 and place != "step"
+    assert_one_line(output, f"gpt: error: rank 1: {reason}" if by_rank_0 else f"gpt: error: {reason}")
 
 
 def test_signal_to_one_rank_stops_both_with_a_checkpoint(text_file: Path, cache_dir: Path, tmp_path: Path) -> None:

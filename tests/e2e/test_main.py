@@ -183,7 +183,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no checkpoint": (lambda p: ["--resume", str(p)], "holds no checkpoint"),
     "no weights": (lambda p: ["--init-from", str(p / "none")], "no such folder"),
     "no tokenizer": (lambda p: ["--data.tokenizer", "bpee"], "bpee: no such file; one of byte, char, bpe, gpt2"),
-    "no device": (lambda _: ["--device", "gpu"], "--device gpu: did you mean cpu?"),
+    "no device": (lambda _: ["--device", "gpu"], "--device gpu: did you mean cuda?"),
 }
 
 

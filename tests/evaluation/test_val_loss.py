@@ -97,7 +97,7 @@ def test_fewer_batches_are_spread_evenly_and_always_the_same(stream: TokenStream
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStream]:
-    """Sources of 60, 203 and 9 tokens in documents of several lengths, across shards."""
+    """Write sources of 60, 203 and 9 tokens in documents of several lengths, across shards."""
     generator = np.random.default_rng(1)
     lengths = {"books": (20, 1, 2, 17, 20), "code": (100, 3, 7, 8, 9, 26, 50), "web": (9,)}
     return {
@@ -151,7 +151,7 @@ def test_single_source_has_no_loss_by_name(several: dict[str, TokenStream]) -> N
 
 
 def test_sources_are_weighted_by_their_sizes_when_few_batches_are_read(several: dict[str, TokenStream]) -> None:
-    """A source counts by its tokens, not by those that were evaluated."""
+    """Check that a source counts by its tokens, not by those that were evaluated."""
     metrics = task(several, batches=1, batch_size=1).run(MODEL)
     sizes = {name: len(stream) - 1 for name, stream in several.items()}
     expected = sum(metrics[f"val/loss/{name}"] * size for name, size in sizes.items()) / sum(sizes.values())

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt.checkpoint.manifest import CHECKPOINT_FORMAT_VERSION
+from gpt.checkpoint.manifest import CHECKPOINT_FORMAT_VERSION, read_checkpoint_manifest
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.resume.find import find_start
+from gpt.run import open_run
 
 Configure = Callable[..., TrainConfig]
 
@@ -143,3 +144,22 @@ def test_folder_without_config_json_is_not_mixed_with_another_run(tiny: Configur
     folder.metrics.touch()
     with pytest.raises(UserError, match=r"holds a run without its config\.json"):
         found_checkpoint(folder, tiny(tmp_path))
+
+
+def test_run_folder_at_in_or_above_a_source_is_refused(tiny: Configure, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text " * 1000)
+    for run_dir in (texts, texts / "run", tmp_path):
+        with pytest.raises(UserError, match=f"^--run-dir {run_dir} .*the source {texts}"):
+            open_run(tiny(run_dir, data={"source": [str(texts)]}))
+    with pytest.raises(UserError, match=f"^--run-dir {texts} .*the source {texts}"):
+        open_run(tiny(texts, data={"val_source": [str(texts)]}))
+    assert [path.name for path in texts.iterdir()] == ["a.txt"]
+
+
+def test_weights_of_another_run_are_noted_in_the_plan(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
+    checkpoint = finished_run / "checkpoints" / "step_00000008"
+    val_loss = read_checkpoint_manifest(checkpoint).metrics["val/loss"]
+    with open_run(tiny(tmp_path / "tuned", init_from=finished_run), dry_run=True) as run:
+        assert f"weights from {checkpoint}, step 8, val/loss {val_loss:.4f}" in run.plan.notes

@@ -51,10 +51,10 @@ def test_gpu_phases_are_read_from_events_that_nobody_waited_for(monkeypatch: pyt
     class Event:
         """An event of a GPU that has passed all events before the one numbered `passed`."""
 
-        passed, made, waited = 0, 0, 0
+        passed, created, waited = 0, 0, 0
 
         def __init__(self, enable_timing: bool):
-            self.number, Event.made = Event.made, Event.made + 1
+            self.number, Event.created = Event.created, Event.created + 1
 
         def record(self) -> None: ...
 

@@ -173,7 +173,7 @@ def test_non_finite_loss_or_gradient_skips_update_bit_exactly(name: str, dtype: 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizer_skips_bit_exactly_by_found_inf(name: str) -> None:
-    """The path of CUDA, where the host does not read is_finite, with tensors on the CPU."""
+    """Take CUDA's path, where the host does not read is_finite, with tensors on the CPU."""
     finals = []
     for gradients in ([1.0, math.nan, 2.0], [1.0, 2.0]):
         model = GPT(CONFIG, seed=0)
@@ -198,7 +198,7 @@ def test_scale_of_a_finite_loss_is_bit_exact() -> None:
 
 @pytest.fixture
 def padded(tmp_path: Path) -> PackedDocuments:
-    """Documents packed in rows with different padding."""
+    """Pack documents in rows with different padding."""
     generator = np.random.default_rng(0)
     documents = [(generator.integers(1, 13, n), 1) for n in (5, 6, 7, 8, 1, 20, 5, 3, 5, 7, 6, 5, 1, 1)]
     stream = write_stream(tmp_path, documents)
@@ -210,7 +210,7 @@ def padded(tmp_path: Path) -> PackedDocuments:
 def test_loss_is_mean_over_targets_at_every_micro_batch_size_and_world_size(
     padded: PackedDocuments, size: int, ranks: int
 ) -> None:
-    """Ranks run one after the other; their gradients are averaged here, as DDP would."""
+    """Run the ranks one after the other, and average their gradients as DDP would."""
     rows = padded.read(0, 8)
     inputs, targets = torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets)
     counts = (targets != IGNORED).sum(dim=1)
@@ -262,7 +262,7 @@ def test_step_without_targets_leaves_finite_weights() -> None:
 
 @pytest.mark.parametrize("max_norm", [0.5, 1.0, 5.0, 5.0 + 5e-7, 6.0, math.inf])
 def test_clipping_equals_torch_bit_exactly(max_norm: float) -> None:
-    """The norm is 5: above, below and within rounding of the bound."""
+    """Check a norm of 5 above, below and within rounding of the bound."""
     ours, theirs = ([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))] for _ in range(2))
     for parameters in (ours, theirs):
         parameters[0].grad = torch.tensor([3.0, 4.0])

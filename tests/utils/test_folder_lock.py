@@ -199,7 +199,20 @@ def test_threads_of_a_process_wait_for_each_other(tmp_path: Path) -> None:
     assert order == ["in", "out"] * 3
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize(
+    "code",
+    [
+        errno.ENOLCK,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        524,
+        errno.EINVAL,
+        errno.ENOTTY,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EBADF,
+    ],
+)
 def test_a_file_system_without_locks_is_warned_about_once_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
@@ -224,5 +237,81 @@ def test_other_errors_of_a_lock_are_raised(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
     with pytest.raises(UserError, match=r"cannot write .*: Input/output error; use another folder"):
         lock_folder(tmp_path, "--run-dir")
-    with pytest.raises(OSError, match="Input/output error"), hold_lock(tmp_path / "a.lock"):
+    with pytest.raises(OSError, match="Input/output error") as error, hold_lock(tmp_path / "a.lock"):
         pass
+    assert error.value.filename == str(tmp_path / "a.lock")
+
+
+def test_lock_file_of_another_user_is_locked_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to open it for writing, as the kernel does for anyone but root."""
+    path = tmp_path / LOCK
+    path.write_text("of another user")
+    system_open = os.open
+
+    def open_for_reading_only(name: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return system_open(name, flags, mode)
+
+    monkeypatch.setattr(folder_lock.os, "open", open_for_reading_only)
+    lock_folder(tmp_path, "--run-dir")
+    with system_open_descriptor(path) as descriptor, pytest.raises(BlockingIOError):
+        folder_lock.fcntl.flock(descriptor, folder_lock.fcntl.LOCK_EX | folder_lock.fcntl.LOCK_NB)
+    unlock_folder(tmp_path)
+    assert path.read_text() == "of another user"
+
+
+@contextmanager
+def system_open_descriptor(path: Path) -> Iterator[int]:
+    with path.open() as file:
+        yield file.fileno()
+
+
+def test_lock_file_that_cannot_even_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: Path, *_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(name))
+
+    monkeypatch.setattr(folder_lock.os, "open", refuse)
+    with pytest.raises(
+        UserError, match=rf"--run-dir {tmp_path}: cannot make {tmp_path / LOCK}: Permission denied; use"
+    ):
+        lock_folder(tmp_path, "--run-dir")
+    with pytest.raises(PermissionError) as error, hold_lock(tmp_path / "a.lock"):
+        pass
+    assert str(error.value.filename) == str(tmp_path / "a.lock")
+
+
+WINDOWS = """
+import errno, fcntl, os, sys, types
+from pathlib import Path
+
+def locking(descriptor, mode, size):
+    assert os.lseek(descriptor, 0, os.SEEK_CUR) == 2**30 and size == 1 and mode == 2
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PermissionError(errno.EACCES, "Permission denied") from None
+
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+for name in ("pwrite", "pread", "O_NOFOLLOW", "fchmod", "getuid", "sched_getaffinity", "sysconf"):
+    delattr(os, name)
+sys.platform = "win32"
+from gpt.errors import UserError
+from gpt.utils.folder_lock import hold_lock, lock_folder
+
+folder = Path(sys.argv[1])
+try:
+    lock_folder(folder, "--run-dir")
+    with hold_lock(folder / "a.lock"):
+        print("locked")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_locks_need_nothing_that_windows_lacks(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WINDOWS, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "locked\n"
+    with holder(tmp_path) as (process, _):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert f"is in use by process {process.pid} on " in done.stdout, done.stderr

@@ -11,6 +11,11 @@ def test_seed_decides_the_plan_and_half_of_the_kills_wait_for_no_phase() -> None
     assert plan != plan_kills(4, 100, OUTLINE)
     assert Counter(planned.phase for planned in plan)[Phase.STEP] == 50
     assert {planned.phase for planned in plan} == set(Phase)
+    signals = Counter(planned.signal.name for planned in plan)
+    assert signals["SIGKILL"] in (66, 67)
+    assert 16 <= signals["SIGTERM"] <= 17 and 16 <= signals["SIGINT"] <= 17
+    stopped = {planned.phase for planned in plan if planned.signal.name != "SIGKILL"}
+    assert stopped == set(Phase)
 
 
 def test_kills_are_planned_in_order_and_before_the_last_interval() -> None:

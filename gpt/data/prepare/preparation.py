@@ -118,8 +118,8 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
         UserError: a source is missing, empty or unreadable.
     """
     train_role: Role | None = None if config.val_fraction and not config.val_source else "train"
-    found = [(find_source(source), train_role) for source in sources]
-    found += [(find_source(source, "--data.val-source"), "val") for source in config.val_source]
+    found = [(find_source(source, "--data.source", config.cache_dir), train_role) for source in sources]
+    found += [(find_source(source, "--data.val-source", config.cache_dir), "val") for source in config.val_source]
     tokenizer_file = Path(config.tokenizer)
     return PreparationPlan(
         sources=tuple(source for source, _ in found),
@@ -146,29 +146,37 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
     Raises:
         UserError: a source cannot be read, the folder cannot be written, or it holds another unfinished preparation.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(folder.with_name(f".{folder.name}.lock")):
-        if (folder / CORPUS_MANIFEST).exists():
-            return
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        try:
-            working_folder = UnfinishedFolder(unfinished)
-            working_folder.claim(plan.identity)
-            if folder.exists():  # its manifest was deleted
-                remove_folder(folder)
-            try:
-                _Preparation(working_folder, plan).run()
-            except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation
-                if not plan.is_remote:
-                    shutil.rmtree(unfinished)
-                raise
-            unfinished.rename(folder)
-            fsync(folder.parent)
-        except OSError as error:
-            what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
+    unfinished, lock = (folder.with_name(f".{folder.name}{suffix}") for suffix in (".unfinished", ".lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with hold_lock(lock):
+            if not (folder / CORPUS_MANIFEST).exists():
+                _prepare_locked(folder, unfinished, plan)
+    except OSError as error:
+        if error.filename == str(lock):
             raise UserError(
-                f"{flag} {folder}: {what}; run the same command again to resume, or delete {unfinished}"
+                f"{flag} {folder}: {lock}: {error.strerror}; delete this file, or name another folder"
             ) from error
+        what = error.strerror if isinstance(error, ChildProcessError) else f"cannot be written: {error.strerror}"
+        raise UserError(
+            f"{flag} {folder}: {what}; run the same command again to resume, or delete {unfinished}"
+        ) from error
+
+
+def _prepare_locked(folder: Path, unfinished: Path, plan: PreparationPlan) -> None:
+    """Prepare `folder` in `unfinished`, while this process holds the lock."""
+    working_folder = UnfinishedFolder(unfinished)
+    working_folder.claim(plan.identity)
+    if folder.exists():  # its manifest was deleted
+        remove_folder(folder)
+    try:
+        _Preparation(working_folder, plan).run()
+    except UserError:  # a source that the user mends has another fingerprint, and so needs another preparation
+        if not plan.is_remote:
+            shutil.rmtree(unfinished)
+        raise
+    unfinished.rename(folder)
+    fsync(folder.parent)
 
 
 class _Preparation:

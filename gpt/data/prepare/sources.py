@@ -1,6 +1,7 @@
 """Sources -> files: the files of a source, their formats, and a fingerprint of their content."""
 
 import hashlib
+import logging
 import os
 import stat
 import sysconfig
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpt.configs.data_config import HUB_PREFIX, SHAKESPEARE, STDLIB, PreparationConfig
 from gpt.data.prepare.formats import Format, detect_format, import_extra, is_dataset, open_dataset, open_stream
+from gpt.data.prepare.shakespeare import fetch_shakespeare
 from gpt.errors import UserError
-from gpt.utils.helper import sha256_of_file
+from gpt.utils.helper import plural, sha256_of_file
 
-STDLIB = "stdlib"
+log = logging.getLogger(__name__)
+
 EXCLUDED_FROM_STDLIB = frozenset(
     # The tables of `encodings` and `pydoc_data` are too easy to predict; tests repeat the code that they test.
     {
@@ -29,7 +33,7 @@ EXCLUDED_FROM_STDLIB = frozenset(
         "pydoc_data",
     }
 )
-HUB_PREFIX = "hf:"
+MAX_SHOWN_RUNS = 3
 
 Kind = Format | Literal["python", "dataset", "hub"]
 
@@ -57,10 +61,15 @@ class Source:
     """Digest of the files' names and contents."""
 
 
-def find_source(source: str, flag: str = "--data.source") -> Source:
+def find_source(source: str, flag: str = "--data.source", cache_dir: Path | None = None) -> Source:
     """Find the files of a source, in the order of their names, and fingerprint them.
 
-    Hidden and binary files of a folder are left out.
+    Hidden and binary files of a folder are left out, and so are the folders of runs.
+
+    Args:
+        source: a name or a path.
+        flag: option that names it, for messages.
+        cache_dir: folder for texts that are downloaded; None for the default one.
 
     Raises:
         UserError: there is no such source, it has no text, or a file cannot be read.
@@ -71,6 +80,8 @@ def find_source(source: str, flag: str = "--data.source") -> Source:
     if source.startswith(HUB_PREFIX):
         return _find_hub_source(source.removeprefix(HUB_PREFIX))
     path = Path(source)
+    if source == SHAKESPEARE and not path.exists():
+        path = fetch_shakespeare(flag, cache_dir or PreparationConfig().cache_dir)
     if not _is_folder(path, flag):
         kind = detect_format(path)
         if kind == "token-index":
@@ -80,6 +91,8 @@ def find_source(source: str, flag: str = "--data.source") -> Source:
         return _make_source(
             path.stem, [File(path.name, path, "text" if kind == "binary" else kind, path.stat().st_size)]
         )
+    if is_run(path):
+        raise UserError(f"{flag} {source} is the folder of a run, not of texts; name the texts")
     name = path.resolve().name
     if is_dataset(path):
         return _make_source(name, [File("", path, "dataset", len(open_dataset(path)))])
@@ -87,6 +100,37 @@ def find_source(source: str, flag: str = "--data.source") -> Source:
     if not files:
         raise UserError(f"{flag} {source}: the folder holds no text; name one with text in it")
     return _make_source(name, files)
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a training run, whose files are no texts to train on."""
+    records = (folder / "lineage.jsonl").is_file() or (folder / "checkpoints").is_dir()
+    return records and (folder / "config.json").is_file()
+
+
+def require_apart(folder: Path, flag: str, sources: Sequence[str], *, below_only: bool = False) -> None:
+    """Check that a folder to write to is not at, in or above a source, where its files would be read as texts.
+
+    Args:
+        folder: it need not exist.
+        flag: option that names it, for messages.
+        sources: names and paths; a hidden folder in one is never read.
+        below_only: accept a folder above a source.
+
+    Raises:
+        UserError: names the source.
+    """
+    written = folder.resolve()
+    for source in (Path(name) for name in sources if name != STDLIB and Path(name).exists()):
+        read = source.resolve()
+        remedy = "name a folder beside it"
+        if written == read:
+            raise UserError(f"{flag} {folder} is the source {source} itself; {remedy}")
+        inside = written.relative_to(read).parts if read.is_dir() and written.is_relative_to(read) else ()
+        if inside and not any(part.startswith(".") for part in inside):
+            raise UserError(f"{flag} {folder} lies in the source {source}; {remedy}")
+        if read.is_relative_to(written) and not below_only:
+            raise UserError(f"{flag} {folder} holds the source {source}; name another folder")
 
 
 def _make_source(name: str, files: list[File]) -> Source:
@@ -166,10 +210,16 @@ def _find_text_files(root: Path) -> Iterator[File]:
 
 def _walk_files(root: Path) -> Iterator[Path]:
     """Return all files below a folder in the order of their paths, which no file system changes."""
-    found = []
+    found, runs = [], []
     for folder, folders, names in os.walk(root, onerror=_raise_unreadable_folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        runs_here = [name for name in folders if is_run(Path(folder) / name)]
+        folders[:] = [name for name in folders if name not in runs_here]
+        runs += [str(Path(folder) / name) for name in runs_here]
         found += [Path(folder) / name for name in names if not name.startswith(".")]
+    if runs:
+        shown = ", ".join(runs[:MAX_SHOWN_RUNS]) + (", ..." if len(runs) > MAX_SHOWN_RUNS else "")
+        log.info("%s: left out %s: %s", root, plural(len(runs), "run"), shown)
     regular = (path for path in found if path.is_file())  # no pipes, sockets or broken links
     return iter(sorted(regular, key=lambda path: path.relative_to(root).parts))
 

@@ -1,3 +1,4 @@
+import logging
 import os
 import struct
 from collections.abc import Sequence
@@ -6,8 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from gpt.configs.data_config import STDLIB
 from gpt.data.prepare.documents import Document
-from gpt.data.prepare.sources import EXCLUDED_FROM_STDLIB, STDLIB, find_source
+from gpt.data.prepare.sources import EXCLUDED_FROM_STDLIB, find_source, is_run, require_apart
 from gpt.errors import UserError
 from tests.conftest import read_documents
 
@@ -139,3 +141,63 @@ def test_fingerprint_of_a_dataset_depends_on_rows_and_not_on_the_folder(tmp_path
 def test_dataset_address_without_a_name_is_refused(address: str) -> None:
     with pytest.raises(UserError, match=rf"{address}: name a dataset: hf:NAME"):
         find_source(address)
+
+
+def make_run(folder: Path, *, records: str = "lineage.jsonl") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"text": "a metric"}\n')
+    (folder / records).mkdir() if records == "checkpoints" else (folder / records).touch()
+    return folder
+
+
+@pytest.mark.parametrize("records", ["lineage.jsonl", "checkpoints"])
+def test_run_in_a_folder_of_texts_is_left_out_and_named(
+    records: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "a.txt").write_text("a text")
+    expected = find_source(str(tmp_path))
+    runs = [make_run(tmp_path / name, records=records) for name in ("run", "sub/run")]
+    assert find_source(str(tmp_path)) == expected
+    assert caplog.messages == [f"{tmp_path}: left out 2 runs: {runs[0]}, {runs[1]}"]
+
+
+def test_run_is_no_source(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match=f"--data.source {run} is the folder of a run, not of texts; name the texts"):
+        find_source(str(run))
+
+
+def test_folder_of_texts_with_a_config_is_no_run(tmp_path: Path, finished_run: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_run(tmp_path)
+    assert is_run(finished_run)
+
+
+def test_folder_to_write_to_may_not_be_at_in_or_above_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("parent/texts/.hidden").mkdir(parents=True)
+    Path("parent/book.txt").write_text("a text")
+    Path("link").symlink_to("parent/texts")
+    texts = str(Path("parent/texts").absolute())
+    for folder, sources, reason in (
+        ("parent/texts", [texts], f"is the source {texts} itself"),
+        ("link", [texts], f"is the source {texts} itself"),
+        ("parent/texts/runs/x", ["stdlib", texts], f"lies in the source {texts}"),
+        ("link/run", ["parent/texts"], "lies in the source parent/texts"),
+        ("runs/quickstart", ["."], "lies in the source ."),
+        ("parent", [texts], f"holds the source {texts}"),
+        (".", ["parent/book.txt"], "holds the source parent/book.txt"),
+    ):
+        with pytest.raises(UserError) as error:
+            require_apart(Path(folder), "--run-dir", sources)
+        assert str(error.value).startswith(f"--run-dir {folder} {reason}; name ")
+    for folder, sources in (
+        ("runs/x", [texts, "parent/book.txt", "stdlib", "hf:x", "none"]),
+        ("parent/run", [texts]),
+        ("parent/texts-run", [texts]),
+        ("parent/texts/.hidden/run", [texts]),
+    ):
+        require_apart(Path(folder), "--run-dir", sources)
+    require_apart(Path("parent"), "--out", [texts], below_only=True)

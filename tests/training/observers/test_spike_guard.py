@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gpt.checkpoint.rollback import RollbackTargets
 from gpt.configs.observer_config import SpikeConfig
 from gpt.errors import UserError
 from gpt.resume.journal import Journal
@@ -14,12 +15,13 @@ from gpt.training.observers.spike_guard import SpikeGuard
 from gpt.utils.distributed import DistContext
 
 NAN = math.nan
+TARGETS = RollbackTargets(origin=0, interval=10)
 
 
 def make(journal: Path | None = None, *, scaled: bool = False, **settings: Any) -> SpikeGuard:
     records = Journal(journal or Path("journal.jsonl"), "order", [], DistContext("cpu"))
     config = SpikeConfig.model_validate({"window": 16} | settings)
-    return SpikeGuard(config, records, scaled=scaled, name_documents=lambda step: f"the documents of {step}")
+    return SpikeGuard(config, records, TARGETS, scaled=scaled, name_documents=lambda step: f"the documents of {step}")
 
 
 def report(guard: SpikeGuard, first: int, losses: Iterable[float], skipped: tuple[int, ...] = ()) -> list[Any]:
@@ -92,22 +94,42 @@ def test_overflow_that_the_scaler_handles_is_not_counted() -> None:
         report(make(max_skips=2), 1, [3.0] * 10, skipped=tuple(range(1, 11)))
 
 
-def test_rollback_names_all_bad_steps_and_saves_at_the_start(tmp_path: Path) -> None:
+def test_rollback_names_the_first_spike_and_the_skipped_steps_since_the_target_and_saves_at_the_start() -> None:
     guard = make(rollback=True)
     assert list(guard.on_event(TrainStart(0, None, None))) == [Save()]  # type: ignore[arg-type]
     assert list(make().on_event(TrainStart(0, None, None))) == []  # type: ignore[arg-type]
-    report(guard, 1, noise(16))
+    report(guard, 1, [*noise(8), NAN, *noise(7)])  # a rollback does not go back before step 10
     *spikes, command = report(guard, 17, [3.0, NAN, 30.0, 3.0, 31.0])
-    assert [spike.step for spike in spikes] == [19, 21]
+    assert [spike.step for spike in spikes] == [19]
     assert isinstance(command, RollBack)
-    assert command.bad_steps == {18: "not finite", 19: "spike: loss 30.0000", 21: "spike: loss 31.0000"}
+    assert command.bad_steps == {18: "not finite", 19: "spike: loss 30.0000"}
     assert "step 19 was 30.0000" in command.reason
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rollback_depends_on_no_boundary_between_reports(seed: int) -> None:
+    losses = [*noise(25), NAN, *noise(2), 40.0, NAN, 50.0, *noise(9)]
+    draw, guard = random.Random(seed), make(rollback=True)
+    step, commands = 0, []
+    while not commands:
+        if draw.random() < 0.3:  # a stop saves the state, and another process goes on
+            saved = guard.state_json()
+            guard = make(rollback=True)
+            guard.load_json(saved)
+            guard.on_event(TrainStart(step, None, None))  # type: ignore[arg-type]
+        n = draw.randint(1, 12)
+        events = report(guard, step + 1, losses[step : step + n])
+        commands = [event for event in events if isinstance(event, RollBack)]
+        step += n
+    (command,) = commands
+    assert command.bad_steps == {26: "not finite", 29: "spike: loss 40.0000"}
+    assert command.reason.startswith("the loss of step 29 was 40.0000")
 
 
 def test_number_of_rollbacks_is_limited(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl", "order", [], DistContext("cpu"))
     config = SpikeConfig(window=16, rollback=True, max_rollbacks=2)
-    guard = SpikeGuard(config, journal, scaled=False, name_documents=str)
+    guard = SpikeGuard(config, journal, TARGETS, scaled=False, name_documents=str)
     for _ in range(2):
         report(guard, 1, noise(16))
         command = report(guard, 17, [30.0])[-1]
