@@ -70,7 +70,8 @@ class TrainConfig(Config):
     # FORBIDDEN: a run that has begun cannot begin from other weights.
     init_from: FilePath | None = None
     """Run or checkpoint whose weights to start from, with a fresh optimizer."""
-    # The quickstart recipe. The sections themselves default to GPT-2 and AdamW, so GPTConfig(n_layer=12) stays a GPT-2.
+    # The quickstart recipe. The sections themselves default to GPT-2 and AdamW, so GPTConfig(n_layer=12) stays a GPT-2
+    # and a config.json from before a field existed loads as what it was.
     # The architecture is Qwen 3's, which public runtimes load. docs/EXPERIMENTS.md has the measurements.
     model: GPTConfig = GPTConfig(n_layer=2, bias=False, position="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True)
     data: DataConfig = DataConfig(vocab_size=4096)
