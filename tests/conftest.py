@@ -37,6 +37,14 @@ WORDS = [
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def capable_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set up the environment of a capable terminal, wherever the tests run."""
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-scale", type=float, default=1.0, help="fraction of the soak tests' work to do (pytest -m soak)"

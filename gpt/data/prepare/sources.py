@@ -13,7 +13,7 @@ from typing import Literal
 
 from gpt.configs.data_config import HUB_PREFIX, SHAKESPEARE, STDLIB, PreparationConfig
 from gpt.data.prepare.formats import Format, detect_format, import_extra, is_dataset, open_dataset, open_stream
-from gpt.data.prepare.shakespeare import fetch_shakespeare
+from gpt.data.prepare.shakespeare import FILE_NAME, fetch_shakespeare
 from gpt.errors import UserError
 from gpt.utils.helper import plural, sha256_of_file
 
@@ -91,7 +91,7 @@ def find_source(source: str, flag: str = "--data.source", cache_dir: Path | None
         return _make_source(
             path.stem, [File(path.name, path, "text" if kind == "binary" else kind, path.stat().st_size)]
         )
-    if is_run(path):
+    if is_run(path) or _holds_checkpoints(path):
         raise UserError(f"{flag} {source} is the folder of a run, not of texts; name the texts")
     name = path.resolve().name
     if is_dataset(path):
@@ -106,6 +106,12 @@ def is_run(folder: Path) -> bool:
     """Return whether a folder is that of a training run, whose files are no texts to train on."""
     records = (folder / "lineage.jsonl").is_file() or (folder / "checkpoints").is_dir()
     return records and (folder / "config.json").is_file()
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    """Return whether a folder is the folder of a run's checkpoints, or one of them."""
+    folder = path.resolve()
+    return any(parent.name == "checkpoints" and is_run(parent.parent) for parent in (folder, folder.parent))
 
 
 def require_apart(folder: Path, flag: str, sources: Sequence[str], *, below_only: bool = False) -> None:
@@ -182,11 +188,19 @@ def _find_hub_source(address: str) -> Source:
     return Source(Path(name).name, (File(address, Path(address), "hub", n_shards),), sha256)
 
 
+def _suggest_source(missing: Path) -> str:
+    if missing.name == FILE_NAME:
+        return f"the source {SHAKESPEARE} downloads it"
+    if all(Path(part).exists() for part in str(missing).split(",")):
+        return "separate several sources by spaces"
+    return "name a text file, a folder or stdlib"
+
+
 def _is_folder(path: Path, flag: str) -> bool:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise UserError(f"{flag} {path}: no such file or folder; name a text file, a folder or stdlib") from None
+        raise UserError(f"{flag} {path}: no such file or folder; {_suggest_source(path)}") from None
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
