@@ -1,8 +1,10 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.resume_rule import (
     FORBIDDEN,
     NEEDS_FLAG,
@@ -18,8 +20,17 @@ from gpt.errors import UserError
 from gpt.resume.compatibility import adopt_corpus, find_differences, flatten, require_allowed
 
 
-def find_rules(change: dict[str, object], **before: object) -> dict[str, ResumeRule]:
-    saved, current = TrainConfig.model_validate(before), TrainConfig.model_validate(before | change)
+def configure(*changes: dict[str, Any]) -> TrainConfig:
+    """Return the default configuration with `changes`, in which a dict replaces the fields of a section."""
+    values = TrainConfig().model_dump()
+    for change in changes:
+        for name, value in change.items():
+            values[name] = values[name] | value if isinstance(value, dict) else value
+    return TrainConfig.model_validate(values)
+
+
+def find_rules(change: dict[str, Any], **before: Any) -> dict[str, ResumeRule]:
+    saved, current = configure(before), configure(before, change)
     return {difference.name: difference.rule for difference in find_differences(saved, current)}
 
 
@@ -63,7 +74,7 @@ def test_error_names_every_field_and_the_flag_that_allows_it() -> None:
     assert str(error.value) == (
         "--run-dir x holds a run of another configuration: seed is 1337 in the run and 1 in this command, "
         "grad_clip is 1.0 in the run and 2.0 in this command, "
-        "lr.max_lr is 0.002 in the run and 0.5 in this command "
+        "lr.max_lr is 0.01 in the run and 0.5 in this command "
         "(--resume-with-changes allows this); use the same values or another --run-dir"
     )
     with pytest.raises(
@@ -82,7 +93,7 @@ def test_flag_is_named_and_then_allows_the_change() -> None:
 
 
 def test_derived_size_equals_the_same_size_given_as_a_number() -> None:
-    derived = TrainConfig()
+    derived = TrainConfig(model=GPTConfig())
     size = {"head_dim": 64, "n_kv_head": 4, "intermediate_size": 1024, "norm_eps": 1e-5, "qkv_bias": True}
     given = derived.model_copy(update={"model": derived.model.model_copy(update=size)})
     assert find_differences(derived, given) == ()
