@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from gpt.data.manifest import CORPUS_FORMAT_VERSION, TOKENIZER_FILE, CorpusManifest, SourceEntry
+from gpt.data.manifest import CORPUS_FORMAT_VERSION, CorpusManifest, SourceEntry
 from gpt.data.shards import ShardInfo
+from gpt.data.tokenizer import TOKENIZER_FILE
 from gpt.data.tokenizer_builders import build_byte_tokenizer
 
 Name = TypeVar("Name")

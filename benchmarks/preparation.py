@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import Cost, format_verdict, measure_program, run_interleaved, write_input
-from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
+from gpt.data.manifest import read_corpus_manifest
 from gpt.data.shards import TokenStream
+from gpt.data.tokenizer import TOKENIZER_FILE
 from gpt.data.tokenizer_builders import build_gpt2_tokenizer
 
 OURS = "gpt prepare"

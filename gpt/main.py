@@ -10,6 +10,11 @@ if __name__ == "__main__" and __package__ in (None, "") and sys.path:
     if Path(sys.path[0]).resolve() == package_folder:
         sys.path[0] = str(package_folder.parent)
 
+if __name__ == "__main__":  # before the imports below, which take a while
+    from gpt.utils import interrupts
+
+    interrupts.answer_interrupts()
+
 import contextlib
 import importlib
 import io
@@ -26,6 +31,7 @@ from gpt.configs.presets import PRESETS
 from gpt.errors import ReportedError
 from gpt.utils import launch
 from gpt.utils.helper import describe_mistake, printable
+from gpt.utils.interrupts import answer_interrupts
 
 OTHER_RANKS_DELAY_SECONDS = 5.0
 """Delay before a rank other than 0 reports an error, in case rank 0 reports the same one."""
@@ -75,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _set_up_output(log_to_stderr=has_flag(arguments, "json"))
     launch.provide_home()
+    launch.widen_terminal()
     verb = arguments[0] if arguments and arguments[0] in VERBS else "train"
     try:
         status = _run_command(arguments)
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 0
     except KeyboardInterrupt:
         if launch.speaks_first():
-            print("gpt: interrupted", file=sys.stderr)
+            _print_line("gpt: interrupted")
         status = 130
     except Exception as error:
         message = describe_mistake(error)
@@ -124,6 +131,7 @@ def _set_up_output(*, log_to_stderr: bool) -> None:
     warnings.setLevel(logging.WARNING)
     level = logging.INFO if launch.speaks_first() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[information, warnings])
+    logging.getLogger("torch").setLevel(logging.WARNING)  # it logs statistics of its caches when the process ends
     logging.raiseExceptions = False  # a closed stdout must not fill stderr with tracebacks
 
 
@@ -161,13 +169,17 @@ def _report_error(message: str, *, is_reported: bool) -> None:
     if not launch.speaks_first():
         time.sleep(OTHER_RANKS_DELAY_SECONDS)
     if not is_reported:
-        line = printable(message).replace("\n", "\\n")
-        with contextlib.suppress(OSError):  # stderr may be closed, too; the status says that it failed
-            print(f"gpt: error: {line}", file=sys.stderr, flush=True)
+        _print_line("gpt: error: " + printable(message).replace("\n", "\\n"))
+
+
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be closed, too; the status says that it failed
+        print(line, file=sys.stderr, flush=True)
 
 
 def program() -> NoReturn:
     """Run `main` and end the process at once, without the teardown of the interpreter."""
+    answer_interrupts()
     try:
         status = main()
     except Exception:

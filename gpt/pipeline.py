@@ -4,10 +4,10 @@ plan -> loader -> model -> optimizer -> Trainer -> observers
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
-from rich.console import Console
 
 from gpt.auto_batch import build_autocast, trial_loss
 from gpt.checkpoint.app_state import AppState
@@ -26,7 +26,8 @@ from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.flops import flops_per_token
-from gpt.machine.hardware import peak_memory
+from gpt.machine.hardware import find_free_memory, peak_memory
+from gpt.machine.memory_estimate import estimate_memory
 from gpt.machine.peak_flops import load_or_measure_peak_flops
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
@@ -46,16 +47,20 @@ from gpt.training.observers.stop_signal import StopSignal
 from gpt.training.observers.straggler_guard import StragglerGuard
 from gpt.training.observers.text_sampler import TextSampler
 from gpt.training.probes.layer_norms import LayerNorms
-from gpt.training.sinks.console import ConsoleSink
+from gpt.training.sinks.console.plan_screen import Memory, print_plan
+from gpt.training.sinks.console.sink import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
+from gpt.utils.launch import local_world_size
+from gpt.utils.progress import work_line
+from gpt.utils.terminal import RunConsole
 
 
-def build_trainer(run: Run, console: Console | None = None) -> Trainer:
+def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     """Compose the Trainer of a run: load the state that it starts from, then attach everything that watches it.
 
     Args:
@@ -66,6 +71,8 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
         UserError: the checkpoint is damaged or does not fit, or the run folder cannot be written.
     """
     config, dist, plan = run.config, run.dist, run.plan
+    if console:
+        show_plan(run, console)
     timer = StepTimer(dist.device)
     journal = Journal(run.folder.journal, plan.order, run.journal, dist)
     sequences = build_sequences(run.corpus, config.data, plan.batch.block_size, plan.seed)
@@ -77,24 +84,45 @@ def build_trainer(run: Run, console: Console | None = None) -> Trainer:
     restore_state(run.start, state, dist)
     write_run_files(run)
     train_step = build_train_step(config, plan, dist, state, loader, timer)
-    kept = targets if config.spike.rollback else None
-    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, kept)
-    trainer = build_loop(run, state, train_step, checkpoints, journal)
+    protected = targets if config.spike.rollback else None
+    checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, protected)
+    trainer = build_loop(run, state, train_step, checkpoints, journal, timer)
     trainer.attach(StopSignal(dist))
     trainer.attach(spike_guard)
     trainer.attach(StragglerGuard(timer, dist))
     trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
     trainer.attach(Profiler(config.profile, run.folder.trace if dist.is_main else None))
     trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
-    trainer.attach(Evaluator(state.model, build_evaluation_tasks(run), plan))
+    trainer.attach(Evaluator(state.model, build_evaluation_tasks(run), plan, timer))
     trainer.attach(EvalSaver(plan, checkpoints.improves if config.checkpoint.keep_best else None))
-    trainer.attach(TextSampler(state.model, run.corpus.tokenizer, prompts, config.sample, plan))
+    trainer.attach(TextSampler(state.model, run.corpus.tokenizer, prompts, config.sample, plan, timer))
     if config.log.grad_norms:
         trainer.attach(LayerNorms())
     trainer.attach(JsonlSink(run.folder.metrics, run.folder.samples))
     if console:
-        trainer.attach(ConsoleSink(console, plan, run.folder.path))
+        trainer.attach(ConsoleSink(console, plan, run.folder, timer))
     return trainer
+
+
+def show_plan(run: Run, console: RunConsole) -> None:
+    """Print the plan of a run; a closed stdout does not end the run."""
+    with suppress(OSError):
+        print_plan(console, run.plan, compare_memory(run))
+
+
+def compare_memory(run: Run) -> Memory:
+    """Estimate the memory that one process needs, and find what is free for it."""
+    plan, device = run.plan, run.plan.machine.device
+    needed = estimate_memory(
+        plan.model,
+        plan.batch,
+        plan.optimizer,
+        plan.dtype,
+        activation_checkpointing=run.config.parallel.activation_checkpointing,
+        copies_state=run.config.checkpoint.asynchronous and device != "cuda",  # a GPU's state is copied to the host
+    )
+    free = find_free_memory(device)
+    return Memory(needed, free if free is None or device == "cuda" else free // local_world_size())
 
 
 def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppState:
@@ -140,7 +168,8 @@ def build_train_step(
             device=dist.device,
             autocast=autocast,
         )
-        compile_or_fall_back(state.model, model, trial)
+        with work_line("compiling the model", is_shown=dist.is_main):
+            compile_or_fall_back(state.model, model, trial)
     return TrainStep(
         model,
         state,
@@ -155,13 +184,16 @@ def build_train_step(
 
 
 def build_loop(
-    run: Run, state: AppState, train_step: TrainStep, checkpoints: CheckpointManager, journal: Journal
+    run: Run, state: AppState, train_step: TrainStep, checkpoints: CheckpointManager, journal: Journal, timer: StepTimer
 ) -> Trainer:
     """Build the Trainer with its meter and logger; nothing is attached."""
     dist, plan = run.dist, run.plan
-    peak_flops = dist.on_main(
-        lambda: load_or_measure_peak_flops(dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir)
-    )
+    with work_line("measuring the machine's peak FLOP/s", is_shown=dist.is_main):
+        peak_flops = dist.on_main(
+            lambda: load_or_measure_peak_flops(
+                dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir
+            )
+        )
     meter = Meter(
         plan.batch.tokens_per_step,
         state.skipped_updates,
@@ -178,6 +210,7 @@ def build_loop(
         checkpoints=checkpoints,
         journal=journal,
         logger=Logger(run.config.log.sink_timeout, is_main=dist.is_main),
+        timer=timer,
         resumed_from=str(run.start.checkpoint) if run.start.checkpoint else None,
     )
 

@@ -114,7 +114,7 @@ def _write_run_files(run: Run) -> None:
     try:
         write_text(folder.config, folder.record_origin(run.config, run.start.checkpoint).saved_json() + "\n")
         write_json(folder.environment, describe_environment(run.plan.machine.runtime))
-        write_text(folder.tokenizer, run.corpus.tokenizer.definition)
+        run.corpus.tokenizer.save(folder.path)
         for records in (folder.metrics, folder.samples):
             truncate_jsonl(records, run.start.step)
         if run.journal or folder.journal.exists():  # its last line may be torn

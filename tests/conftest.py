@@ -15,6 +15,7 @@ from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.data.prepare.documents import Document
 from gpt.data.prepare.parts import cut_into_parts, read_part
@@ -34,6 +35,14 @@ WORDS = [
 
 # The models of these tests are so small that a second thread makes them slower.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def capable_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set up the environment of a capable terminal, wherever the tests run."""
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -108,6 +117,7 @@ def tiny(text_file: Path, cache_dir: Path) -> Callable[..., TrainConfig]:
             model=GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16),
             data=DataConfig(source=str(text_file), cache_dir=cache_dir, tokenizer="byte"),
             lr=LRConfig(max_lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=20),
+            optimizer=OptimizerConfig(),
             log=LogConfig(interval=1),
             eval=EvalConfig(interval=4, batches=4),
             sample=TextSampleConfig(prompts=("the",), max_new_tokens=8),

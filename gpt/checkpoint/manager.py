@@ -242,15 +242,15 @@ class CheckpointManager:
         """
         parent = self._folder.checkpoints
         own = self._own_steps(step)
-        kept = {max(own, default=None), self._targets.find_newest(own) if self._targets else None}
+        needed_steps = {max(own, default=None), self._targets.find_newest(own) if self._targets else None}
         for stale in self._prunable(step):
-            if shutil.disk_usage(parent).free < needed and parse_step(stale) not in kept:
+            if shutil.disk_usage(parent).free < needed and parse_step(stale) not in needed_steps:
                 remove_folder(stale)
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise UserError(
-                f"the checkpoint of step {step} needs {format_si(needed)}B, but only {format_si(free)}B are free on "
-                f"{parent}; {FREE_SPACE}"
+                f"the checkpoint of step {step} needs {format_si(needed, 'B')}, but only {format_si(free, 'B')} are "
+                f"free on {parent}; {FREE_SPACE}"
             )
 
     def _prunable(self, step: int) -> list[Path]:

@@ -179,20 +179,22 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
 
 def _format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
     """Return the rows of the table of a step's figures."""
-    from gpt.utils.helper import format_si, plural
+    from gpt.utils.helper import format_count, format_percent, format_si, plural
 
     phases, memory = figures["milliseconds"], figures["peak_memory_bytes"]
     return {
         "machine": f"{figures['device']}, {plural(figures['processes'], 'process', 'es')}, {figures['dtype']}",
-        "model": f"{format_si(figures['parameters'])} parameters, "
-        f"{format_si(figures['flops_per_token'])}FLOP per token",
-        "tokens/s": format_si(figures["tokens_per_second"]),
+        "model": f"{format_count(figures['parameters'])} parameters, "
+        f"{format_si(figures['flops_per_token'], 'FLOP')} per token",
+        "tokens/s": format_count(figures["tokens_per_second"]),
         "ms per step": f"{1e3 * figures['tokens_per_step'] / figures['tokens_per_second']:.1f}; timed by phase: "
         + ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in phases.items())
         + f" (medians of {plural(figures['steps'], 'step')} of {figures['tokens_per_step']:,} tokens)",
-        "peak memory": "unknown on this device" if memory is None else f"{format_si(memory)}B per process",
-        "MFU": f"{figures['mfu']:.1%} of the {format_si(figures['peak_flops_per_second'])}FLOP/s of large matmuls; "
-        f"{figures['mfu_of_own_shapes']:.1%} of the {format_si(figures['own_shapes_flops_per_second'])}FLOP/s "
+        "peak memory": "unknown on this device" if memory is None else f"{format_si(memory, 'B')} per process",
+        "MFU": f"{format_percent(figures['mfu'])} of the "
+        f"{format_si(figures['peak_flops_per_second'], 'FLOP/s')} of large matmuls; "
+        f"{format_percent(figures['mfu_of_own_shapes'])} of the "
+        f"{format_si(figures['own_shapes_flops_per_second'], 'FLOP/s')} "
         "of matmuls in the model's own shapes",
     }
 
@@ -235,12 +237,7 @@ def _fetch_sources(command: SpeedrunCommand) -> list[str]:
 
 def _print_figures(rows: Mapping[str, str], figures: Mapping[str, Any], *, as_json: bool) -> None:
     """Print a table for people, or one JSON object for programs."""
-    from rich.table import Table
-
     if as_json:
         print_json(dict(figures))
         return
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(name, value)
-    build_console().print(table)
+    build_console().write_rows(rows)

@@ -6,14 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from gpt.utils.terminal import RunConsole
 
 
-def build_console(*, stderr: bool = False) -> "Console":
-    """Return a console that prints text as it is: no markup, emoji codes, highlighting or line breaks of its own."""
-    from rich.console import Console
+def build_console(*, stderr: bool = False) -> "RunConsole":
+    """Return a console that prints text as it is: no markup, no emoji codes, no line breaks of its own."""
+    from gpt.utils.terminal import RunConsole
 
-    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    return RunConsole(stderr=stderr)
 
 
 def print_json(value: dict[str, Any]) -> None:

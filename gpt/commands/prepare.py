@@ -48,9 +48,9 @@ def run(argv: Sequence[str]) -> int:
         print_json(facts)
         return 0
     console = build_console()
-    console.print(_build_table(facts))
+    console.write_rows(_format_rows(facts))
     if "excerpt" in facts:
-        console.print(printable(facts["excerpt"]))
+        console.write_text(printable(facts["excerpt"]))
     return 0
 
 
@@ -76,7 +76,8 @@ def _inspect(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or has changed.
     """
-    from gpt.data.manifest import TOKENIZER_FILE, read_corpus_manifest
+    from gpt.data.manifest import read_corpus_manifest
+    from gpt.data.tokenizer import TOKENIZER_FILE
     from gpt.utils.helper import sha256_of_file
 
     _require_prepared(folder)
@@ -126,6 +127,7 @@ def _describe(folder: Path, manifest: "CorpusManifest") -> dict[str, Any]:
             "val": _count(source.val),
             "skipped_records": source.skipped_records,
             "duplicates": source.duplicates,
+            "unrepresented": source.unrepresented,
         }
         for source in manifest.sources
     ]
@@ -141,36 +143,36 @@ def _count(shards: "Sequence[ShardInfo]") -> dict[str, int]:
     }
 
 
-def _build_table(facts: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _format_rows(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the rows that describe a prepared folder."""
+    from gpt.utils.helper import format_count, plural, printable
 
-    from gpt.utils.helper import format_si, plural
-
-    table = Table.grid(padding=(0, 2))
     special = ", ".join(f"{name} {index}" for name, index in facts["special_ids"].items()) or "no special ids"
-    table.add_row("folder", facts["folder"])
-    table.add_row("sha256", facts["sha256"])
-    table.add_row("tokenizer", f"{facts['vocab_size']:,} tokens, {special}, {facts['tokenizer_sha256']}")
-    if "vocab_note" in facts:
-        table.add_row("note", facts["vocab_note"])
-    table.add_row("tokens", f"{facts['tokens']:,} as {facts['dtype']}, largest id {facts['largest_id']:,}")
-    table.add_row("text", f"{plural(facts['documents'], 'document')}, {facts['text_bytes']:,} bytes")
+    rows = {
+        "folder": facts["folder"],
+        "sha256": facts["sha256"],
+        "tokenizer": f"{facts['vocab_size']:,} tokens, {special}, {facts['tokenizer_sha256']}",
+        **({"note": facts["vocab_note"]} if "vocab_note" in facts else {}),
+        "tokens": f"{facts['tokens']:,} as {facts['dtype']}, largest id {facts['largest_id']:,}",
+        "text": f"{plural(facts['documents'], 'document')}, {plural(facts['text_bytes'], 'byte')}",
+    }
     for source in facts["sources"]:
         for split in ("train", "val"):
             count = source[split]
             documents, shards = plural(count["documents"], "document"), plural(count["shards"], "shard")
-            table.add_row(f"{source['name']} {split}", f"{format_si(count['tokens'])} tokens, {documents}, {shards}")
+            rows[f"{source['name']} {split}"] = f"{format_count(count['tokens'])} tokens, {documents}, {shards}"
         if source["skipped_records"] or source["duplicates"]:
             skipped = plural(source["skipped_records"], "bad record")
-            table.add_row(f"{source['name']} left out", f"{skipped}, {plural(source['duplicates'], 'duplicate')}")
-    return table
+            rows[f"{source['name']} left out"] = f"{skipped}, {plural(source['duplicates'], 'duplicate')}"
+        if source["unrepresented"]:
+            rows[f"{source['name']} without a token"] = plural(source["unrepresented"], "character")
+    return {printable(name): printable(value) for name, value in rows.items()}
 
 
 def _read_excerpt(folder: Path, manifest: "CorpusManifest") -> str:
     """Return the beginning of the first text."""
-    from gpt.data.manifest import TOKENIZER_FILE
     from gpt.data.shards import TokenStream
-    from gpt.data.tokenizer import Tokenizer
+    from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
     stream = TokenStream([(folder, shard) for shard in _list_shards(manifest)], tokenizer.vocab_size)

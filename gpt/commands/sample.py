@@ -36,23 +36,25 @@ def run(argv: Sequence[str]) -> int:
     from gpt.inference.load import load_for_inference
 
     model, tokenizer = load_for_inference(command.run_dir, command.device)
+    prompt = tokenizer.encode_prompt(command.prompt)
     generated = generate(
         model,
-        tokenizer.encode_prompt(command.prompt),
+        prompt,
         command,
         block_size=model.config.block_size,
         vocab_size=tokenizer.vocab_size,
         seed=command.seed,
         end_of_text=tokenizer.end_of_text,
     )
+    joined_to = prompt if command.prompt else ()  # the end-of-text token before a new document is not part of it
     if command.as_json:
         tokens = list(generated)
-        completion = "".join(tokenizer.decode_stream(tokens))
+        completion = "".join(tokenizer.decode_stream(tokens, prompt=joined_to))
         print_json(
             {"prompt": command.prompt, "completion": completion, "new_tokens": len(tokens), "seed": command.seed}
         )
     else:
-        _print_stream(itertools.chain([command.prompt], tokenizer.decode_stream(generated)))
+        _print_stream(itertools.chain([command.prompt], tokenizer.decode_stream(generated, prompt=joined_to)))
     return 0
 
 

@@ -18,11 +18,15 @@ class TrainCommand(JsonOutput, PresetOverrides):
 
     dry_run: bool = False
     """Resolve, check and print the plan; train nothing."""
+    probe: bool = False
+    """Train two steps, keep nothing of them, and estimate the time of the run; needs --dry-run."""
 
     @model_validator(mode="after")
     def _require_dry_run(self) -> Self:
         if self.as_json and not self.dry_run:
             raise ValueError("--json needs --dry-run; a training run writes its metrics to metrics.jsonl")
+        if self.probe and not self.dry_run:
+            raise ValueError("--probe needs --dry-run; a training run shows its remaining time")
         return self
 
 
@@ -36,24 +40,27 @@ def run(argv: Sequence[str]) -> int:
     command = parse_train(argv)
     config = command.as_train_config()
 
+    from gpt.commands.dry_run import describe_dry_run, probe_steps
     from gpt.commands.output import print_json
-    from gpt.pipeline import build_trainer
+    from gpt.pipeline import build_trainer, compare_memory
     from gpt.run import open_run
-    from gpt.training.sinks.console import RunConsole, build_plan_table
+    from gpt.training.sinks.console.lines import one_line
+    from gpt.training.sinks.console.plan_screen import print_plan
+    from gpt.utils.terminal import RunConsole
 
     reason = "finished"
     with open_run(config, dry_run=command.dry_run) as opened:
-        console = RunConsole(emoji=False) if opened.dist.is_main else None
-        if command.dry_run and command.as_json:
-            if console:
-                print_json(opened.plan.to_dict())
-        elif opened.finished_at is not None:
+        console = RunConsole() if opened.dist.is_main else None
+        if opened.finished_at is not None and not command.as_json:
             if console:
                 message = f"{config.run_dir} has finished at step {opened.finished_at}; a larger --max-steps trains on"
-                console.print(message, markup=False, highlight=False, soft_wrap=True)
+                console.write_text(one_line(message))
         elif command.dry_run:
-            if console:
-                console.print(build_plan_table(opened.plan))
+            memory, probe = compare_memory(opened), probe_steps(opened) if command.probe else None
+            if console and command.as_json:
+                print_json(describe_dry_run(opened, memory, probe))
+            elif console:
+                print_plan(console, opened.plan, memory, probe)
         else:
             with opened.dist.report_lost_ranks():
                 trainer = build_trainer(opened, console)

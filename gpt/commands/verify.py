@@ -94,7 +94,7 @@ def _print_table(verdicts: Sequence[Verdict], counts: dict[str, int]) -> None:
     table = Table("checkpoint", "size", "val/loss", "state", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for verdict in verdicts:
         loss = "" if verdict.val_loss is None else f"{verdict.val_loss:.4f}"
-        table.add_row(printable(verdict.name), f"{format_si(verdict.size_bytes)}B", loss, verdict.state)
+        table.add_row(printable(verdict.name), format_si(verdict.size_bytes, "B"), loss, verdict.state)
     console.print(table)
     for verdict in verdicts:
         if verdict.reason:

@@ -285,6 +285,6 @@ def _print_comparison(console: "Console", verdict: ResumeVerdict) -> None:
         f"0 differing bits in {plural(compared.n_losses, 'loss', 'es')}, "
         f"{plural(compared.n_evaluations, 'evaluation')}, {plural(compared.n_samples, 'sample')}{rollbacks}, and the "
         f"last checkpoint's {plural(compared.n_tensors, 'tensor')} of weights and optimizer state "
-        f"({format_si(compared.tensor_bytes)}B) and progress"
+        f"({format_si(compared.tensor_bytes, 'B')}) and progress"
     )
     console.print("(randomness is addressed by seed and position, so there is no generator state to compare)")

@@ -1,4 +1,4 @@
-"""Configuration of the data: sources, tokenizer and packing."""
+"""Configuration of the data: sources, tokenizer and packing; `TrainConfig` sets the quickstart run's vocabulary."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +52,8 @@ class PreparationConfig(Config):
     """Leave out documents that repeat an earlier one byte for byte."""
     tokenizer: Annotated[str, AfterValidator(expand_home), SAFE_IF_SAME_CONTENT] = Field("bpe", min_length=1)
     """byte, char, bpe (trained on the corpus), gpt2, or the path of a tokenizer.json."""
+    end_of_text: str | None = Field(None, min_length=1)
+    """Token that separates documents; none: found by its name."""
     vocab_size: int = Field(8192, ge=257, le=1_000_000)
     """Vocabulary size of a trained bpe tokenizer: 256 bytes, the merges and one end-of-text token."""
     workers: Annotated[int, SAFE] = Field(0, ge=0, le=4096)

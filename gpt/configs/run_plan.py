@@ -18,6 +18,11 @@ CONTENT_KEY = "the SHA-256 of the corpus's content"
 """Keys of a run's identity that others compare by name."""
 
 
+MAX_USEFUL_EPOCHS = 4
+"""Passes over a text up to which it teaches almost as much as new text (Muennighoff et al. 2023, "Scaling
+Data-Constrained Language Models")."""
+
+
 @dataclass(frozen=True)
 class MachineFacts:
     """Hardware and process settings of a run; filled by `gpt.machine.hardware`."""
@@ -217,6 +222,13 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
+    sources = _plan_sources(config, sequences, max_steps * batch.sequences_per_step)
+    notes += [
+        f"{source.name} is read {source.epochs:.1f} times: beyond {MAX_USEFUL_EPOCHS} epochs a text teaches less and "
+        "less; add text or lower --max-steps"
+        for source in sources
+        if source.epochs > MAX_USEFUL_EPOCHS
+    ]
     return RunPlan(
         machine=machine,
         corpus=corpus,
@@ -227,7 +239,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         model=model,
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
-        sources=_plan_sources(config, sequences, max_steps * batch.sequences_per_step),
+        sources=sources,
         lr=config.lr.model_copy(update={"decay_steps": _resolve_decay_steps(config.lr, max_steps)}),
         optimizer=config.optimizer,
         log_interval=config.log.interval,

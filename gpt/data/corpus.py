@@ -8,7 +8,9 @@ from pathlib import Path
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.run_plan import CorpusFacts, StreamFacts
-from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE, CorpusManifest, read_corpus_manifest
+from gpt.data.corpus_notes import compare_end_of_text, list_notes
+from gpt.data.end_of_text import take_id
+from gpt.data.manifest import CORPUS_MANIFEST, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
 from gpt.data.prepare.folders import find_prepared_folders
@@ -16,7 +18,7 @@ from gpt.data.prepare.preparation import plan_preparation, prepare_folder
 from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
-from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from gpt.errors import UserError
 from gpt.utils.atomic_io import require_writable
 from gpt.utils.distributed import DistContext
@@ -104,10 +106,14 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
     manifests = [read_corpus_manifest(folder) for folder in folders]
     first_source = Path(config.source[0])
     tokenizer = _read_tokenizer(folders, manifests)
-    is_named = (
-        folders[0] == first_source or first_source in folders[0].parents
-    )  # else it is in the cache, prepared for this configuration
-    notes = (_compare_tokenizers(config, manifests[0], tokenizer) if is_named else None, manifests[0].vocab_note)
+    # Else it is in the cache, prepared for this configuration.
+    is_named = folders[0] == first_source or first_source in folders[0].parents
+    notes = [
+        _compare_tokenizers(config, manifests[0], tokenizer) if is_named else None,
+        None if is_named else compare_end_of_text(config, manifests[0], tokenizer),
+        manifests[0].vocab_note,
+        *(note for manifest in manifests for note in list_notes(manifest)),
+    ]
     in_folders = [
         (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
     ]
@@ -153,7 +159,7 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
 def _read_tokenizer(folders: Sequence[Path], manifests: Sequence[CorpusManifest]) -> Tokenizer:
     """Read the tokenizer that all folders share."""
     path = folders[0] / TOKENIZER_FILE
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = Tokenizer.from_file(path, take_id(manifests[0].special_ids.get("end_of_text")))
     if tokenizer.sha256 != manifests[0].tokenizer_sha256:
         raise UserError(
             f"{path}: not the tokenizer of this corpus: its SHA-256 is {tokenizer.sha256}, not "
@@ -162,6 +168,11 @@ def _read_tokenizer(folders: Sequence[Path], manifests: Sequence[CorpusManifest]
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"{folder} was prepared with another tokenizer than {folders[0]}; prepare it with the same")
+        if manifest.special_ids != manifests[0].special_ids:
+            raise UserError(
+                f"{folder} was prepared with another end-of-text token than {folders[0]}; prepare it with the same "
+                "--end-of-text"
+            )
     return tokenizer
 
 
@@ -173,6 +184,15 @@ def _compare_tokenizers(config: DataConfig, manifest: CorpusManifest, tokenizer:
     Raises:
         UserError: the configuration names a tokenizer.json that differs from the folder's.
     """
+    end_of_text = tokenizer.end_of_text
+    if config.end_of_text is not None and (
+        end_of_text is None or tokenizer.name_token(end_of_text) != config.end_of_text
+    ):
+        raise UserError(
+            f"--data.end-of-text {config.end_of_text}: {config.source[0]} was prepared with "
+            f"{'no such token' if end_of_text is None else tokenizer.name_token(end_of_text)}; "
+            "leave out the flag, or prepare the folder again"
+        )
     if Path(config.tokenizer).is_file():
         if Tokenizer.from_file(Path(config.tokenizer)).sha256 != tokenizer.sha256:
             raise UserError(

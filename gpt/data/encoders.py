@@ -58,7 +58,7 @@ def build_encoder(
 
     Args:
         definition: content of the tokenizer.json.
-        library: the same tokenizer, loaded.
+        library: the same tokenizer, loaded, which finds no special token in text.
         is_known_tiktoken_compatible: skips the check of the merges, which takes half a second for GPT-2.
     """
     model, pre_tokenizer = definition["model"], definition.get("pre_tokenizer")
@@ -74,9 +74,11 @@ def build_encoder(
     if not plain_bpe:
         return encode_by_library
     pattern = _find_word_pattern(pre_tokenizer)
-    if pattern is not None and (is_known_tiktoken_compatible or merges_like_tiktoken(model["vocab"], model["merges"])):
+    special = {token["content"] for token in definition.get("added_tokens", ())}
+    vocabulary = {token: index for token, index in model["vocab"].items() if token not in special}
+    if pattern is not None and (is_known_tiktoken_compatible or merges_like_tiktoken(vocabulary, model["merges"])):
         return _build_if_exact(
-            lambda: TiktokenEncoder(model["vocab"], pattern, library.normalizer, encode_by_library), encode_by_library
+            lambda: TiktokenEncoder(vocabulary, pattern, library.normalizer, encode_by_library), encode_by_library
         )
     is_characters = not model["merges"] and all(len(token) == 1 for token in model["vocab"])
     if pre_tokenizer is None and library.normalizer is None and is_characters:

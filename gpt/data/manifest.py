@@ -14,7 +14,6 @@ from gpt.utils.sealed_json import read_sealed_json, write_sealed_json
 
 CORPUS_FORMAT_VERSION = 2
 CORPUS_MANIFEST = "corpus.json"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class SourceEntry(Config):
@@ -28,6 +27,10 @@ class SourceEntry(Config):
     skipped_records: int = 0
     duplicates: int = 0
     """Documents left out because an equal one comes before them."""
+    unrepresented: int = 0
+    """Characters that the tokenizer has no token for; `text_bytes` leaves them out."""
+    first_unrepresented: str = ""
+    """First of them, and its place."""
 
 
 class CorpusManifest(Config):
@@ -66,7 +69,11 @@ class CorpusManifest(Config):
 
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder` in one step."""
-        write_sealed_json(folder / CORPUS_MANIFEST, self.model_dump(mode="json", exclude={"sha256"}))
+        content = self.model_dump(mode="json", exclude={"sha256"})
+        for source in content["sources"]:
+            if not source["unrepresented"]:  # so that a corpus has the digest that it has always had
+                del source["unrepresented"], source["first_unrepresented"]
+        write_sealed_json(folder / CORPUS_MANIFEST, content)
 
 
 def read_corpus_manifest(folder: Path) -> CorpusManifest:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -10,18 +11,33 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import decoders
 
-from gpt.data.byte_level import END_OF_TEXT
+from gpt.data.byte_level import CHAR_TO_BYTE
 from gpt.data.encoders import Encoder, Ids, build_encoder
+from gpt.data.end_of_text import (
+    TOKENIZER_SETTINGS_FILE,
+    EndOfTextRule,
+    Vocabulary,
+    describe_settings,
+    find_by_name,
+    find_first_known_name,
+    find_recorded_rule,
+)
+from gpt.data.special_tokens import hide_special_tokens
+from gpt.data.stream_decoder import decode_stream, keep_ends
+from gpt.data.tokenizer_files import explain_unreadable_file, find_renumbered_token
+from gpt.data.unrepresented import Finder, Unrepresented, build_finder
 from gpt.errors import UserError
+from gpt.utils.atomic_io import write_json, write_text
 from gpt.utils.helper import first_line
 
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-"""Names that published tokenizers give to the token that separates documents."""
+TOKENIZER_FILE = "tokenizer.json"
 
 KNOWN_TIKTOKEN_COMPATIBLE = frozenset({"cec27cb89f428497695f4e2a90118d636a594654897a44c0fb11b8f185521820"})
 """SHA-256 of definitions for which tiktoken is known to do the very same merges: GPT-2's. A test checks it."""
+
+BYTE_FALLBACK_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""Name of a token that stands for a byte."""
 
 T = TypeVar("T")
 
@@ -29,37 +45,63 @@ T = TypeVar("T")
 class Tokenizer:
     """A tokenizer.json and what a run needs of it."""
 
-    def __init__(self, definition: str):
-        """Load the text of a tokenizer.json; raises ValueError if it is none."""
+    def __init__(self, definition: str, end_of_text_rule: EndOfTextRule = find_by_name):
+        """Load a tokenizer.json.
+
+        Args:
+            definition: text of the file.
+            end_of_text_rule: chooses the token that separates documents.
+
+        Raises:
+            ValueError: the text is no tokenizer.json, or the rule finds no token where it must.
+        """
         self.definition = definition
         try:
-            self._library = tokenizers.Tokenizer.from_str(definition)
+            self._library = _load_library(definition)
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(str(error)) from error
-        self._library.encode_special_tokens = True
-        self._library.no_truncation()
-        self._library.no_padding()
-        vocabulary = self._library.get_vocab(with_added_tokens=True)
-        if not vocabulary:
+        ids = self._library.get_vocab(with_added_tokens=True)
+        if not ids:
             raise ValueError("its vocabulary is empty")
-        self.vocab_size: int = max(vocabulary.values()) + 1
-        self.end_of_text: int | None = next(
-            (vocabulary[name] for name in END_OF_TEXT_NAMES if name in vocabulary), None
+        self.vocab_size: int = max(ids.values()) + 1
+        added = sorted(self._library.get_added_tokens_decoder().items())
+        self._vocabulary = Vocabulary(
+            ids=ids, special=tuple(token.content for _, token in added if token.special), is_text=self._may_be_text
         )
+        self.end_of_text: int | None = self.find_end_of_text(end_of_text_rule)
 
     @classmethod
-    def from_file(cls, path: Path) -> "Tokenizer":
+    def from_file(cls, path: Path, end_of_text_rule: EndOfTextRule = find_by_name) -> "Tokenizer":
         """Read a tokenizer.json.
 
         Raises:
             UserError: the file is missing or is no tokenizer.
         """
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            return cls(path.read_text(encoding="utf-8-sig"), end_of_text_rule)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise UserError(f"{path}: not a Hugging Face tokenizer.json: {error}") from error
+            reason = explain_unreadable_file(path, error)
+            raise UserError(f"{path}: not a Hugging Face tokenizer.json: {reason}") from error
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing or is no tokenizer.
+        """
+        return cls.from_file(folder / TOKENIZER_FILE, find_recorded_rule(folder))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, and tokenizer_config.json where the name alone does not give the end-of-text token."""
+        if self.end_of_text != find_first_known_name(self._vocabulary):
+            name = None if self.end_of_text is None else self.name_token(self.end_of_text)
+            write_json(folder / TOKENIZER_SETTINGS_FILE, describe_settings(name))
+        else:
+            (folder / TOKENIZER_SETTINGS_FILE).unlink(missing_ok=True)
+        write_text(folder / TOKENIZER_FILE, self.definition)
 
     @property
     def sha256(self) -> str:
@@ -91,20 +133,41 @@ class Tokenizer:
         """
         first = 0 if self.end_of_text is None else self.end_of_text
         if self._is_byte_level:  # a prompt is short: building the fast encoder would take longer than this
-            return _encode_or_user_error(lambda: self._library.encode(text, add_special_tokens=False).ids) or [first]
+            return _encode_or_user_error(lambda: self._text_library.encode(text, add_special_tokens=False).ids) or [
+                first
+            ]
         return self.encode(text).tolist() or [first]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, special tokens included."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield text piece by piece as ids come; a character that spans several ids waits for the last of them."""
-        stream = decoders.DecodeStream(skip_special_tokens=False)
-        for index in ids:
-            piece = stream.step(self._library, index)
-            if piece is not None:
-                yield piece
+    def decode_stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
+        """Yield the text of new ids piece by piece as they come, as it stands after the text of a prompt.
+
+        All pieces together are the text of prompt and ids without that of the prompt.
+
+        Args:
+            ids: new ids.
+            prompt: ids of the same document before them.
+        """
+        return decode_stream(self.decode, ids, prompt, self._is_deferred)
+
+    def find_renumbered_token(self) -> str | None:
+        """Return what the library changes in the ids of added tokens; None if it keeps them."""
+        return find_renumbered_token(self.definition, self._library)
+
+    def find_end_of_text(self, rule: EndOfTextRule) -> int | None:
+        """Return the id of the token that a rule chooses to separate documents."""
+        return rule(self._vocabulary)
+
+    def name_token(self, index: int) -> str | None:
+        """Return the name of a token; None if there is none of this id."""
+        return self._library.id_to_token(index)
+
+    def find_unrepresented(self, text: str, ids: Ids) -> Unrepresented | None:
+        """Return the characters of a text that its ids do not stand for; None if there are none."""
+        return None if self._unrepresented_finder is None else self._unrepresented_finder(text, ids)
 
     def count_bytes(self, ids: Ids) -> int:
         """Return the length in UTF-8 of the text that ids stand for."""
@@ -116,7 +179,41 @@ class Tokenizer:
     def _encode(self) -> Encoder:
         # Built on first use: it takes half a second, and not everyone encodes.
         is_known = self.sha256 in KNOWN_TIKTOKEN_COMPATIBLE
-        return build_encoder(json.loads(self.definition), self._library, is_known_tiktoken_compatible=is_known)
+        return build_encoder(json.loads(self.definition), self._text_library, is_known_tiktoken_compatible=is_known)
+
+    @cached_property
+    def _text_library(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer for text, which never becomes a special token."""
+        definition = json.loads(self.definition)
+        hidden = hide_special_tokens(definition)
+        return self._library if hidden is definition else _load_library(json.dumps(hidden))
+
+    @cached_property
+    def _unrepresented_finder(self) -> Finder | None:
+        return build_finder(json.loads(self.definition), self._text_library)
+
+    def _may_be_text(self, name: str) -> bool:
+        """Return whether the library finds the token of this name in ordinary text."""
+        index = self._library.token_to_id(name)
+        return any(index in self._encode_if_possible(text) for text in (name, f" {name} ", f"a{name}a", f"a {name} a"))
+
+    def _encode_if_possible(self, text: str) -> list[int]:
+        """Return the library's ids of a text; none if the vocabulary cannot encode it."""
+        try:
+            return _encode_or_user_error(lambda: self._text_library.encode(text, add_special_tokens=False).ids)
+        except UserError:
+            return []
+
+    @cached_property
+    def _byte_fallback_ids(self) -> frozenset[int]:
+        """Ids of single bytes, where the decoder makes text of bytes in a row."""
+        if "ByteFallback" not in json.dumps(json.loads(self.definition).get("decoder")):
+            return frozenset()
+        return frozenset(index for name, index in self._vocabulary.ids.items() if BYTE_FALLBACK_NAME.fullmatch(name))
+
+    def _is_deferred(self, index: int) -> bool:
+        """Return whether an id becomes text only together with the next one: a byte, or an id without a token."""
+        return index in self._byte_fallback_ids or self._library.id_to_token(index) is None
 
     @cached_property
     def _is_byte_level(self) -> bool:
@@ -129,8 +226,19 @@ class Tokenizer:
             return None
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._library.get_vocab(with_added_tokens=True).items():
-            counts[index] = len(token)  # a byte-level vocabulary has one character for each byte
+            is_bytes = CHAR_TO_BYTE.keys() >= set(token)  # one character for each byte; not so in some added tokens
+            counts[index] = len(token) if is_bytes else len(token.encode())
         return counts
+
+
+def _load_library(definition: str) -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer.from_str(definition)
+    library.encode_special_tokens = True
+    library.no_truncation()
+    library.no_padding()
+    if library.decoder is not None and b'"Strip"' in library.decoder.__getstate__():
+        library.decoder = keep_ends(library.decoder)
+    return library
 
 
 def _encode_or_user_error(encode: Callable[[], T]) -> T:

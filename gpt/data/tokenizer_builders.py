@@ -9,8 +9,11 @@ import tiktoken
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from gpt.configs.data_config import TOKENIZER_KINDS
 from gpt.data.byte_level import BYTE_TO_CHAR, END_OF_TEXT, bytes_to_chars, derive_merges
+from gpt.data.end_of_text import find_rule_beside, require_name
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_files import explain_missing_file
 from gpt.data.word_boundaries import split_at_words
 from gpt.errors import UserError
 
@@ -18,26 +21,50 @@ MAX_WORD_CHARS = 2**11
 """Characters of a word that bpe is trained on; longer words are cut."""
 
 
-def build_tokenizer(kind: str) -> Tokenizer:
+def build_tokenizer(kind: str, end_of_text: str | None = None) -> Tokenizer:
     """Return the tokenizer that `--data.tokenizer` names, except for those that are learned: char and bpe.
 
     Args:
         kind: byte, gpt2 or the path of a tokenizer.json.
+        end_of_text: name of the token that separates documents; None finds it by name.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no such tokenizer, or it has no such token.
     """
+    require_end_of_text(kind, end_of_text)
     if kind == "byte":
         return build_byte_tokenizer()
     if kind == "gpt2":
         return build_gpt2_tokenizer()
     path = Path(kind)
     if not path.is_file():
-        raise UserError(f"--data.tokenizer {kind}: no such file; one of byte, char, bpe, gpt2, or a tokenizer.json")
+        raise UserError(f"--data.tokenizer {kind}: {explain_missing_file(path)}")
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path, find_rule_beside(path))
     except UserError as error:
         raise UserError(f"--data.tokenizer {error}") from error
+    renumbered = tokenizer.find_renumbered_token()
+    if renumbered is not None:
+        raise UserError(f"--data.tokenizer {path}: {renumbered}")
+    if end_of_text is None:
+        return tokenizer
+    try:
+        return Tokenizer(tokenizer.definition, require_name(end_of_text))
+    except ValueError as error:
+        raise UserError(f"--data.end-of-text {end_of_text}: {error}") from error
+
+
+def require_end_of_text(kind: str, name: str | None) -> None:
+    """Check the name of the end-of-text token of a tokenizer that is built here.
+
+    Raises:
+        UserError: a tokenizer of this kind has another end-of-text token.
+    """
+    if kind in TOKENIZER_KINDS and name not in (None, END_OF_TEXT):
+        raise UserError(
+            f"--data.end-of-text {name}: documents end with {END_OF_TEXT} under --data.tokenizer {kind}; "
+            "leave out the flag, or name a tokenizer.json"
+        )
 
 
 def build_byte_tokenizer() -> Tokenizer:

@@ -14,7 +14,7 @@ from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cpu_runtime import match_openmp_team
 from gpt.machine.hardware import detect_machine, find_device
 from gpt.models.gpt import GPT
-from gpt.utils.helper import format_si
+from gpt.utils.helper import format_count
 
 
 def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
@@ -29,7 +29,7 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     """
     match_openmp_team()
     checkpoint = locate_checkpoint(path, "RUN_DIR")
-    tokenizer = Tokenizer.from_file(find_run(checkpoint).tokenizer)
+    tokenizer = Tokenizer.from_folder(find_run(checkpoint).path)
     weights = read_weights(checkpoint)
     saved = load_config(checkpoint / "config.json")
     config = saved.model
@@ -38,8 +38,8 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     n_weights = sum(tensor.numel() for tensor in weights.values())
     if config.n_parameters != n_weights:  # before the model is allocated
         raise UserError(
-            f"{checkpoint}: config.json describes a model of {format_si(config.n_parameters)} parameters, but the "
-            f"weights have {format_si(n_weights)}; use a checkpoint as it was saved"
+            f"{checkpoint}: config.json describes a model of {format_count(config.n_parameters)} parameters, but the "
+            f"weights have {format_count(n_weights)}; use a checkpoint as it was saved"
         )
     model = GPT(config, seed=0).to(find_device(device))
     load_model_tensors(model, weights)

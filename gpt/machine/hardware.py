@@ -7,6 +7,8 @@ import torch
 
 from gpt.configs.run_plan import MachineFacts
 from gpt.errors import UserError
+from gpt.machine.resources import find_free_host_memory
+from gpt.utils.helper import plural
 
 
 def find_device(wanted: str) -> str:
@@ -55,6 +57,13 @@ def peak_memory(device: str) -> int | None:
     return int(kilobytes) * 1024 if device == "cpu" and kilobytes else None
 
 
+def find_free_memory(device: str) -> int | None:
+    """Return the bytes that are free on a GPU, or on the host for all processes together; None if unknown."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return find_free_host_memory()
+
+
 def cpu_has_bfloat16() -> bool:
     """Return whether the CPU multiplies bfloat16 in hardware.
 
@@ -66,7 +75,8 @@ def cpu_has_bfloat16() -> bool:
 
 def cpu_name() -> str:
     """Return the CPU's name and its number of threads, for people."""
-    return f"{_cpuinfo('model name') or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{name}, {plural(torch.get_num_threads(), 'thread')}"
 
 
 def _cpuinfo(key: str) -> str:

@@ -30,6 +30,16 @@ def find_memory_budget() -> int:
     return int(min(total * MEMORY_SHARE, meminfo.get("MemAvailable", total)))
 
 
+def find_free_host_memory() -> int | None:
+    """Return the bytes that are free now on this machine and in its control groups; None if unknown."""
+    limits = [
+        *_read_limits("memory", lambda group: _read_room(group, "memory.max", "memory.current")),
+        *_read_limits("memory", lambda group: _read_room(group, "memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ]
+    free = _read_meminfo().get("MemAvailable")
+    return int(min([*limits, *([] if free is None else [free])], default=0)) or None
+
+
 def cgroup_cores() -> float | None:
     """Return the cores that this process's control groups and all groups above them allow; None without a limit."""
     limits = [
@@ -94,6 +104,12 @@ def _read_quota(group: Path) -> float | None:
 def _read_number(path: Path) -> float | None:
     text = path.read_text(encoding="ascii").strip()
     return None if text == "max" else int(text)
+
+
+def _read_room(group: Path, limit_file: str, usage_file: str) -> float | None:
+    """Return the bytes below a group's limit that are not in use."""
+    limit, usage = _read_number(group / limit_file), _read_number(group / usage_file)
+    return None if limit is None or usage is None else max(1, limit - usage)
 
 
 def _count_cpus(path: Path) -> int:

@@ -26,6 +26,7 @@ from gpt.training.events import (
 )
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
+from gpt.training.step_timer import StepTimer
 from gpt.training.subject import Subject
 from gpt.training.train_step import TrainStep
 
@@ -43,6 +44,7 @@ class Trainer(Subject):
         checkpoints: saves and loads the state.
         journal: records the batches that the run leaves out.
         logger: writes events to the sinks.
+        timer: measures the saves.
         resumed_from: checkpoint that `state` was loaded from, for TrainStart.
     """
 
@@ -56,13 +58,14 @@ class Trainer(Subject):
         checkpoints: CheckpointManager,
         journal: Journal,
         logger: Logger,
+        timer: StepTimer,
         resumed_from: str | None = None,
     ):
         super().__init__(logger)
         self._plan, self._state = plan, state
         self._train_step, self._meter = train_step, meter
         self._checkpoints, self._journal = checkpoints, journal
-        self._resumed_from = resumed_from
+        self._timer, self._resumed_from = timer, resumed_from
         self._stop_reason: str | None = None
 
     def train(self) -> str:
@@ -78,7 +81,9 @@ class Trainer(Subject):
             while self._stop_reason is None and self._step < self._plan.max_steps:
                 self._advance()
             reason = self._stop_reason or FINISHED
-            self._announce(self._checkpoints.finish())
+            with self._timer.phase("saving"):
+                committed = self._checkpoints.finish()
+            self._announce(committed)
             self.notify(TrainEnd(self._step, reason))
             return reason
         except BaseException as failure:
@@ -144,7 +149,8 @@ class Trainer(Subject):
         if commands:
             self._logger.flush()
             metrics = [item for command in commands if isinstance(command, Save) for item in command.metrics.items()]
-            self._checkpoints.save(self._state, dict(metrics))
+            with self._timer.phase("saving"):
+                self._checkpoints.save(self._state, dict(metrics))
             later = self._announce(self._checkpoints.poll())
             stops += [command.reason for command in later if isinstance(command, Stop)]
         if stops:

@@ -1,8 +1,9 @@
 """A few small functions that several layers need."""
 
 import hashlib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -61,16 +62,54 @@ def sha256_of_file(path: Path, *, follow_links: bool = True) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def format_si(number: float) -> str:
-    """Return a number for people, with an SI prefix.
+def format_si(number: float, unit: str) -> str:
+    """Return a quantity for people: three digits, an SI prefix and the unit.
 
-    >>> format_si(1234567)
-    '1.23M'
+    >>> format_si(498.2e9, "FLOP/s"), format_si(512, "B")
+    ('498 GFLOP/s', '512 B')
     """
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+    return _scale(number, ("", "k", "M", "G", "T", "P", "E")) + unit
+
+
+def format_count(number: float) -> str:
+    """Return a count for people; its noun follows after a space.
+
+    >>> format_count(1_557_611_200) + " parameters", format_count(17_040) + " tokens/s"
+    ('1.56 B parameters', '17 k tokens/s')
+    """
+    return _scale(number, ("", "k", "M", "B", "T")).rstrip()
+
+
+def format_percent(fraction: float) -> str:
+    """Return a share for people, which is 0% only if it is 0.
+
+    >>> format_percent(0.5284), format_percent(0.00032)
+    ('52.8%', '0.03%')
+    """
+    return f"{fraction:.1%}" if abs(fraction) >= 0.0005 else f"{100 * fraction:.1g}%"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time for people.
+
+    >>> format_duration(69), format_duration(4 * 86400 + 3 * 3600 + 59)
+    ('0:01:09', '4 d 3 h')
+    """
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, rest = divmod(hours, 24)
+    return f"{days:,} d {rest} h" if days else f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _scale(number: float, prefixes: Sequence[str]) -> str:
+    """Return the number in three digits, a space and the prefix of its power of 1000."""
+    power = 0
+    while power < len(prefixes) - 1 and math.isfinite(number) and abs(number) >= 999.5:  # shown as 1000 if not divided
+        number, power = number / 1000, power + 1
+    digits = f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
+    return f"{digits} {prefixes[power]}"
 
 
 def plural(count: int, noun: str, suffix: str = "s") -> str:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from gpt.utils.process_tree import PROC, list_descendants, read_stat
+
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PRELOADED_MODULES = ["torch._dynamo", "gpt.commands.train", "gpt.pipeline"]
 """Modules that take seconds to import; every fork inherits them. Building an optimizer imports torch._dynamo."""
-PROC = Path("/proc")
 STOPPED = frozenset({130, 143, -signal.SIGINT, -signal.SIGTERM})
 """Exit statuses after SIGINT and SIGTERM."""
 TORCHRUN_FAILED = 1
@@ -129,7 +130,7 @@ class _TorchrunProcess:
         if self._process.poll() is not None:
             return
         self._process.send_signal(signal.SIGSTOP)
-        pids = _list_descendants(self._process.pid)
+        pids = list_descendants(self._process.pid)
         self._process.kill()
         for pid in pids:
             try:
@@ -142,28 +143,16 @@ class _TorchrunProcess:
 
     def stop(self, number: signal.Signals) -> None:
         """Signal the ranks alone: torchrun would give them half a minute, and then kill them."""
-        ranks = [pid for pid in _list_descendants(self._process.pid) if str(MAIN) in _read_command(pid)]
-        for pid in ranks or [self._process.pid]:
+        ranks = [pid for pid in list_descendants(self._process.pid) if str(MAIN) in _read_command(pid)]
+        for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+        if not ranks:
+            self._process.terminate()
 
     @property
     def was_stopped(self) -> bool:
         return self.poll() in STOPPED | {TORCHRUN_FAILED}
-
-
-def _list_descendants(ancestor: int) -> list[int]:
-    """Return the ids of all processes that `ancestor` started, directly or indirectly."""
-    children: dict[int, list[int]] = {}
-    for entry in PROC.iterdir():
-        if entry.name.isdigit() and (stat := _read_stat(int(entry.name))) is not None:
-            children.setdefault(int(stat[1]), []).append(int(entry.name))
-    descendants, pending = list[int](), [ancestor]
-    while pending:
-        own_children = children.get(pending.pop(), [])
-        descendants += own_children
-        pending += own_children
-    return descendants
 
 
 def _read_command(pid: int) -> list[str]:
@@ -176,13 +165,5 @@ def _read_command(pid: int) -> list[str]:
 
 def _is_running(pid: int) -> bool:
     """Return whether a process still holds its files; a zombie holds none."""
-    stat = _read_stat(pid)
+    stat = read_stat(pid)
     return stat is not None and stat[0] != "Z"
-
-
-def _read_stat(pid: int) -> list[str] | None:
-    """Return state, parent id and the later fields of /proc/PID/stat (see proc(5)), or None if there is no process."""
-    try:
-        return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None

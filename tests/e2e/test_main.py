@@ -13,7 +13,7 @@ import pytest
 
 from gpt.configs.train_config import TrainConfig
 from gpt.main import main
-from gpt.utils.helper import format_si
+from gpt.utils.helper import format_count
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAIN = REPOSITORY / "gpt" / "main.py"
@@ -121,8 +121,8 @@ def test_json_of_a_dry_run_equals_the_plain_output(flags: list[str], tmp_path: P
     )
     assert plan["tokens"] == plan["max_steps"] * batch["tokens_per_step"]
     assert f"vocabulary {corpus['vocab_size']:,}" in plain.stdout
-    assert f"{format_si(corpus['train_tokens'])} training tokens" in plain.stdout
-    assert f"{format_si(model['n_parameters'])} parameters: {model['n_layer']} layers" in plain.stdout
+    assert f"{format_count(corpus['train_tokens'])} training tokens" in plain.stdout
+    assert f"{format_count(model['n_parameters'])} parameters: {model['n_layer']} layers" in plain.stdout
     assert plan["lr"]["schedule"] in plain.stdout
     assert all(note in plain.stdout for note in plan["notes"])
     assert not (tmp_path / "run").exists()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.machine.hardware import cpu_has_bfloat16, detect_machine, find_device, peak_memory
+from gpt.machine.hardware import cpu_has_bfloat16, detect_machine, find_device, find_free_memory, peak_memory
+from gpt.utils.helper import plural
 
 
 def test_auto_is_the_best_device_of_the_machine() -> None:
@@ -22,7 +23,7 @@ def test_a_missing_device_is_reported_with_the_nearest() -> None:
 def test_detect_machine_finds_device_and_threads() -> None:
     facts = detect_machine("cpu", world_size=2)
     assert (facts.device, facts.world_size, facts.has_bfloat16) == ("cpu", 2, cpu_has_bfloat16())
-    assert f"{torch.get_num_threads()} threads" in facts.device_name
+    assert facts.device_name.endswith(f", {plural(torch.get_num_threads(), 'thread')}")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's /proc/cpuinfo")
@@ -43,3 +44,11 @@ def test_peak_memory_counts_a_tensor_that_was_held() -> None:
     assert before <= after
     assert after >= held.nbytes
     assert peak_memory("mps") is None
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's /proc/meminfo")
+def test_free_memory_of_the_host_is_less_than_its_total() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    free = find_free_memory("cpu")
+    assert free is not None
+    assert 0 < free < total

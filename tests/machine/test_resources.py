@@ -3,7 +3,13 @@ from pathlib import Path
 import pytest
 
 from gpt.machine import resources
-from gpt.machine.resources import cgroup_cores, cgroup_memory, find_memory_budget, usable_cores
+from gpt.machine.resources import (
+    cgroup_cores,
+    cgroup_memory,
+    find_free_host_memory,
+    find_memory_budget,
+    usable_cores,
+)
 
 GIB = 2**30
 
@@ -132,3 +138,15 @@ def test_limits_of_control_groups_and_of_all_above_them_hold(machine: Path, tree
     write_files(machine, files)
     assert usable_cores() == cores
     assert find_memory_budget() == gibibytes * GIB // 2
+
+
+def test_free_memory_is_what_the_machine_and_its_container_have_left(machine: Path) -> None:
+    assert find_free_host_memory() == 16 * GIB
+    (machine / "memory.max").write_text(f"{4 * GIB}\n")
+    (machine / "memory.current").write_text(f"{3 * GIB}\n")
+    assert find_free_host_memory() == GIB
+    (machine / "memory.current").write_text(f"{5 * GIB}\n")
+    assert find_free_host_memory() == 1
+    (machine / "memory.max").write_text("max\n")
+    (machine / "meminfo").unlink()
+    assert find_free_host_memory() is None

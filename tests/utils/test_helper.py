@@ -2,7 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from gpt.utils.helper import first_line, format_si, plural, random_bits, sha256_of_file
+from gpt.utils.helper import (
+    first_line,
+    format_count,
+    format_duration,
+    format_percent,
+    format_si,
+    plural,
+    random_bits,
+    sha256_of_file,
+)
 
 
 def test_random_bits_depend_on_every_part_of_the_address_and_its_place() -> None:
@@ -39,8 +48,22 @@ def test_sha256_of_file_may_refuse_links(tmp_path: Path) -> None:
 
 
 def test_numbers_are_formatted_for_people() -> None:
-    assert [format_si(0.5), format_si(999), format_si(1234567), format_si(2.5e9)] == ["0.5", "999", "1.23M", "2.5G"]
+    assert [format_count(n) for n in (0.5, 999, 1234567, 2.5e9, 3e15)] == ["0.5", "999", "1.23 M", "2.5 B", "3,000 T"]
+    assert [format_si(n, "B") for n in (0, 999, 1234567, 2.5e9)] == ["0 B", "999 B", "1.23 MB", "2.5 GB"]
+    assert [format_percent(share) for share in (0.5284, 0.0005, 0.00032, 0.0)] == ["52.8%", "0.1%", "0.03%", "0%"]
     assert [plural(1, "file"), plural(2000, "file")] == ["1 file", "2,000 files"]
+
+
+@pytest.mark.parametrize("power", range(5))
+def test_number_that_rounds_up_to_1000_takes_the_next_prefix(power: int) -> None:
+    assert format_si(999.6 * 1000**power, "B") == f"1 {'kMGTP'[power]}B"
+    assert format_si(999.4 * 1000**power, "B") == f"999 {('', *'kMGT')[power]}B"
+
+
+def test_durations_are_formatted_for_people() -> None:
+    seconds = (0, 59.6, 69, 3600, 86399, 86400 * 51 + 7200)
+    assert [format_duration(n) for n in seconds] == ["0:00:00", "0:01:00", "0:01:09", "1:00:00", "23:59:59", "51 d 2 h"]
+    assert format_duration(float("inf")) == "unknown"
 
 
 def test_first_line_is_that_of_the_message_or_the_type() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from gpt.data.encoders import Ids
 from gpt.data.shards import Tokens
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.unrepresented import Unrepresented
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class TextDocument:
         cut = int(len(self.text) * (1 - fraction))
         return TextDocument(self.name, self.text[:cut]), TextDocument(self.name, self.text[cut:])
 
-    def encode(self, tokenizer: Tokenizer) -> tuple[Ids, int]:
-        """Return the ids, and the length of the text in UTF-8."""
-        return tokenizer.encode(self.text), self.size
+    def encode(self, tokenizer: Tokenizer) -> tuple[Ids, int, Unrepresented | None]:
+        """Return the ids, the length in UTF-8 of the text that they stand for, and what they do not stand for."""
+        ids = tokenizer.encode(self.text)
+        lost = tokenizer.find_unrepresented(self.text, ids)
+        return ids, self.size if lost is None else max(0, self.size - lost.n_bytes), lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +62,10 @@ class TokenDocument:
         cut = int(len(self.tokens) * (1 - fraction))
         return TokenDocument(self.name, self.tokens[:cut]), TokenDocument(self.name, self.tokens[cut:])
 
-    def encode(self, tokenizer: Tokenizer) -> tuple[Ids, int]:
-        """Return the ids, and the length in UTF-8 of the text that they stand for."""
+    def encode(self, tokenizer: Tokenizer) -> tuple[Ids, int, Unrepresented | None]:
+        """Return the ids, the length in UTF-8 of the text that they stand for, and what they do not stand for."""
         ids = self.tokens.astype(np.uint32)
-        return ids, tokenizer.count_bytes(ids)
+        return ids, tokenizer.count_bytes(ids), None
 
 
 Document = TextDocument | TokenDocument

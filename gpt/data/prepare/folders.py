@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpt.data.manifest import CORPUS_MANIFEST, TOKENIZER_FILE
+from gpt.data.manifest import CORPUS_MANIFEST
 from gpt.data.prepare.foreign import find_foreign_chunks
 from gpt.data.prepare.records import shorten
+from gpt.data.tokenizer import TOKENIZER_FILE
 from gpt.errors import UserError
 
 

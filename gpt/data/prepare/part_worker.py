@@ -120,11 +120,14 @@ class PartWorker:
             ShardWriter(folder.shard_path(part, "train"), vocab_size, continues=part.continues) as train,
             ShardWriter(folder.shard_path(part, "val"), vocab_size, continues=part.continues) as val,
         ):
-            continues = part.continues
+            continues, unrepresented, first_unrepresented = part.continues, 0, ""
             for splits in read_splits(folder, self._settings, part, records, tokenizer):
                 for writer, documents in zip((train, val), splits, strict=True):
                     for document in documents:
-                        ids, text_bytes = document.encode(tokenizer)
+                        ids, text_bytes, lost = document.encode(tokenizer)
+                        if lost is not None:
+                            unrepresented += lost.characters
+                            first_unrepresented = first_unrepresented or f"{lost.first} of {document.name}"
                         writer.add(ids, text_bytes, start=None if continues else tokenizer.document_start)
                         advance(text_bytes, len(ids))
                         continues = False
@@ -135,6 +138,8 @@ class PartWorker:
                 skipped_records=records.skipped,
                 duplicates=count_duplicates(folder.keep_mask_path(part)) if is_deduplicated else 0,
                 skipped_reasons=tuple(records.reasons),
+                unrepresented=unrepresented,
+                first_unrepresented=first_unrepresented,
             )
         folder.write_record(part, record)
 

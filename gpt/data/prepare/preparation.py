@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gpt.configs.data_config import PreparationConfig
+from gpt.configs.data_config import TOKENIZER_KINDS, PreparationConfig
+from gpt.data.corpus_notes import list_notes
 from gpt.data.manifest import (
     CORPUS_FORMAT_VERSION,
     CORPUS_MANIFEST,
@@ -40,12 +41,12 @@ from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.prepare.workers import WorkerPool
 from gpt.data.shards import choose_token_dtype
 from gpt.data.tokenizer import Tokenizer
-from gpt.data.tokenizer_builders import build_tokenizer
+from gpt.data.tokenizer_builders import build_tokenizer, require_end_of_text
 from gpt.errors import UserError
 from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder
 from gpt.utils.folder_lock import hold_lock
-from gpt.utils.helper import format_si, plural, sha256_of_file, unique_names
+from gpt.utils.helper import format_count, format_si, plural, sha256_of_file, unique_names
 from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class PreparationPlan:
     """byte, char, bpe, gpt2, or the path of a tokenizer.json."""
     tokenizer_file_sha256: str | None
     """Digest of the tokenizer.json; None without one."""
+    end_of_text: str | None
+    """Name of the token that separates documents; None: found by its name."""
     vocab_size: int
     """Size that bpe is trained to."""
     text_field: str
@@ -87,6 +90,7 @@ class PreparationPlan:
             "val_fraction": self.val_fraction,
             "deduplicate": self.deduplicate,
         }
+        settings |= {"end_of_text": self.end_of_text} if self.end_of_text is not None else {}
         return settings | ({"vocab_size": self.vocab_size} if self.tokenizer == "bpe" else {})
 
     @property
@@ -137,11 +141,13 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
     found += [(find(source, "--data.val-source"), "val") for source in config.val_source]
     _require_records(config.text_field, [source for source, _ in found])
     tokenizer_file = Path(config.tokenizer)
+    names_file = config.tokenizer not in TOKENIZER_KINDS and tokenizer_file.is_file()
     return PreparationPlan(
         sources=tuple(source for source, _ in found),
         roles=tuple(role for _, role in found),
         tokenizer=config.tokenizer,
-        tokenizer_file_sha256=sha256_of_file(tokenizer_file) if tokenizer_file.is_file() else None,
+        tokenizer_file_sha256=sha256_of_file(tokenizer_file) if names_file else None,
+        end_of_text=config.end_of_text,
         vocab_size=config.vocab_size,
         text_field=config.text_field,
         on_error=config.on_error,
@@ -235,7 +241,7 @@ class _Preparation:
         if not (self._folder.path / CORPUS_MANIFEST).exists():
             n_files = sum(len(source.files) for source in self._plan.sources)
             names, files = ", ".join(self._plan.names), plural(n_files, "file")
-            log.info("preparing %s: %s, %sB", names, files, format_si(self._plan.size))
+            log.info("preparing %s: %s, %s", names, files, format_si(self._plan.size, "B"))
             try:
                 self._prepare()
             except SourceChangedError:
@@ -294,8 +300,9 @@ class _Preparation:
     def _build_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that the settings name; None if it is learned from the corpus."""
         kind = self._plan.tokenizer
+        require_end_of_text(kind, self._plan.end_of_text)
         if kind not in LEARNED_KINDS:
-            return self._folder.load_or_save_tokenizer(lambda: build_tokenizer(kind))
+            return self._folder.load_or_save_tokenizer(lambda: build_tokenizer(kind, self._plan.end_of_text))
         for source in self._plan.sources:
             if all(file.kind == "tokens" for file in source.files):
                 raise UserError(
@@ -363,7 +370,7 @@ class _Preparation:
             pool.run(action, parts, count)
         seconds = time.perf_counter() - started
         if done[1] and seconds > MIN_SECONDS_TO_REPORT_SPEED:
-            log.info("tokenized %sB/s, %s tokens/s", format_si(done[0] / seconds), format_si(done[1] / seconds))
+            log.info("tokenized %s, %s tokens/s", format_si(done[0] / seconds, "B/s"), format_count(done[1] / seconds))
 
     def _write_manifest(self, tokenizer: Tokenizer, parts_of_sources: Sequence[Sequence[Part]]) -> None:
         entries = [
@@ -376,6 +383,11 @@ class _Preparation:
             records = [self._folder.read_record(part) for part in parts]
             reasons = [*self._bad_files[entry.name].reasons, *(reason for r in records for reason in r.skipped_reasons)]
             first = next(iter(reasons), None)
+            if entry.unrepresented and not any(shard.text_bytes for shard in (*entry.train, *entry.val)):
+                raise UserError(
+                    f"{entry.name}: the tokenizer has no token for any of its {entry.unrepresented} characters, first "
+                    f"{entry.first_unrepresented}; use a tokenizer with all bytes, such as --data.tokenizer bpe"
+                )
             if not any(shard.text_bytes for shard in (*entry.train, *entry.val)) and not entry.duplicates:
                 raise _no_text_error(entry.name, first)
             if first:
@@ -386,7 +398,7 @@ class _Preparation:
                 log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
         shards = [shard for entry in entries for shard in (*entry.train, *entry.val)]
         val_bytes = sum(shard.text_bytes for entry in entries for shard in entry.val)
-        CorpusManifest(
+        manifest = CorpusManifest(
             format_version=CORPUS_FORMAT_VERSION,
             settings=self._plan.settings,
             tokenizer_sha256=tokenizer.sha256,
@@ -401,7 +413,10 @@ class _Preparation:
             xz_bits_per_byte=self._measure_xz_bits_per_byte(
                 [part for parts in parts_of_sources for part in parts], val_bytes
             ),
-        ).write(self._folder.path)
+        )
+        for note in list_notes(manifest):
+            log.warning("%s", note)
+        manifest.write(self._folder.path)
 
     def _measure_xz_bits_per_byte(self, parts: Sequence[Part], val_bytes: int) -> float | None:
         """Return the bits per byte of `xz -9e` on the validation texts as one stream, to compare a model with.
@@ -412,11 +427,13 @@ class _Preparation:
         if not (has_local_text and 0 < val_bytes <= MAX_XZ_BYTES):
             return None
         compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
-        compressed = 0
+        compressed = text_bytes = 0
         for part in (part for part in parts if part.role != "train"):
             for _, val in self._read_splits(part):
-                compressed += sum(len(compressor.compress(document.content)) for document in val)
-        return 8 * (compressed + len(compressor.flush())) / val_bytes
+                for content in (document.content for document in val):
+                    compressed += len(compressor.compress(content))
+                    text_bytes += len(content)
+        return 8 * (compressed + len(compressor.flush())) / text_bytes
 
 
 def _build_source_entry(name: str, sha256: str, records: Sequence[PartRecord], n_bad_files: int) -> SourceEntry:
@@ -427,6 +444,8 @@ def _build_source_entry(name: str, sha256: str, records: Sequence[PartRecord], n
         val=tuple(record.val for record in records if record.val is not None),
         skipped_records=n_bad_files + sum(record.skipped_records for record in records),
         duplicates=sum(record.duplicates for record in records),
+        unrepresented=sum(record.unrepresented for record in records),
+        first_unrepresented=next((record.first_unrepresented for record in records if record.unrepresented), ""),
     )
 
 

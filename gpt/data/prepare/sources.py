@@ -18,7 +18,7 @@ from gpt.data.prepare.foreign import find_foreign_chunks, name_foreign_note
 from gpt.data.prepare.formats import JSON_OBJECT_START, Format, detect_format, read_first_value, require_utf8
 from gpt.data.prepare.optional import import_extra
 from gpt.data.prepare.records import BadFileError, join, shorten
-from gpt.data.prepare.shakespeare import fetch_shakespeare
+from gpt.data.prepare.shakespeare import FILE_NAME, fetch_shakespeare
 from gpt.data.prepare.tables import is_dataset, open_dataset, open_stream, read_table_header
 from gpt.data.prepare.token_files import HEAD_BYTES
 from gpt.errors import UserError
@@ -108,7 +108,7 @@ def find_source(
         path = fetch_shakespeare(flag, cache_dir or PreparationConfig().cache_dir)
     if not _is_folder(path, flag):
         return _find_file(source, path, flag, text_field)
-    if is_run(path):
+    if is_run(path) or _holds_checkpoints(path):
         raise UserError(f"{flag} {source} is the folder of a run, not of texts; name the texts")
     if chunks := find_foreign_chunks(path):
         raise UserError(f"{flag} {shorten(source)} is {chunks[0]}; {chunks[1]}")
@@ -221,6 +221,12 @@ def _read_head(path: Path) -> bytes:
         return file.read(HEAD_BYTES)
 
 
+def _holds_checkpoints(path: Path) -> bool:
+    """Return whether a folder is the folder of a run's checkpoints, or one of them."""
+    folder = path.resolve()
+    return any(parent.name == "checkpoints" and is_run(parent.parent) for parent in (folder, folder.parent))
+
+
 def require_apart(folder: Path, flag: str, sources: Sequence[str], *, below_only: bool = False) -> None:
     """Check that a folder to write to is not at, in or above a source, where its files would be read as texts.
 
@@ -293,11 +299,19 @@ def _find_hub_source(address: str) -> Source:
     return Source(Path(name).name, (File(address, Path(address), "hub", n_shards),), sha256, states)
 
 
+def _suggest_source(missing: Path) -> str:
+    if missing.name == FILE_NAME:
+        return f"the source {SHAKESPEARE} downloads it"
+    if all(Path(part).exists() for part in str(missing).split(",")):
+        return "separate several sources by spaces"
+    return "name a text file, a folder or stdlib"
+
+
 def _is_folder(path: Path, flag: str) -> bool:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise UserError(f"{flag} {path}: no such file or folder; name a text file, a folder or stdlib") from None
+        raise UserError(f"{flag} {path}: no such file or folder; {_suggest_source(path)}") from None
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from error
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):

@@ -22,10 +22,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from gpt.configs.base import Config
-from gpt.data.manifest import TOKENIZER_FILE
 from gpt.data.prepare.parts import Part
 from gpt.data.shards import ShardInfo
-from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync, write_json, write_text
 
@@ -43,6 +42,8 @@ class PartRecord(Config):
     duplicates: int
     skipped_reasons: tuple[str, ...] = ()
     """Messages of the first bad records."""
+    unrepresented: int = 0
+    first_unrepresented: str = ""
 
 
 class UnfinishedFolder:
@@ -86,15 +87,14 @@ class UnfinishedFolder:
 
     def load_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that is saved in the folder, if there is one."""
-        path = self.path / TOKENIZER_FILE
-        return Tokenizer.from_file(path) if path.exists() else None
+        return Tokenizer.from_folder(self.path) if (self.path / TOKENIZER_FILE).exists() else None
 
     def load_or_save_tokenizer(self, build: Callable[[], Tokenizer]) -> Tokenizer:
         """Return the tokenizer that is saved in the folder, built and saved first if there is none."""
         tokenizer = self.load_tokenizer()
         if tokenizer is None:
             tokenizer = build()
-            write_text(self.path / TOKENIZER_FILE, tokenizer.definition)
+            tokenizer.save(self.path)
         return tokenizer
 
     def shard_path(self, part: Part, role: Literal["train", "val"]) -> Path:

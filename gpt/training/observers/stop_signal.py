@@ -1,5 +1,7 @@
 """The observer that ends a run cleanly at Ctrl-C or SIGTERM."""
 
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterable
@@ -44,4 +46,7 @@ class StopSignal(Observer):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == SIGINT:
             raise KeyboardInterrupt
+        if number == SIGINT and self._dist.is_main:
+            with contextlib.suppress(OSError):  # not print: a handler may run within a print
+                os.write(2, b"gpt: stopping after this step; a second Ctrl-C leaves at once\n")
         self._received = number

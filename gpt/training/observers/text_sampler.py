@@ -11,6 +11,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.inference.generate import generate
 from gpt.training.events import Command, Event, TextSampled, is_evaluated
 from gpt.training.observer import Observer
+from gpt.training.step_timer import StepTimer
 from gpt.utils.helper import Purpose, random_bits
 
 
@@ -23,6 +24,7 @@ class TextSampler(Observer):
         prompts: prompt -> its token ids, at least one.
         config: length and sampling filters.
         plan: names the steps, and gives block_size and the seed.
+        timer: measures the sampling; None: nobody reads its time.
     """
 
     def __init__(
@@ -32,24 +34,27 @@ class TextSampler(Observer):
         prompts: Mapping[str, list[int]],
         config: TextSampleConfig,
         plan: RunPlan,
+        timer: StepTimer | None = None,
     ):
         self._model, self._tokenizer, self._prompts = model, tokenizer, prompts
         self._config, self._plan = config, plan
+        self._timer = timer or StepTimer(torch.device("cpu"))
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
         """Generate samples if this step is evaluated."""
         if not is_evaluated(event, self._plan):
             return ()
-        return [
-            TextSampled(
-                event.step,
-                prompt,
-                self._generate(tokens, random_bits(self._plan.seed, Purpose.TEXT, event.step, index)),
-            )
-            for index, (prompt, tokens) in enumerate(self._prompts.items())
-        ]
+        with self._timer.phase("sampling"):
+            return [
+                TextSampled(
+                    event.step,
+                    prompt,
+                    self._generate(prompt, tokens, random_bits(self._plan.seed, Purpose.TEXT, event.step, index)),
+                )
+                for index, (prompt, tokens) in enumerate(self._prompts.items())
+            ]
 
-    def _generate(self, tokens: list[int], seed: int) -> str:
+    def _generate(self, prompt: str, tokens: list[int], seed: int) -> str:
         token_ids = generate(
             self._model,
             tokens,
@@ -60,4 +65,4 @@ class TextSampler(Observer):
             end_of_text=self._tokenizer.end_of_text,
         )
         with torch.compiler.set_stance("force_eager"):  # it would recompile for every length
-            return self._tokenizer.decode(token_ids)
+            return "".join(self._tokenizer.decode_stream(token_ids, prompt=tokens if prompt else ()))

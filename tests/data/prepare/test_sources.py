@@ -173,6 +173,25 @@ def test_run_is_no_source(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match=f"--data.source {run} is the folder of a run, not of texts; name the texts"):
         find_source(str(run))
+    checkpoint = run / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text("{}")
+    for folder in (checkpoint, checkpoint.parent):
+        with pytest.raises(UserError, match=f"--data.source {folder} is the folder of a run, not of texts"):
+            find_source(str(folder))
+
+
+def test_missing_source_names_what_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).write_text("a text")
+    for source, remedy in (
+        ("a,b", "separate several sources by spaces"),
+        ("a,c", "name a text file, a folder or stdlib"),
+        ("x/tinyshakespeare.txt", "the source shakespeare downloads it"),
+    ):
+        with pytest.raises(UserError, match=f"^--data.source {source}: no such file or folder; {remedy}$"):
+            find_source(source)
 
 
 def test_folder_of_texts_with_a_config_is_no_run(tmp_path: Path, finished_run: Path) -> None:
