@@ -4,6 +4,7 @@ plan -> loader -> model -> optimizer -> Trainer -> observers
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -25,7 +26,8 @@ from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.flops import flops_per_token
-from gpt.machine.hardware import peak_memory
+from gpt.machine.hardware import find_free_memory, peak_memory
+from gpt.machine.memory_estimate import estimate_memory
 from gpt.machine.peak_flops import load_or_measure_peak_flops
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer
@@ -45,6 +47,7 @@ from gpt.training.observers.stop_signal import StopSignal
 from gpt.training.observers.straggler_guard import StragglerGuard
 from gpt.training.observers.text_sampler import TextSampler
 from gpt.training.probes.layer_norms import LayerNorms
+from gpt.training.sinks.console.plan_screen import Memory, print_plan
 from gpt.training.sinks.console.sink import ConsoleSink
 from gpt.training.sinks.jsonl import JsonlSink
 from gpt.training.step_timer import StepTimer
@@ -52,6 +55,7 @@ from gpt.training.train_step import TrainStep
 from gpt.training.trainer import Trainer
 from gpt.utils.custom_scheduler import build_schedule
 from gpt.utils.distributed import DistContext
+from gpt.utils.launch import local_world_size
 from gpt.utils.progress import work_line
 from gpt.utils.terminal import RunConsole
 
@@ -67,6 +71,8 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
         UserError: the checkpoint is damaged or does not fit, or the run folder cannot be written.
     """
     config, dist, plan = run.config, run.dist, run.plan
+    if console:
+        show_plan(run, console)
     timer = StepTimer(dist.device)
     journal = Journal(run.folder.journal, plan.order, run.journal, dist)
     sequences = build_sequences(run.corpus, config.data, plan.batch.block_size, plan.seed)
@@ -96,6 +102,27 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     if console:
         trainer.attach(ConsoleSink(console, plan, run.folder, timer))
     return trainer
+
+
+def show_plan(run: Run, console: RunConsole) -> None:
+    """Print the plan of a run; a closed stdout does not end the run."""
+    with suppress(OSError):
+        print_plan(console, run.plan, compare_memory(run))
+
+
+def compare_memory(run: Run) -> Memory:
+    """Estimate the memory that one process needs, and find what is free for it."""
+    plan, device = run.plan, run.plan.machine.device
+    needed = estimate_memory(
+        plan.model,
+        plan.batch,
+        plan.optimizer,
+        plan.dtype,
+        activation_checkpointing=run.config.parallel.activation_checkpointing,
+        copies_state=run.config.checkpoint.asynchronous and device != "cuda",  # a GPU's state is copied to the host
+    )
+    free = find_free_memory(device)
+    return Memory(needed, free if free is None or device == "cuda" else free // local_world_size())
 
 
 def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppState:

@@ -1,4 +1,4 @@
-"""Facts that a dry run reports beyond the plan: the memory that is needed and free, and the time of two steps."""
+"""Facts that a dry run reports beyond the plan: the time of two steps, and everything as JSON."""
 
 import time
 from contextlib import closing
@@ -9,25 +9,6 @@ from gpt.training.sinks.console.plan_screen import Memory, Probe
 
 if TYPE_CHECKING:
     from gpt.run import Run
-
-
-def compare_memory(run: "Run") -> Memory:
-    """Estimate the memory of one process, and find what is free for it."""
-    from gpt.machine.hardware import find_free_memory
-    from gpt.machine.memory_estimate import estimate_memory
-    from gpt.utils.launch import local_world_size
-
-    plan, device = run.plan, run.plan.machine.device
-    needed = estimate_memory(
-        plan.model,
-        plan.batch,
-        plan.optimizer,
-        plan.dtype,
-        activation_checkpointing=run.config.parallel.activation_checkpointing,
-        copies_state=run.config.checkpoint.asynchronous and device != "cuda",  # a GPU's state is copied to the host
-    )
-    free = find_free_memory(device)
-    return Memory(needed, free if free is None or device == "cuda" else free // local_world_size())
 
 
 def probe_steps(run: "Run") -> Probe:
@@ -61,7 +42,7 @@ def probe_steps(run: "Run") -> Probe:
 
 
 def describe_dry_run(run: "Run", memory: Memory, probe: Probe | None) -> dict[str, Any]:
-    """Return the plan and these facts as JSON-able values."""
+    """Return the plan, its memory and its probe as JSON-able values."""
     facts = run.plan.to_dict()
     facts["notes"] = [*run.plan.notes, *([memory.note] if memory.note else [])]
     facts["memory"] = asdict(memory.needed) | {"total": memory.needed.total, "available": memory.available}

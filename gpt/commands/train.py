@@ -1,7 +1,6 @@
 """`gpt train [PRESET] [--flags]`: train a model, resume a run, or only print its plan."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Self
 
 from pydantic import model_validator
@@ -41,9 +40,9 @@ def run(argv: Sequence[str]) -> int:
     command = parse_train(argv)
     config = command.as_train_config()
 
-    from gpt.commands.dry_run import compare_memory, describe_dry_run, probe_steps
+    from gpt.commands.dry_run import describe_dry_run, probe_steps
     from gpt.commands.output import print_json
-    from gpt.pipeline import build_trainer
+    from gpt.pipeline import build_trainer, compare_memory
     from gpt.run import open_run
     from gpt.training.sinks.console.lines import one_line
     from gpt.training.sinks.console.plan_screen import print_plan
@@ -63,9 +62,6 @@ def run(argv: Sequence[str]) -> int:
             elif console:
                 print_plan(console, opened.plan, memory, probe)
         else:
-            if console:
-                with suppress(OSError):  # a closed stdout does not end a run, in which a broken sink is dropped
-                    print_plan(console, opened.plan, compare_memory(opened))
             with opened.dist.report_lost_ranks():
                 trainer = build_trainer(opened, console)
                 reason = trainer.train()

@@ -3,10 +3,12 @@ import re
 import pytest
 
 from gpt.commands.bench import BenchCommand
-from gpt.commands.train import parse_train
+from gpt.commands.train import TrainCommand, parse_train
 from gpt.configs.cli import parse_over_preset
+from gpt.configs.fields import list_flags
 from gpt.configs.help import COMMON_FIELDS
 from gpt.configs.presets import PRESETS
+from gpt.configs.train_config import TrainConfig
 
 
 def show(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -21,7 +23,10 @@ def test_short_help_shows_the_preset_and_twenty_common_flags_in_groups(capsys: p
     assert shown.startswith("usage: gpt train [PRESET] [--flags]\n")
     assert all(preset in shown for preset in PRESETS)
     flags = re.findall(r"^  (--[\w.-]+)", shown, flags=re.MULTILINE)
-    assert len(flags) == 20 + len(["--config", "--json", "--dry-run", "--probe"])
+    own = [flag for flag in list_flags(TrainCommand) if flag not in list_flags(TrainConfig) and "--no-" not in flag]
+    assert {"--config", "--json", "--dry-run"} <= set(own)
+    assert flags[: len(own)] == own
+    assert len(flags[len(own) :]) == 20
     assert [heading for heading in COMMON_FIELDS if f"\n{heading}:\n" not in shown] == []
     assert "gpt train --help-all lists all" in shown
     assert shown == show(capsys, "-h")

@@ -40,7 +40,7 @@ FIELDS = {
         model.intermediate_size model.norm_eps model.rope_theta model.tie_embeddings model.qkv_bias
         model.attn_out_bias model.mlp_bias optimizer.name
         data.weights data.val_fraction data.text_field data.on_error data.deduplicate
-        data.vocab_size data.packing data.document_mask seed tokens_per_step init_from
+        data.end_of_text data.vocab_size data.packing data.document_mask seed tokens_per_step init_from
     """,
 }
 
