@@ -114,6 +114,7 @@ def train_ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
     from gpt.configs.gpt_config import GPTConfig
     from gpt.configs.lr_config import LRConfig
     from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+    from gpt.configs.optimizer_config import OptimizerConfig
     from gpt.configs.parallel_config import ParallelConfig
     from gpt.configs.train_config import TrainConfig
     from gpt.pipeline import build_trainer
@@ -159,6 +160,7 @@ def train_ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
                 source=(spec.tokens,), tokenizer=spec.tokenizer, val_fraction=0, cache_dir=folder / "cache", workers=1
             ),
             lr=LRConfig(schedule="constant", max_lr=LR, warmup_steps=0),
+            optimizer=OptimizerConfig(),
             parallel=ParallelConfig(activation_checkpointing="block" if setting == LEAN else "none"),
             log=LogConfig(interval=spec.steps),
             eval=EvalConfig(interval=0),

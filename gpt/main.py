@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _set_up_output(log_to_stderr=has_flag(arguments, "json"))
     launch.provide_home()
+    launch.widen_terminal()
     verb = arguments[0] if arguments and arguments[0] in VERBS else "train"
     try:
         status = _run_command(arguments)
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 0
     except KeyboardInterrupt:
         if launch.speaks_first():
-            print("gpt: interrupted", file=sys.stderr)
+            _print_line("gpt: interrupted")
         status = 130
     except Exception as error:
         message = describe_mistake(error)
@@ -168,9 +169,12 @@ def _report_error(message: str, *, is_reported: bool) -> None:
     if not launch.speaks_first():
         time.sleep(OTHER_RANKS_DELAY_SECONDS)
     if not is_reported:
-        line = printable(message).replace("\n", "\\n")
-        with contextlib.suppress(OSError):  # stderr may be closed, too; the status says that it failed
-            print(f"gpt: error: {line}", file=sys.stderr, flush=True)
+        _print_line("gpt: error: " + printable(message).replace("\n", "\\n"))
+
+
+def _print_line(line: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be closed, too; the status says that it failed
+        print(line, file=sys.stderr, flush=True)
 
 
 def program() -> NoReturn:

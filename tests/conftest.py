@@ -15,6 +15,7 @@ from gpt.configs.data_config import DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, TextSampleConfig
+from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.data.prepare.documents import Document
 from gpt.data.prepare.formats import Records
@@ -116,6 +117,7 @@ def tiny(text_file: Path, cache_dir: Path) -> Callable[..., TrainConfig]:
             model=GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16),
             data=DataConfig(source=str(text_file), cache_dir=cache_dir, tokenizer="byte"),
             lr=LRConfig(max_lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=20),
+            optimizer=OptimizerConfig(),
             log=LogConfig(interval=1),
             eval=EvalConfig(interval=4, batches=4),
             sample=TextSampleConfig(prompts=("the",), max_new_tokens=8),

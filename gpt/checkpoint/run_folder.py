@@ -86,7 +86,7 @@ class RunFolder:
         if self.config.exists():
             saved = load_config(self.config)
             return config.model_copy(update={"resume": saved.resume, "init_from": saved.init_from})
-        return config.model_copy(update={"resume": str(origin.resolve()) if origin else "auto"})
+        return config.model_copy(update={"resume": str(_make_absolute(origin)) if origin else "auto"})
 
 
 def parse_step(checkpoint: Path) -> int:
@@ -118,6 +118,10 @@ def find_run(checkpoint: Path) -> RunFolder:
 
     The folder `checkpoints` may be a link to another disk, so the path is tried as it is before its links are followed.
     """
-    named = Path(os.path.abspath(checkpoint))  # noqa: PTH100 - Path.resolve follows links
-    runs = [RunFolder(path.parent.parent) for path in (named, checkpoint.resolve())]
+    runs = [RunFolder(path.parent.parent) for path in (_make_absolute(checkpoint), checkpoint.resolve())]
     return next((run for run in runs if run.config.exists()), runs[-1])
+
+
+def _make_absolute(path: Path) -> Path:
+    """Return the absolute path without `..`, and with its links."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve follows links

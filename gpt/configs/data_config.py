@@ -1,4 +1,4 @@
-"""Configuration of the data: sources, tokenizer and packing."""
+"""Configuration of the data: sources, tokenizer and packing; `TrainConfig` sets the quickstart run's vocabulary."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The architecture of the model."""
+"""The architecture of the model, by default GPT-2's; `TrainConfig` sets that of the quickstart run."""
 
 from typing import Annotated, Literal, Self
 

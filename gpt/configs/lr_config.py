@@ -1,4 +1,4 @@
-"""Configuration of the learning-rate schedule."""
+"""Configuration of the learning-rate schedule; `TrainConfig` sets that of the quickstart run."""
 
 from typing import Annotated, Literal, Self
 

@@ -1,4 +1,4 @@
-"""Configuration of the optimizer."""
+"""Configuration of the optimizer, by default AdamW; `TrainConfig` sets that of the quickstart run."""
 
 from typing import Annotated, Literal
 

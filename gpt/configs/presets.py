@@ -1,5 +1,6 @@
 """Presets: named configurations, each a function that returns a TrainConfig.
 
+A preset names every section that the quickstart recipe in train_config.py sets, so that it does not follow the recipe.
 A model family is a preset, too: docs/extending.md, "A model family".
 """
 
@@ -25,6 +26,7 @@ def debug() -> TrainConfig:
         model=GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64),
         data=DataConfig(tokenizer="byte"),
         lr=LRConfig(warmup_steps=5),
+        optimizer=OptimizerConfig(),
         log=LogConfig(interval=1),
         eval=EvalConfig(interval=10, batches=8),
         checkpoint=CheckpointConfig(interval=10),
@@ -99,8 +101,10 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> T
         ),
         data=DataConfig(tokenizer="gpt2"),
         lr=LRConfig(schedule="cosine", max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=715),
+        optimizer=OptimizerConfig(),
         eval=EvalConfig(interval=250, batches=64),
         checkpoint=CheckpointConfig(interval=500),
+        sample=TextSampleConfig(),
     )
 
 

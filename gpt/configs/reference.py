@@ -39,26 +39,32 @@ MEANINGS = {
 def format_reference() -> str:
     """Return the Markdown page on every field of the configuration."""
     lines = [INTRODUCTION, *(f"| {rule.value} | {meaning} |" for rule, meaning in MEANINGS.items())]
-    lines += _format_section("The run", "", TrainConfig, "")
+    defaults = TrainConfig()
+    lines += _format_section("The run", "", defaults, "")
     for name, field in TrainConfig.model_fields.items():
         section = get_section(field)
         if section is not None:
-            lines += _format_section(f"`{name}`", section.__doc__ or "", section, f"{name}.")
+            lines += _format_section(f"`{name}`", section.__doc__ or "", getattr(defaults, name), f"{name}.")
     return "\n".join(lines) + "\n"
 
 
-def _format_section(title: str, description: str, model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _format_section(title: str, description: str, defaults: BaseModel, prefix: str) -> Iterator[str]:
     yield f"\n## {title}\n"
     if description:
         yield f"{' '.join(description.split())}\n"
     yield "| flag | default | meaning | when resuming |"
     yield "| --- | --- | --- | --- |"
-    for name, field in model.model_fields.items():
+    for name, field in type(defaults).model_fields.items():
         if get_section(field) is None:
             flag = f"--{prefix}{name}".replace("_", "-")
             choices = _format_choices(field)
             text = " ".join((field.description or "").split())
-            cells = [f"`{flag}`{choices}", f"`{_format_default(field)}`", text, get_resume_rule(field).value]
+            cells = [
+                f"`{flag}`{choices}",
+                f"`{_format_default(getattr(defaults, name))}`",
+                text,
+                get_resume_rule(field).value,
+            ]
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -68,8 +74,7 @@ def _format_choices(field: FieldInfo) -> str:
     return " " + ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
 
 
-def _format_default(field: FieldInfo) -> str:
-    value: Any = field.default
+def _format_default(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, Path) and value.is_absolute():  # data.cache_dir, which differs between machines

@@ -1,4 +1,8 @@
-"""Root of the configuration; `TrainConfig()` is the `quickstart` preset and holds every default."""
+"""Root of the configuration; `TrainConfig()` is the `quickstart` preset.
+
+To change what `python gpt/main.py` trains, edit the recipe below. A field that the recipe does not name keeps the
+default in its own section's file.
+"""
 
 import os
 from collections.abc import Callable
@@ -36,7 +40,7 @@ class TrainConfig(Config):
     # seed decides, so another value would repeat some sequences and leave out others.
     seed: int = Field(1337, ge=0, le=2**63 - 1)
     """Seed of the initial weights, the data order, dropout and samples."""
-    max_steps: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(400, ge=0, le=MAX_COUNT)
+    max_steps: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(250, ge=0, le=MAX_COUNT)
     """Steps to train; 0: no limit. The run ends at the earliest of max_steps, max_tokens and epochs."""
     max_tokens: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(0, ge=0, le=MAX_COUNT)
     """Tokens to train on; 0: no limit."""
@@ -46,7 +50,7 @@ class TrainConfig(Config):
         Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] | Literal["auto"], SAFE_WITHOUT_DROPOUT
     ] = 16
     """Sequences per process in one forward pass; auto: the most that fit in memory and, on a CPU, gain speed."""
-    tokens_per_step: int = Field(2048, ge=0, le=MAX_COUNT)
+    tokens_per_step: int = Field(4096, ge=0, le=MAX_COUNT)
     """Tokens per update over all processes and micro-batches; 0: one micro-batch per process."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], SAFE] = "auto"
     """Device to train on; auto: cuda, else mps, else cpu."""
@@ -66,16 +70,19 @@ class TrainConfig(Config):
     # FORBIDDEN: a run that has begun cannot begin from other weights.
     init_from: FilePath | None = None
     """Run or checkpoint whose weights to start from, with a fresh optimizer."""
-    model: GPTConfig = GPTConfig()
-    data: DataConfig = DataConfig()
-    lr: LRConfig = LRConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    # The quickstart recipe. The sections themselves default to GPT-2 and AdamW, so GPTConfig(n_layer=12) stays a GPT-2
+    # and a config.json from before a field existed loads as what it was.
+    # The architecture is Qwen 3's, which public runtimes load. docs/EXPERIMENTS.md has the measurements.
+    model: GPTConfig = GPTConfig(n_layer=2, bias=False, position="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True)
+    data: DataConfig = DataConfig(vocab_size=4096)
+    lr: LRConfig = LRConfig(max_lr=1e-2, warmup_steps=0)
+    optimizer: OptimizerConfig = OptimizerConfig(name="muon", muon_momentum=0.85)
     parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     log: LogConfig = LogConfig()
-    eval: EvalConfig = EvalConfig()
+    eval: EvalConfig = EvalConfig(interval=250)
     checkpoint: CheckpointConfig = CheckpointConfig()
-    sample: TextSampleConfig = TextSampleConfig()
+    sample: TextSampleConfig = TextSampleConfig(prompts=("def ", "class ", "import "), max_new_tokens=100)
     spike: SpikeConfig = SpikeConfig()
     profile: ProfileConfig = ProfileConfig()
 

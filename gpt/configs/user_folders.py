@@ -21,7 +21,11 @@ def default_cache_dir() -> Path:
 def temporary_folder() -> Path:
     """Return this user's folder for temporary files, which may not exist yet."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    folder = Path(tempfile.gettempdir()) / f"{NAME}-{user}"
+    try:
+        parent = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # no folder can be written to; whoever writes a file there reports it
+        parent = Path("/tmp")
+    folder = parent / f"{NAME}-{user}"
     try:
         is_foreign = hasattr(os, "getuid") and folder.lstat().st_uid != user
     except OSError:

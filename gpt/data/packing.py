@@ -92,7 +92,10 @@ def load_or_pack(stream: TokenStream, block_size: int, *, ends_are_targets: bool
 def _save(packing: Packing, path: Path) -> None:
     tensors: dict[str, Int64s] = vars(packing)
     unfinished = path.with_suffix(".tmp")
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
     save_file(tensors, unfinished, metadata={"sha256": _digest(tensors)})
+    unfinished.chmod(mode)  # save_file makes a file that only its owner can read, and users may share a cache
     fsync(unfinished)
     unfinished.replace(path)
 

@@ -1,7 +1,10 @@
 """Token ids -> text, piece by piece while the ids come."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from tokenizers import decoders
 
 REPLACEMENT = "\ufffd"
 """Character that stands for bytes that are not UTF-8, and for an unfinished character at the end."""
@@ -42,6 +45,17 @@ def decode_stream(
     piece, _ = _split_new(shown, decode(context + pending))
     if piece:
         yield piece
+
+
+def keep_ends(decoder: decoders.Decoder) -> decoders.Decoder:
+    """Return a decoder that strips nothing from the ends of texts: that loses text, and panics if there is none."""
+    state = json.loads(decoder.__getstate__())
+    for step in state.get("decoders", [state]):
+        if step["type"] == "Strip":
+            step["stop"] = 0
+    changed = decoders.Fuse()
+    changed.__setstate__(json.dumps(state).encode())
+    return changed
 
 
 def _split_new(shown: str, text: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from gpt.data.byte_level import CHAR_TO_BYTE
 from gpt.data.encoders import Encoder, Ids, build_encoder
 from gpt.data.end_of_text import (
     TOKENIZER_SETTINGS_FILE,
@@ -19,11 +20,13 @@ from gpt.data.end_of_text import (
     Vocabulary,
     describe_settings,
     find_by_name,
+    find_closing_token,
     find_first_known_name,
     find_recorded_rule,
 )
 from gpt.data.special_tokens import hide_special_tokens
-from gpt.data.stream_decoder import decode_stream
+from gpt.data.stream_decoder import decode_stream, keep_ends
+from gpt.data.tokenizer_files import explain_unreadable_file, find_renumbered_token
 from gpt.data.unrepresented import Finder, Unrepresented, build_finder
 from gpt.errors import UserError
 from gpt.utils.atomic_io import write_json, write_text
@@ -63,8 +66,12 @@ class Tokenizer:
             raise ValueError("its vocabulary is empty")
         self.vocab_size: int = max(ids.values()) + 1
         added = sorted(self._library.get_added_tokens_decoder().items())
+        processor = self._library.post_processor
         self._vocabulary = Vocabulary(
-            ids=ids, special=tuple(token.content for _, token in added if token.special), is_text=self._may_be_text
+            ids=ids,
+            special=tuple(token.content for _, token in added if token.special),
+            closing=None if processor is None else find_closing_token(processor.__getstate__()),
+            is_text=self._may_be_text,
         )
         self.end_of_text: int | None = self.find_end_of_text(end_of_text_rule)
 
@@ -76,11 +83,12 @@ class Tokenizer:
             UserError: the file is missing or is no tokenizer.
         """
         try:
-            return cls(path.read_text(encoding="utf-8"), end_of_text_rule)
+            return cls(path.read_text(encoding="utf-8-sig"), end_of_text_rule)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise UserError(f"{path}: not a Hugging Face tokenizer.json: {error}") from error
+            reason = explain_unreadable_file(path, error)
+            raise UserError(f"{path}: not a Hugging Face tokenizer.json: {reason}") from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -149,6 +157,10 @@ class Tokenizer:
             prompt: ids of the same document before them.
         """
         return decode_stream(self.decode, ids, prompt, self._is_deferred)
+
+    def find_renumbered_token(self) -> str | None:
+        """Return what the library changes in the ids of added tokens; None if it keeps them."""
+        return find_renumbered_token(self.definition, self._library)
 
     def find_end_of_text(self, rule: EndOfTextRule) -> int | None:
         """Return the id of the token that a rule chooses to separate documents."""
@@ -219,7 +231,8 @@ class Tokenizer:
             return None
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._library.get_vocab(with_added_tokens=True).items():
-            counts[index] = len(token)  # a byte-level vocabulary has one character for each byte
+            is_bytes = CHAR_TO_BYTE.keys() >= set(token)  # one character for each byte; not so in some added tokens
+            counts[index] = len(token) if is_bytes else len(token.encode())
         return counts
 
 
@@ -228,6 +241,8 @@ def _load_library(definition: str) -> tokenizers.Tokenizer:
     library.encode_special_tokens = True
     library.no_truncation()
     library.no_padding()
+    if library.decoder is not None and b'"Strip"' in library.decoder.__getstate__():
+        library.decoder = keep_ends(library.decoder)
     return library
 
 

@@ -13,6 +13,7 @@ from gpt.configs.data_config import TOKENIZER_KINDS
 from gpt.data.byte_level import BYTE_TO_CHAR, END_OF_TEXT, bytes_to_chars, derive_merges
 from gpt.data.end_of_text import find_rule_beside, require_name
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.tokenizer_files import explain_missing_file
 from gpt.data.word_boundaries import split_at_words
 from gpt.errors import UserError
 
@@ -37,11 +38,14 @@ def build_tokenizer(kind: str, end_of_text: str | None = None) -> Tokenizer:
         return build_gpt2_tokenizer()
     path = Path(kind)
     if not path.is_file():
-        raise UserError(f"--data.tokenizer {kind}: no such file; one of byte, char, bpe, gpt2, or a tokenizer.json")
+        raise UserError(f"--data.tokenizer {kind}: {explain_missing_file(path)}")
     try:
         tokenizer = Tokenizer.from_file(path, find_rule_beside(path))
     except UserError as error:
         raise UserError(f"--data.tokenizer {error}") from error
+    renumbered = tokenizer.find_renumbered_token()
+    if renumbered is not None:
+        raise UserError(f"--data.tokenizer {path}: {renumbered}")
     if end_of_text is None:
         return tokenizer
     try:

@@ -192,18 +192,20 @@ def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainCo
         raise UserError(f"{place} holds a run; --resume auto resumes it, or use another --run-dir")
     if launched is not None and names_checkpoint:
         named, root = Path(config.resume).resolve(), folder.path.resolve()
-        if root in (named, *named.parents):
+        newest, checkpoints = own[-1].resolve() if own else root, folder.checkpoints.resolve()
+        if not {root, checkpoints}.isdisjoint((named, *named.parents)):  # `checkpoints` may be a link to another disk
             checkpoint = locate_checkpoint(Path(config.resume), "--resume")
-            if named not in (root, own[-1].resolve()):
+            if named not in (root, newest):
                 raise UserError(
                     f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to "
                     "train on from an earlier one, use another --run-dir"
                 )
             return _Candidates((own[-1],), "own", f"--resume {config.resume}")
-        if named in (Path(launched.resume), *Path(launched.resume).parents):
+        origin = Path(launched.resume)
+        if named in (path.resolve() for path in (origin, *origin.parents)):
             forked = launched.resume
-        elif origin := find_origin(folder, named):
-            forked = str(origin)
+        elif moved := find_origin(folder, named):
+            forked = str(moved)
         else:
             raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
     else:

@@ -6,6 +6,7 @@ A variable that is set to an empty text counts as unset.
 import atexit
 import contextlib
 import os
+import shutil
 import sys
 from typing import NoReturn
 
@@ -14,6 +15,8 @@ from gpt.errors import UserError
 
 MAX_MONITORING_TOOLS = 6
 """Number of tool ids of `sys.monitoring` (PEP 669)."""
+MIN_COLUMNS = 20
+"""Least width that text is formatted for, in characters."""
 
 
 def rank() -> int:
@@ -100,6 +103,12 @@ def provide_home() -> None:
         os.environ.pop("HOME", None)  # an empty HOME would hide the entry in the password database
     if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 - Path.expanduser raises
         os.environ["HOME"] = str(temporary_folder())
+
+
+def widen_terminal() -> None:
+    """Set COLUMNS to MIN_COLUMNS if the terminal is narrower, where the help screen would never end."""
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
 
 
 def keeps_store() -> bool:

@@ -1,7 +1,14 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from gpt.configs.batch_plan import plan_batch
 from gpt.configs.presets import PRESETS
+from gpt.resume.compatibility import flatten
+
+RELEASED = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
+"""Values of every preset but quickstart as released, with the model's derived sizes."""
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -22,3 +29,11 @@ def test_shakespeare_char_is_nanogpts_documented_cpu_setting() -> None:
 def test_gpt2_presets_have_the_sizes_of_their_names(name: str) -> None:
     model = PRESETS[name]().model.model_copy(update={"vocab_size": 50_257})
     assert f"gpt2-{round(model.n_parameters / 1e6)}m" == name
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "quickstart"])
+def test_preset_keeps_its_released_values_whatever_the_defaults_are(name: str) -> None:
+    config = PRESETS[name]()
+    values = flatten(config.model_copy(update={"model": config.model.resolve()}).model_dump(mode="json"))
+    released = flatten(RELEASED[name])
+    assert {field: values[field] for field in released} == released

@@ -3,6 +3,9 @@ import os
 import pytest
 from pydantic import ValidationError
 
+from gpt.configs.base import get_section
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.train_config import TrainConfig
 
 
@@ -16,3 +19,35 @@ def test_configuration_is_frozen_and_rejects_unknown_fields() -> None:
 def test_fields_of_a_single_launch_are_not_saved() -> None:
     saved = TrainConfig(resume_with_changes=True, seed=3).saved_json()
     assert TrainConfig.model_validate_json(saved) == TrainConfig(seed=3).map_paths(os.path.abspath)
+
+
+def test_recipe_names_no_field_that_its_section_already_has_so_editing_that_section_works() -> None:
+    for name, field in TrainConfig.model_fields.items():
+        if section := get_section(field):
+            recipe, default = getattr(TrainConfig(), name), section()
+            repeated = [key for key in recipe.model_fields_set if getattr(recipe, key) == getattr(default, key)]
+            assert (name, repeated) == (name, [])
+
+
+def test_quickstart_has_the_architecture_of_qwen3() -> None:
+    model = TrainConfig().model.resolve()
+    assert (model.position, model.norm, model.norm_eps, model.mlp, model.qk_norm) == (
+        "rotary",
+        "rmsnorm",
+        1e-6,
+        "swiglu",
+        True,
+    )
+    assert not (model.qkv_bias or model.attn_out_bias or model.mlp_bias or model.logit_softcap)
+
+
+def test_sections_by_themselves_are_gpt2_trained_with_adamw() -> None:
+    model = GPTConfig()
+    assert (model.position, model.norm, model.mlp, model.bias, model.qk_norm) == (
+        "learned",
+        "layernorm",
+        "gelu",
+        True,
+        False,
+    )
+    assert OptimizerConfig().name == "adamw"

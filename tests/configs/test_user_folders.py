@@ -59,6 +59,7 @@ def test_tilde_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     flags = ["--run-dir=~/r", "--init-from=~/i", "--data.source=~/a", "hf:~/b", "--data.val-source", "~/v"]
     flags += ["--data.cache-dir", "~", "--data.tokenizer=~/t.json", "--spike.journal=~/j"]
+    flags += ["--data.vocab-size=8192"]  # a section of a file takes its own defaults, not the quickstart recipe
     parsed = parse(TrainConfig, flags, prog="gpt train")
     loaded = TrainConfig.model_validate_json(
         """{"run_dir": "~/r", "init_from": "~/i", "spike": {"journal": "~/j"}, "data": {"source": ["~/a", "hf:~/b"],

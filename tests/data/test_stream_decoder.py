@@ -3,10 +3,28 @@ from collections.abc import Callable
 from itertools import takewhile
 
 import pytest
+from tokenizers import decoders
 
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import build_byte_tokenizer, build_char_tokenizer
 from tests.data.tokenizer_families import FAMILIES, add_tokens, build_byte_fallback
+
+DECODERS = {
+    "Metaspace that never prepends": decoders.Metaspace(prepend_scheme="never"),
+    "Strip at both ends": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 1)]
+    ),
+    "CTC": decoders.CTC(),
+    "ByteFallback": decoders.ByteFallback(),
+    "WordPiece without cleanup": decoders.WordPiece(cleanup=False),
+}
+
+
+def build_with_decoder(decoder: decoders.Decoder) -> Tokenizer:
+    library = add_tokens(build_byte_fallback(), ["</s>"])
+    library.decoder = decoder
+    return Tokenizer(library.to_str())
+
 
 BUILDERS: dict[str, Callable[[], Tokenizer]] = {
     "byte": build_byte_tokenizer,
@@ -15,6 +33,7 @@ BUILDERS: dict[str, Callable[[], Tokenizer]] = {
         family: lambda build=build: Tokenizer(add_tokens(build(), ["</s>"], ["<tag>"]).to_str())  # type: ignore[misc]
         for family, build in FAMILIES.items()
     },
+    **{name: lambda decoder=decoder: build_with_decoder(decoder) for name, decoder in DECODERS.items()},  # type: ignore[misc]
 }
 
 
@@ -26,7 +45,9 @@ def remove_common_start(text: str, start: str) -> str:
 def test_pieces_are_the_text_of_prompt_and_ids_without_the_prompt(family: str) -> None:
     tokenizer, draw = BUILDERS[family](), random.Random(0)
     byte_heavy = (
-        [3 + byte for byte in (*b"a\x80\xe4\xbd\xa0", 0xF0, 0x9F)] if family == "BPE with byte fallback" else []
+        [3 + byte for byte in (*b"a\x80\xe4\xbd\xa0", 0xF0, 0x9F)]
+        if family in ("BPE with byte fallback", *DECODERS)
+        else []
     )
     for _ in range(2000):
         vocabulary = draw.choice([range(tokenizer.vocab_size + 3), draw.choices(range(tokenizer.vocab_size), k=4)])
@@ -67,3 +88,9 @@ def test_long_stream_decodes_a_few_ids_at_a_time() -> None:
     text = "one two \ufffd 你好\n" * 200
     assert "".join(tokenizer.decode_stream(text.encode())) == text
     assert max(lengths) < 12
+
+
+def test_right_strip_loses_no_space() -> None:
+    tokenizer = build_with_decoder(DECODERS["Strip at both ends"])
+    assert tokenizer.decode(tokenizer.encode("the ").tolist()) == "the "
+    assert tokenizer.decode([]) == ""

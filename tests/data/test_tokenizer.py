@@ -12,6 +12,7 @@ from gpt.data.tokenizer_builders import (
     build_char_tokenizer,
 )
 from gpt.errors import UserError
+from tests.data.tokenizer_families import FAMILIES, add_tokens
 from tests.data.tokenizer_kinds import BUILDERS, fuzz_text
 
 
@@ -68,3 +69,11 @@ def test_empty_prompt_becomes_end_of_text_or_id_0() -> None:
     assert build_byte_tokenizer().encode_prompt("") == [256]
     assert build_char_tokenizer("ab").encode_prompt("") == [0]
     assert build_byte_tokenizer().encode_prompt("a") == [97]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counted_bytes_are_those_of_the_decoded_text(family: str) -> None:
+    library = add_tokens(FAMILIES[family](), ["<｜end▁of▁text｜>"], ["你好"])  # noqa: RUF001
+    tokenizer = Tokenizer(library.to_str())
+    ids = np.append(tokenizer.encode("the 你好 model"), np.uint32(library.token_to_id("<｜end▁of▁text｜>")))  # noqa: RUF001
+    assert tokenizer.count_bytes(ids) == len(tokenizer.decode(ids.tolist()).encode())

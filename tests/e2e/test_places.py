@@ -184,6 +184,12 @@ def test_checkpoints_on_another_disk_belong_to_their_run(project: Path) -> None:
     assert main(["data-at", "link", "--step", "1"]) == 0
     assert train("--init-from", "rd", steps=1, run_dir="tuned") == 0
     assert train("--resume", "rd", steps=3, run_dir="fork") == 0
+    assert json.loads((project / "fork/config.json").read_text())["resume"] == str(
+        project / "rd/checkpoints/step_00000002"  # below which its journal is found, unlike below the disk's path
+    )
+    for named in ("rd", "link", "rd/checkpoints/step_00000002", disk / "step_00000002"):
+        assert train("--resume", named, steps=2) == 0
+        assert train("--resume", named, steps=3, run_dir="fork") == 0
 
 
 def test_tilde_makes_no_folder_of_that_name(
@@ -227,7 +233,7 @@ def test_every_command_works_without_a_home(home: dict[str, str], project: Path)
         return done.stdout
 
     assert run("--version").startswith("gpt-training-pipeline")
-    assert "--data.cache-dir" in run("train", "--help")
+    assert "--data.cache-dir" in run("train", "--help-all")
     flags = ("--data.source", "rep.txt", "--run-dir", "rd", "--max-steps", "1", "--device", "cpu", "--sample.prompts")
     shown = " ".join(run("train", "debug", *flags, "--data.workers", "1").split())
     cache = temporary / f"gpt-training-pipeline-{os.getuid()}"
@@ -282,12 +288,19 @@ def test_failing_lock_is_one_line_with_path_and_remedy(no_flock: Path, project: 
     )
 
 
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_prepared_corpus_in_a_cache_that_is_read_only_needs_no_lock(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed = ("--data.packing", "best-fit")
     assert train(*packed, "--dry-run", steps=1) == 0
     cache = project.parent / "cache"
+    assert all(path.stat().st_mode & 0o044 == 0o044 & ~current_umask() for path in cache.rglob("*"))  # others may read
     before = {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))}
 
     def refuse(path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import platform
 import subprocess
 
+import pytest
 import torch
 
 from gpt.machine import environment as module
@@ -21,3 +22,10 @@ def test_git_commit_is_that_of_the_checkout() -> None:
         assert find_git_commit() is None
     else:
         assert (find_git_commit() or "").removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_version_of_torch_names_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use metadata without the build, as PyPI's own Linux build has them."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(module.metadata, "version", lambda name: "2.13.0")
+    assert describe_environment({})["libraries"]["torch"] == "2.13.0+cu130"

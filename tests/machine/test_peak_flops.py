@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,14 @@ def test_measuring_does_not_advance_the_default_generator(monkeypatch: pytest.Mo
     model = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, mlp="swiglu").resolve()
     assert measure_model_flops(CPU, torch.bfloat16, model, rows=4) > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cached_peak_can_be_read_by_other_users(measurements: list[float], tmp_path: Path) -> None:
+    measurements += [2e9]
+    mask = os.umask(0o022)
+    try:
+        load_or_measure_peak_flops(CPU, "a CPU", "float32", tmp_path)
+    finally:
+        os.umask(mask)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644

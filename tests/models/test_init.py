@@ -13,11 +13,13 @@ LLAMA = {"n_head": 4, "n_kv_head": 2, "n_embd": 32, "bias": False, "position": "
 MODELS = {
     **{name: PRESETS[name]().model.model_copy(update={"vocab_size": 65})
        for name in ("debug", "quickstart", "shakespeare-char", "speedrun-char")},
+    "gpt2-3-layers": GPTConfig(vocab_size=65),
     "llama": GPTConfig(n_layer=2, block_size=16, vocab_size=50, mlp="swiglu", qk_norm=True, **LLAMA),
 }  # fmt: skip
 SHA256 = {
     "debug": "2390b68eee0d0408a5ebd6988613221eea8c02ea3248a20946f06f01dd478ee4",
-    "quickstart": "048b0173abccb4d38a2bd0a2c0d4ef0a84b2bc2a84fb29887b601bfc1ca453ba",
+    "gpt2-3-layers": "048b0173abccb4d38a2bd0a2c0d4ef0a84b2bc2a84fb29887b601bfc1ca453ba",
+    "quickstart": "1e8b670bfe9270f3df642a0d9c2ec9adeb19bce955b3ddcf73f8dec3165e4212",
     "shakespeare-char": "3eba4f880367218d950641053b95bc9d5926a8c1f320631dc87f479a6407d40c",
     "speedrun-char": "60b0ea20067a3b561dffaa35ac460e512cc4aad2e78dc736463169626ebdef53",
     "llama": "301aa944a9363c00e8d7084dfdf6280e02483837f3604c64b1ecfaf0107b721f",

@@ -1,13 +1,36 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from gpt.configs.resume_rule import FORBIDDEN, NEEDS_FLAG, SAFE, SAFE_IF_LR_UNCHANGED, ResumeRule, get_resume_rules
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.resume_rule import (
+    FORBIDDEN,
+    NEEDS_FLAG,
+    SAFE,
+    SAFE_IF_LR_UNCHANGED,
+    SAFE_IF_SAME_CONTENT,
+    ResumeRule,
+    get_resume_rules,
+)
+from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import find_differences, flatten, require_allowed
+from gpt.resume.compatibility import adopt_corpus, find_differences, flatten, require_allowed
 
 
-def find_rules(change: dict[str, object], **before: object) -> dict[str, ResumeRule]:
-    saved, current = TrainConfig.model_validate(before), TrainConfig.model_validate(before | change)
+def configure(*changes: dict[str, Any]) -> TrainConfig:
+    """Return the default configuration with `changes`, in which a dict replaces the fields of a section."""
+    values = TrainConfig().model_dump()
+    for change in changes:
+        for name, value in change.items():
+            values[name] = values[name] | value if isinstance(value, dict) else value
+    return TrainConfig.model_validate(values)
+
+
+def find_rules(change: dict[str, Any], **before: Any) -> dict[str, ResumeRule]:
+    saved, current = configure(before), configure(before, change)
     return {difference.name: difference.rule for difference in find_differences(saved, current)}
 
 
@@ -51,7 +74,7 @@ def test_error_names_every_field_and_the_flag_that_allows_it() -> None:
     assert str(error.value) == (
         "--run-dir x holds a run of another configuration: seed is 1337 in the run and 1 in this command, "
         "grad_clip is 1.0 in the run and 2.0 in this command, "
-        "lr.max_lr is 0.002 in the run and 0.5 in this command "
+        "lr.max_lr is 0.01 in the run and 0.5 in this command "
         "(--resume-with-changes allows this); use the same values or another --run-dir"
     )
     with pytest.raises(
@@ -70,9 +93,45 @@ def test_flag_is_named_and_then_allows_the_change() -> None:
 
 
 def test_derived_size_equals_the_same_size_given_as_a_number() -> None:
-    derived = TrainConfig()
+    derived = TrainConfig(model=GPTConfig())
     size = {"head_dim": 64, "n_kv_head": 4, "intermediate_size": 1024, "norm_eps": 1e-5, "qkv_bias": True}
     given = derived.model_copy(update={"model": derived.model.model_copy(update=size)})
     assert find_differences(derived, given) == ()
     other = derived.model_copy(update={"model": derived.model.model_copy(update={"head_dim": 32})})
     assert [difference.name for difference in find_differences(derived, other)] == ["model.head_dim"]
+
+
+@pytest.mark.parametrize("name", ["source", "val_source"])
+def test_another_source_is_left_to_the_corpus_digest(name: str) -> None:
+    assert find_rules({"data": {name: "b.txt"}}, data={name: "a.txt"}) == {f"data.{name}": SAFE_IF_SAME_CONTENT}
+
+
+def test_spelling_of_a_path_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    spellings = ("a.txt", "./a.txt", f"{tmp_path}/a.txt", f"../{tmp_path.name}/a.txt", "link.txt", "none/../a.txt")
+    for spelling in spellings:
+        other = {"init_from": spelling, "data": {"source": [spelling, "stdlib"], "tokenizer": spelling}}
+        assert find_rules(other, init_from="a.txt", data={"source": ["a.txt", "stdlib"], "tokenizer": "a.txt"}) == {}
+    assert find_rules({"init_from": "b.txt"}, init_from="a.txt") == {"init_from": FORBIDDEN}
+    assert find_rules({"data": {"tokenizer": "a.txt"}}) == {"data.tokenizer": SAFE_IF_SAME_CONTENT}
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({CORPUS_KEY: "former", CONTENT_KEY: "tokens"}, "former"),
+        ({CORPUS_KEY: "former", CONTENT_KEY: "others"}, "current"),
+        ({CORPUS_KEY: "former"}, "current"),
+        ({}, "current"),
+    ],
+)
+def test_corpus_of_equal_content_is_the_same(saved: dict[str, str | int], expected: str) -> None:
+    corpus = CorpusFacts(257, (StreamFacts("a", 10**6),), sha256="current", content_sha256="tokens")
+    plan = resolve(TrainConfig(), MachineFacts("cpu", "", has_bfloat16=False), corpus)
+    adopted = adopt_corpus(plan, saved)
+    assert adopted.corpus.sha256 == expected
+    assert (adopted.order == plan.order) == (expected == "current")
+    unknown = replace(plan, corpus=replace(corpus, content_sha256=""))
+    assert adopt_corpus(unknown, saved | {CONTENT_KEY: ""}).corpus.sha256 == "current"

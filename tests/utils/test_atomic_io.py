@@ -1,4 +1,7 @@
+import errno
+import fcntl
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -120,3 +123,25 @@ def test_read_json_names_a_file_that_holds_no_object(tmp_path: Path, content: st
         read_json(path)
     write_json(path, {"a": 1})
     assert read_json(path) == {"a": 1}
+
+
+def test_files_are_flushed_as_windows_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to flush a descriptor that is open for reading only, and to open a folder, as Windows does."""
+    flushed = []
+
+    def flush(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        assert not stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        flushed.append(descriptor)
+
+    monkeypatch.setattr(atomic_io.os, "fsync", flush)
+    monkeypatch.setattr(atomic_io.os, "name", "nt")
+    write_json(tmp_path / "file", {"a": "\n"})
+    append_jsonl(tmp_path / "lines", {"a": 1}, durable=True)
+    with commit_folder(tmp_path / "made") as folder:
+        (folder / "file").touch()
+    monkeypatch.undo()
+    assert len(flushed) == 3
+    assert read_json(tmp_path / "file") == {"a": "\n"}
+    assert b"\r" not in (tmp_path / "file").read_bytes()

@@ -124,3 +124,11 @@ def test_home_that_is_set_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     launch.provide_home()
     assert os.environ["HOME"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(("columns", "expected"), [("1", "20"), ("4", "20"), ("20", "20"), ("100", "100"), ("x", "x")])
+def test_text_is_formatted_for_a_least_width(columns: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare tyro widths of 4 and less, at which it never ends."""
+    monkeypatch.setenv("COLUMNS", columns)
+    launch.widen_terminal()
+    assert os.environ["COLUMNS"] == expected

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gpt.configs.data_config import PreparationConfig
+from gpt.configs.data_config import TOKENIZER_KINDS, PreparationConfig
 from gpt.data.corpus_notes import list_notes
 from gpt.data.manifest import (
     CORPUS_FORMAT_VERSION,
@@ -125,11 +125,12 @@ def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> Prepa
     found = [(find_source(source, "--data.source", config.cache_dir), train_role) for source in sources]
     found += [(find_source(source, "--data.val-source", config.cache_dir), "val") for source in config.val_source]
     tokenizer_file = Path(config.tokenizer)
+    names_file = config.tokenizer not in TOKENIZER_KINDS and tokenizer_file.is_file()
     return PreparationPlan(
         sources=tuple(source for source, _ in found),
         roles=tuple(role for _, role in found),
         tokenizer=config.tokenizer,
-        tokenizer_file_sha256=sha256_of_file(tokenizer_file) if tokenizer_file.is_file() else None,
+        tokenizer_file_sha256=sha256_of_file(tokenizer_file) if names_file else None,
         end_of_text=config.end_of_text,
         vocab_size=config.vocab_size,
         text_field=config.text_field,

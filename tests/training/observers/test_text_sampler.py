@@ -1,11 +1,18 @@
+from collections.abc import Sequence
 from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.observer_config import TextSampleConfig
+from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import build_byte_tokenizer
 from gpt.models.gpt import GPT
 from gpt.training.events import StepEnd, TextSampled
 from gpt.training.observers.text_sampler import TextSampler
+from tests.data.tokenizer_families import add_tokens, build_byte_fallback
 from tests.training.test_logger import PLAN
 
 
@@ -20,3 +27,33 @@ def test_each_prompt_is_sampled_when_the_model_is_evaluated() -> None:
     assert [(text.step, text.prompt) for text in texts if isinstance(text, TextSampled)] == [(10, ""), (10, "def")]
     assert texts == list(sampler.on_event(StepEnd(10, 0)))
     assert model.training
+
+
+class FixedModel(nn.Module):
+    """A model that predicts given tokens, one after the other."""
+
+    config: GPTConfig
+
+    def __init__(self, tokens: Sequence[int], vocab_size: int):
+        super().__init__()
+        self._weight = nn.Parameter(torch.zeros(1))
+        self._tokens, self._vocab_size = iter(tokens), vocab_size
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return logits that prefer the next of the given tokens."""
+        logits = torch.zeros(1, tokens.shape[1], self._vocab_size)
+        logits[:, -1, next(self._tokens)] = 1.0
+        return logits
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [("one two", " the \ufffda"), ("", "the \ufffda")])
+def test_sample_joins_its_prompt_and_shows_bytes_that_are_not_utf8(prompt: str, expected: str) -> None:
+    tokenizer = Tokenizer(add_tokens(build_byte_fallback(), ["</s>"]).to_str())
+    tokens = [*tokenizer.encode("the ").tolist(), 3 + 0x80, int(tokenizer.encode("a")[-1]), tokenizer.end_of_text or 0]
+    config = TextSampleConfig(max_new_tokens=10, temperature=0)
+    prompts = {prompt: tokenizer.encode_prompt(prompt)}
+    model = FixedModel(tokens, tokenizer.vocab_size)
+    sampler = TextSampler(model, tokenizer, prompts, config, replace(PLAN, eval_interval=10))
+    (sample,) = sampler.on_event(StepEnd(10, 0))
+    assert isinstance(sample, TextSampled)
+    assert sample.text == expected
