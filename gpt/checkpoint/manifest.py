@@ -14,6 +14,7 @@ import torch
 
 from gpt.checkpoint.tensor_file import FileRecord
 from gpt.errors import UserError
+from gpt.machine.arithmetic_check import SUSPECTS, digest_matmuls, read_variables
 from gpt.machine.resources import usable_cores
 from gpt.ops import attention_cpu
 from gpt.utils.atomic_io import parse_json_object
@@ -38,6 +39,7 @@ _BITS_DEPEND_ON = {
     "threads": "threads per process",
     "cpu_capability": "CPU capability",
     "fused_attention": "fused attention",
+    "matmuls": "the bits of matmuls",
 }
 
 
@@ -144,6 +146,11 @@ def environment_mismatch(checkpoint: Path, manifest: CheckpointManifest) -> str 
         for key, name in _BITS_DEPEND_ON.items()
         if key in saved and saved[key] != current[key]
     ]
+    if (
+        saved.get("matmuls", current["matmuls"]) != current["matmuls"]
+        and saved.get("variables") != current["variables"]
+    ):
+        differences.append(f"variables {saved.get('variables')!r:.200} (now {current['variables']!r:.200})")
     return f"not bit-exact: {checkpoint.name} was written with {', '.join(differences)}" if differences else None
 
 
@@ -192,6 +199,8 @@ def _current_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "fused_attention": attention_cpu.is_enabled(),
+        "matmuls": digest_matmuls(),
+        "variables": ", ".join(f"{name}={value}" for name, value in read_variables(SUSPECTS).items()),
     }
 
 

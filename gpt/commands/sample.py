@@ -1,6 +1,7 @@
 """`gpt sample RUN_DIR --prompt TEXT`: generate text with a trained model."""
 
 import itertools
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
@@ -12,7 +13,9 @@ from gpt.configs.base import FilePath
 from gpt.configs.cli import JsonOutput, parse
 from gpt.configs.fields import POSITIONAL
 from gpt.configs.observer_config import SampleConfig
-from gpt.utils.helper import printable
+from gpt.utils.helper import plural, printable
+
+log = logging.getLogger(__name__)
 
 
 class SampleCommand(JsonOutput, SampleConfig):
@@ -32,11 +35,17 @@ def run(argv: Sequence[str]) -> int:
     """Parse the flags, load the model, and print the text while it is generated."""
     command = parse(SampleCommand, argv, prog="gpt sample")
 
+    import numpy as np
+
     from gpt.inference.generate import generate
     from gpt.inference.load import load_for_inference
 
     model, tokenizer = load_for_inference(command.run_dir, command.device)
     prompt = tokenizer.encode_prompt(command.prompt)
+    lost = tokenizer.find_unrepresented(command.prompt, np.array(prompt))
+    if lost is not None:
+        characters = plural(lost.characters, "character")
+        log.warning("--prompt: the tokenizer has no token for %s, first %s", characters, lost.first)
     generated = generate(
         model,
         prompt,

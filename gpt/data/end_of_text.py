@@ -15,18 +15,18 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 KNOWN_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 """Names that published tokenizers give to the token that separates documents."""
 
-_TEXT = r"(text|txt|doc|sentence|sequence|seq|string|str|file|stream|passage|article)"
+_TEXT = r"(text|txt|doc|document|sentence|sequence|seq|string|str|file|stream|passage|article)"
 NAME_PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
-        rf"/s|eos(token|id)?|eod|eof|end(of)?{_TEXT}",
-        rf".*(eos|endof{_TEXT}).*",
-        r"sep(token|arator)?|doc(ument)?(sep|separator|boundary|break)?",
-        rf"s|bos(token|id)?|(begin|beginning|start)(of)?{_TEXT}",
+        rf"/s|/{_TEXT}|eos(_?(token|id))?|eod|eof|end_?(of_?)?{_TEXT}",
+        rf"(.*_)?(eos|end_?of_?{_TEXT})(_.*)?",
+        r"sep(arator)?(_?token)?|doc(ument)?(_?(sep|separator|boundary|break))?",
+        rf"s|bos(_?(token|id))?|(begin|beginning|start)_?(of_?)?{_TEXT}",
         r"end|eot",
     )
 )
-"""Patterns of other names, best first; of a name only its letters and slashes are compared, in lower case."""
+"""Patterns of other names, best first: of the letters and slashes in lower case, with _ for all between them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Vocabulary:
     """Id of every token, added ones included."""
     special: tuple[str, ...]
     """Special added tokens, by id."""
+    closing: str | None
+    """Token that the library would put after every text, if asked to."""
     is_text: Callable[[str], bool]
     """Returns whether ordinary text may contain the token of this name."""
 
@@ -52,9 +54,24 @@ def find_by_name(vocabulary: Vocabulary) -> int | None:
     """
     for name in _order_by_name(vocabulary.special):
         return vocabulary.ids[name]
+    if vocabulary.closing in vocabulary.special:
+        return vocabulary.ids[vocabulary.closing]
     for name in KNOWN_NAMES:  # a vocabulary may list it without adding it as a special token
         if name in vocabulary.ids and not vocabulary.is_text(name):
             return vocabulary.ids[name]
+    return None
+
+
+def find_closing_token(post_processor: str) -> str | None:
+    """Return the token that a post-processor puts after every text; None if there is none.
+
+    Args:
+        post_processor: JSON of this part of a tokenizer.json.
+    """
+    content = json.loads(post_processor) or {}
+    for step in content.get("processors", [content]):
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][-1]:
+            return str(step["single"][-1]["SpecialToken"]["id"])
     return None
 
 
@@ -120,9 +137,9 @@ def describe_settings(name: str | None) -> dict[str, Any]:
 def _order_by_name(names: tuple[str, ...]) -> Iterator[str]:
     """Yield the names that may say end of text, best first."""
     yield from (known for known in KNOWN_NAMES if known in names)
-    letters = {name: re.sub("[^a-z/]", "", name.casefold()) for name in names}
+    words = {name: re.sub("[^a-z/]+", "_", name.casefold()).strip("_") for name in names}
     for pattern in NAME_PATTERNS:
-        yield from (name for name in names if pattern.fullmatch(letters[name]))
+        yield from (name for name in names if pattern.fullmatch(words[name]))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from gpt.data.end_of_text import (
     Vocabulary,
     describe_settings,
     find_by_name,
+    find_closing_token,
     find_first_known_name,
     find_recorded_rule,
 )
@@ -65,8 +66,12 @@ class Tokenizer:
             raise ValueError("its vocabulary is empty")
         self.vocab_size: int = max(ids.values()) + 1
         added = sorted(self._library.get_added_tokens_decoder().items())
+        processor = self._library.post_processor
         self._vocabulary = Vocabulary(
-            ids=ids, special=tuple(token.content for _, token in added if token.special), is_text=self._may_be_text
+            ids=ids,
+            special=tuple(token.content for _, token in added if token.special),
+            closing=None if processor is None else find_closing_token(processor.__getstate__()),
+            is_text=self._may_be_text,
         )
         self.end_of_text: int | None = self.find_end_of_text(end_of_text_rule)
 

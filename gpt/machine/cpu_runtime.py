@@ -8,6 +8,7 @@ import sys
 import torch
 
 from gpt.configs.runtime_config import RuntimeConfig
+from gpt.machine.arithmetic_check import digest_matmuls
 from gpt.machine.resources import usable_cores
 from gpt.ops import attention_cpu
 
@@ -87,6 +88,7 @@ def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str
     keeps_freed_memory = config.keep_freed_memory and keep_freed_memory()
     flushes_denormals = config.flush_denormals and torch.set_flush_denormal(True)
     match_openmp_team()  # starts the pool of threads
+    digest_matmuls()  # before a background save asks for it
     return {
         "threads": torch.get_num_threads(),
         "keep_freed_memory": keeps_freed_memory,

@@ -51,18 +51,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Difference, ...]:
     """Compare two configurations field by field.
 
-    A derived size equals the same size given as a number, and a path equals every other spelling of it.
+    A derived size equals the same size given as a number, and a path equals every other spelling of it. A size that is
+    derived in both is left out: the field that it is derived from says the same.
     """
     before, now = (
         flatten(_resolve_model(config).map_paths(os.path.realpath).model_dump(mode="json"))
         for config in (saved, current)
     )
+    given, given_now = (flatten(config.model_dump(mode="json")) for config in (saved, current))
     rules = get_resume_rules(TrainConfig)
     has_dropout = bool(saved.model.dropout or current.model.dropout)
     return tuple(
         Difference(name, value, now[name], _decide_rule(name, rules[name], (value, now[name]), has_dropout))
         for name, value in before.items()
-        if value != now[name]
+        if value != now[name] and given[name] != given_now[name]
     )
 
 

@@ -11,6 +11,7 @@ from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.configs.run_plan import RunPlan
 from gpt.errors import UserError
+from gpt.machine.flops import flops_per_token
 from gpt.resume.journal import Journal
 from gpt.training.events import (
     CheckpointSaved,
@@ -134,7 +135,12 @@ class Trainer(Subject):
 
     def _report(self) -> list[Command]:
         metrics, losses, skips = self._meter.report()
-        metrics["tokens"] = self._state.progress.tokens
+        tokens = self._state.progress.tokens
+        metrics |= {
+            "tokens": tokens,
+            "epoch": self._step * self._plan.batch.sequences_per_step / self._plan.windows_per_epoch,
+            "flops": float(tokens * flops_per_token(self._plan.model)),
+        }
         steps = range(self._step - len(losses) + 1, self._step + 1)
         skipped = tuple(compress(steps, skips))
         return self.notify(MetricsReady(self._step, MappingProxyType(metrics), losses, skipped))

@@ -122,7 +122,7 @@ def test_too_little_space_is_reported_before_anything_is_written(
     monkeypatch.setattr(manager_module, "NON_TENSOR_BYTES", 10**18)
     manager, state = make_manager(tmp_path, asynchronous=False), trained_state()
     message = (
-        r"^the checkpoint of step 2 needs 1e\+06TB, but only .*B are free on .*/checkpoints; "
+        r"^the checkpoint of step 2 needs 1 EB, but only .*B are free on .*/checkpoints; "
         r"lower --checkpoint.keep or free space"
     )
     with pytest.raises(UserError, match=message):

@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from gpt.checkpoint.manifest import (
 )
 from gpt.checkpoint.store import verify_and_load
 from gpt.errors import UserError
+from gpt.machine.arithmetic_check import SUSPECTS, digest_matmuls, read_variables
 from gpt.ops import attention_cpu
 from gpt.utils.helper import sha256_of_file
 from tests.checkpoint.test_store import make_state, trained_state, write_checkpoint
@@ -98,6 +102,8 @@ def test_the_manifest_records_environment_identity_and_finite_metrics(tmp_path: 
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "fused_attention": attention_cpu.is_enabled(),
+        "matmuls": digest_matmuls(),
+        "variables": ", ".join(f"{name}={value}" for name, value in read_variables(SUSPECTS).items()),
         "world_size": 1,
     }
     assert content["identity"] == {"the corpus's SHA-256": "a"}
@@ -115,6 +121,36 @@ def test_environment_mismatch_is_reported_in_one_line(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     assert mismatch == f"not bit-exact: step was written with threads per process {threads} (now {threads + 1})"
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL has no such variable")
+@pytest.mark.parametrize(("name", "value"), [("ONEDNN_MAX_CPU_ISA", "SSE41"), ("MKL_CBWR", "COMPATIBLE")])
+def test_variable_that_changes_the_bits_of_matmuls_is_reported(name: str, value: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "step", trained_state(), "{}")
+    script = (
+        "import sys, torch; from pathlib import Path; from gpt.checkpoint import manifest; "
+        "torch.set_num_threads(int(sys.argv[2])); step = Path(sys.argv[1]); "
+        "print(manifest.environment_mismatch(step, manifest.read_checkpoint_manifest(step)))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "step"), str(torch.get_num_threads())]
+
+    def mismatch(**variables: str) -> str:
+        return subprocess.run(
+            command, env=os.environ | variables, capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+
+    reported = mismatch(**{name: value})
+    assert reported.startswith("not bit-exact: step was written with ")
+    assert "the bits of matmuls" in reported and f"{name}={value}" in reported
+    assert "the bits of matmuls" not in mismatch()
+
+
+def test_manifest_without_the_digest_of_matmuls_is_not_reported(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "step", trained_state(), "{}")
+    manifest = read_checkpoint_manifest(tmp_path / "step")
+    for name in ("matmuls", "variables"):
+        del manifest.environment[name]
+    assert environment_mismatch(tmp_path / "step", manifest) is None
 
 
 def as_version_1(content: dict[str, Any]) -> str:

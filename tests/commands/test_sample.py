@@ -4,7 +4,11 @@ from pathlib import Path
 import pytest
 
 from gpt.commands.sample import run
+from gpt.configs.gpt_config import GPTConfig
+from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from tests.data.tokenizer_families import add_tokens, build_byte_fallback, build_unigram
+from tests.training.observers.test_text_sampler import FixedModel
 
 
 def sample(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -44,6 +48,35 @@ def test_json_equals_the_plain_output(finished_run: Path, capsys: pytest.Capture
 def test_run_dir_may_be_a_checkpoint(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = str(finished_run / "checkpoints/step_00000008")
     assert sample(capsys, newest, "--prompt", "a") == sample(capsys, str(finished_run), "--prompt", "a")
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [("one two", "one two the \ufffda\n"), ("", "the \ufffda\n")])
+def test_text_is_joined_to_its_prompt_and_bytes_that_are_not_utf8_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, prompt: str, expected: str
+) -> None:
+    tokenizer = Tokenizer(add_tokens(build_byte_fallback(), ["</s>"]).to_str())
+    tokens = [*tokenizer.encode("the ").tolist(), 3 + 0x80, int(tokenizer.encode("a")[-1]), tokenizer.end_of_text or 0]
+
+    def load(path: Path, device: str) -> tuple[FixedModel, Tokenizer]:
+        model = FixedModel(tokens, tokenizer.vocab_size)
+        model.config = GPTConfig(block_size=64)
+        return model, tokenizer
+
+    monkeypatch.setattr("gpt.inference.load.load_for_inference", load)
+    assert sample(capsys, "run", "--prompt", prompt, "--temperature", "0") == expected
+    completion = json.loads(sample(capsys, "run", "--prompt", prompt, "--temperature", "0", "--json"))["completion"]
+    assert prompt + completion + "\n" == expected
+
+
+def test_prompt_that_the_tokenizer_cannot_represent_is_reported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = Tokenizer(add_tokens(build_unigram(), ["</s>"]).to_str())
+    model = FixedModel([tokenizer.end_of_text or 0], tokenizer.vocab_size)
+    model.config = GPTConfig(block_size=64)
+    monkeypatch.setattr("gpt.inference.load.load_for_inference", lambda path, device: (model, tokenizer))
+    assert sample(capsys, "run", "--prompt", "one 你", "--temperature", "0") == "one 你\n"
+    assert "--prompt: the tokenizer has no token for 1 character, first '你' at character 4" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def build(special: Sequence[str], ordinary: Sequence[str] = ()) -> tokenizers.To
         (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], [], "<|end_of_text|>"),  # Llama 3
         (["<s>", "</s>"], ["<|endoftext|>"], "</s>"),
         (["<END_OF_DOC>", "<|start_of_text|>"], [], "<END_OF_DOC>"),
-        (["<|user|>", "<|assistant|>"], [], None),
+        (["<|videos|>", "<|theos|>", "<|end_of_turn|>", "<|eos_7b|>"], [], "<|eos_7b|>"),
+        (["<doc>", "</doc>"], [], "</doc>"),
+        (["<|user|>", "<|assistant|>", "<|end_of_turn|>", "<|videos|>"], [], None),
         (["<mask>"], ["</s>", "<|endoftext|>", "<eos>"], None),
         ([], [], None),
     ],
@@ -51,6 +53,17 @@ def build(special: Sequence[str], ordinary: Sequence[str] = ()) -> tokenizers.To
 def test_end_of_text_is_a_special_token(special: list[str], ordinary: list[str], expected: str | None) -> None:
     tokenizer = Tokenizer(build(special, ordinary).to_str())
     assert name_end_of_text(tokenizer) == expected
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_token_of_unknown_name_that_closes_every_text_is_its_end(in_sequence: bool) -> None:
+    library = build(["<|alpha|>", "<|omega|>"])
+    ids = [(name, library.token_to_id(name)) for name in ("<|alpha|>", "<|omega|>")]
+    template = tokenizers.processors.TemplateProcessing(single="<|alpha|> $A <|omega|>", special_tokens=ids)
+    library.post_processor = tokenizers.processors.Sequence([template]) if in_sequence else template
+    assert name_end_of_text(Tokenizer(library.to_str())) == "<|omega|>"
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<|alpha|> $A", special_tokens=ids)
+    assert Tokenizer(library.to_str()).end_of_text is None
 
 
 def test_listed_token_that_no_text_becomes_separates_documents() -> None:

@@ -99,6 +99,8 @@ def test_derived_size_equals_the_same_size_given_as_a_number() -> None:
     assert find_differences(derived, given) == ()
     other = derived.model_copy(update={"model": derived.model.model_copy(update={"head_dim": 32})})
     assert [difference.name for difference in find_differences(derived, other)] == ["model.head_dim"]
+    wider = derived.model_copy(update={"model": derived.model.model_copy(update={"n_embd": 512})})
+    assert [difference.name for difference in find_differences(derived, wider)] == ["model.n_embd"]
 
 
 @pytest.mark.parametrize("name", ["source", "val_source"])

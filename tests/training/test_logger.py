@@ -54,12 +54,12 @@ TROUBLE: list[Event] = [
 
 
 def test_metrics_and_samples_are_written_as_json_lines(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    sink = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl", clock=lambda: 1.5e9)
     for event in [*EVENTS, EvalEnd(20, "val", {"val/loss": float("nan")})]:
         sink.write(event)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics == [
-        {"step": 10} | METRICS,
+        {"step": 10, "time": 1.5e9} | METRICS,
         {"step": 10, "val/loss": 2.0, "val/perplexity": 7.389, "val/bpb": 1.5},
         {"step": 20, "val/loss": None},
     ]

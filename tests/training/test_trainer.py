@@ -66,7 +66,10 @@ def test_metrics_file_has_the_documented_keys(finished_run: Path) -> None:
     assert [record["step"] for record in evaluations] == [4, 8]
     assert set(train[0]) == {
         "step",
+        "time",
         "tokens",
+        "epoch",
+        "flops",
         "train/loss",
         "lr",
         "grad_norm",
@@ -76,6 +79,9 @@ def test_metrics_file_has_the_documented_keys(finished_run: Path) -> None:
     }
     assert set(evaluations[0]) == {"step", "val/loss", "val/perplexity", "val/bpb"}
     assert [record["tokens"] for record in train] == [128 * step for step in range(1, 9)]
+    assert [record["flops"] for record in train] == [train[0]["flops"] * step for step in range(1, 9)]
+    assert [record["epoch"] for record in train] == pytest.approx([train[0]["epoch"] * step for step in range(1, 9)])
+    assert 0 < train[0]["time"] <= train[-1]["time"] <= time.time()
     assert [record["lr"] for record in train][:2] == [0.005, 0.01]
     assert train[-1]["train/loss"] < train[0]["train/loss"] - 0.3
 

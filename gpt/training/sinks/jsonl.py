@@ -5,8 +5,9 @@ import json
 import logging
 import math
 import os
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,26 @@ class JsonlSink(Sink):
     """Appends metrics and samples; a number that JSON lacks (NaN, inf) is written as null.
 
     The files are the record of a run. What the disk refuses waits in memory, and is written before any later record.
+
+    Args:
+        metrics: file of the metrics.
+        samples: file of the samples.
+        clock: seconds since 1970-01-01 UTC.
     """
 
     events: tuple[type[Event], ...] = (MetricsReady, EvalEnd, SpikeSeen, RolledBack, TextSampled)
     is_essential = True
 
-    def __init__(self, metrics: Path, samples: Path):
+    def __init__(self, metrics: Path, samples: Path, clock: Callable[[], float] = time.time):
         self._metrics, self._samples = RecordFile(metrics), RecordFile(samples)
+        self._clock = clock
 
     def write(self, event: Event) -> None:
         """Append a line per report, evaluation, spike or sample; a rollback removes the lines after its step."""
         match event:
-            case MetricsReady(step=step, metrics=metrics) | EvalEnd(step=step, metrics=metrics):
+            case MetricsReady(step=step, metrics=metrics):
+                self._append(step, {"time": self._clock(), **metrics})
+            case EvalEnd(step=step, metrics=metrics):
                 self._append(step, metrics)
             case SpikeSeen(step=step, loss=loss, median=median, deviations=deviations):
                 numbers = {"spike/loss": loss, "spike/median": median, "spike/deviations": deviations}

@@ -32,6 +32,8 @@ def test_each_prompt_is_sampled_when_the_model_is_evaluated() -> None:
 class FixedModel(nn.Module):
     """A model that predicts given tokens, one after the other."""
 
+    config: GPTConfig
+
     def __init__(self, tokens: Sequence[int], vocab_size: int):
         super().__init__()
         self._weight = nn.Parameter(torch.zeros(1))
