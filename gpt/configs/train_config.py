@@ -75,7 +75,7 @@ class TrainConfig(Config):
     # The architecture is Qwen 3's, which public runtimes load. docs/EXPERIMENTS.md has the measurements.
     model: GPTConfig = GPTConfig(n_layer=2, bias=False, position="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True)
     data: DataConfig = DataConfig(vocab_size=4096)
-    lr: LRConfig = LRConfig(max_lr=1e-2, warmup_steps=0)
+    lr: LRConfig = LRConfig(max_lr=2e-2, warmup_steps=0)
     optimizer: OptimizerConfig = OptimizerConfig(name="muon", muon_momentum=0.85)
     parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
