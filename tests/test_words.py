@@ -80,7 +80,7 @@ PHRASES = {
     r"(left|leaves?) (it )?in peace": "reference run",
     r"untouched runs?": "reference run",
     r"continues? (a|the) run": "resume",
-    r"told|tells?": "report, raise, name",
+    r"told|(?<!\.)tells?": "report, raise, name",
     r"found at once": "O(1)",
     r"sent through again": "cycle-walking",
     r"text samples?": "sample",

@@ -43,7 +43,7 @@ def detect_format(path: Path, text_field: str = "text") -> Format:
     """Return the format of a file.
 
     Args:
-        path: of the file.
+        path: file to look at.
         text_field: key by which pretty-printed objects are records, and not a text.
 
     Raises:
@@ -201,7 +201,7 @@ def _is_json(head: bytes, name: Path, path: Path, text_field: str) -> bool:
     is_json_name = name.suffix.lower() == ".json"
     if JSON_ARRAY_START.match(head) or (is_json_name and head.lstrip().startswith(b"[")):
         return True
-    if not JSON_OBJECT_START.match(head) or _is_json_value(head.partition(b"\n")[0]):
+    if not JSON_OBJECT_START.match(head) or _is_json_value(head.lstrip().partition(b"\n")[0]):
         return False
     try:
         first = read_first_value(path)
