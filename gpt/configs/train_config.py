@@ -40,7 +40,7 @@ class TrainConfig(Config):
     # seed decides, so another value would repeat some sequences and leave out others.
     seed: int = Field(1337, ge=0, le=2**63 - 1)
     """Seed of the initial weights, the data order, dropout and samples."""
-    max_steps: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(250, ge=0, le=MAX_COUNT)
+    max_steps: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(260, ge=0, le=MAX_COUNT)
     """Steps to train; 0: no limit. The run ends at the earliest of max_steps, max_tokens and epochs."""
     max_tokens: Annotated[int, SAFE_IF_LR_UNCHANGED] = Field(0, ge=0, le=MAX_COUNT)
     """Tokens to train on; 0: no limit."""
@@ -75,12 +75,12 @@ class TrainConfig(Config):
     # The architecture is Qwen 3's, which public runtimes load. docs/EXPERIMENTS.md has the measurements.
     model: GPTConfig = GPTConfig(n_layer=2, bias=False, position="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True)
     data: DataConfig = DataConfig(vocab_size=4096)
-    lr: LRConfig = LRConfig(max_lr=1e-2, warmup_steps=0)
+    lr: LRConfig = LRConfig(max_lr=2e-2, warmup_steps=0)
     optimizer: OptimizerConfig = OptimizerConfig(name="muon", muon_momentum=0.85)
     parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     log: LogConfig = LogConfig()
-    eval: EvalConfig = EvalConfig(interval=250)
+    eval: EvalConfig = EvalConfig(interval=260)
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: TextSampleConfig = TextSampleConfig(prompts=("def ", "class ", "import "), max_new_tokens=100)
     spike: SpikeConfig = SpikeConfig()

@@ -148,7 +148,7 @@ def test_full_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixt
         ("--model.qkv-bias maybe", "--model.qkv-bias maybe: expected true, false or none"),
         ("--model.mlp swigl", "--model.mlp swigl: did you mean swiglu? one of gelu, gelu_erf, relu2, swiglu"),
         ("--optimizer.name moun", "--optimizer.name moun: did you mean muon? one of adamw, muon"),
-        ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr=0.01 (nearest: 0.01)"),
+        ("--lr.min-lr 1", "lr: min_lr=1 is above max_lr=0.02 (nearest: 0.02)"),
         (
             "--lr.schedule constant --lr.decay-steps 5",
             "lr: decay_steps=5 has no effect with schedule=constant; set it to 0",

@@ -66,7 +66,7 @@ def shorten(command: str) -> list[str]:
         return words
     if "bench" in words:
         return [*words, "--steps", "2"]
-    max_steps = {"--max-steps 350": "3", "debug": None, "--config": None}
+    max_steps = {"--max-steps 360": "3", "debug": None, "--config": None}
     steps = next((max_steps[name] for name in max_steps if name in command), "2")
     return [*words, *SHORTENING_FLAGS, *(["--max-steps", steps] if steps else [])]
 

@@ -74,7 +74,7 @@ def test_error_names_every_field_and_the_flag_that_allows_it() -> None:
     assert str(error.value) == (
         "--run-dir x holds a run of another configuration: seed is 1337 in the run and 1 in this command, "
         "grad_clip is 1.0 in the run and 2.0 in this command, "
-        "lr.max_lr is 0.01 in the run and 0.5 in this command "
+        "lr.max_lr is 0.02 in the run and 0.5 in this command "
         "(--resume-with-changes allows this); use the same values or another --run-dir"
     )
     with pytest.raises(

@@ -87,7 +87,8 @@ def test_plan_warns_beyond_four_epochs(epochs: float, warns: bool) -> None:
 
 
 def test_plan_names_the_source_that_is_repeated() -> None:
-    config = TrainConfig(max_steps=2000, data=DataConfig(source=("a", "b"), weights=(1.0, 1.0)))
+    data = DataConfig(source=("a", "b"), weights=(1.0, 1.0))
+    config = TrainConfig(max_steps=2000, tokens_per_step=2048, data=data)
     corpus = CorpusFacts(300, (StreamFacts("large", 10**7), StreamFacts("small", 10**5)))
     notes = resolve(config, PLAN.machine, corpus).notes
     assert [note for note in notes if "epochs" in note] == [
