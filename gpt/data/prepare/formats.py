@@ -45,7 +45,7 @@ def detect_format(path: Path, text_field: str = "text") -> Format:
     """Return the format of a file.
 
     Args:
-        path: of the file.
+        path: the file.
         text_field: key by which pretty-printed objects are records, and not a text.
 
     Raises:

@@ -121,7 +121,7 @@ class PreparationPlan:
 
     @property
     def is_remote(self) -> bool:
-        """Whether reading may fail for a while although nothing is wrong with the sources."""
+        """True if reading may fail for a while although nothing is wrong with the sources."""
         return any(file.kind == "hub" for source in self.sources for file in source.files)
 
 
@@ -176,7 +176,7 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
     """Prepare `folder` unless it is prepared already; one process does it while the others wait.
 
     Args:
-        folder: of the prepared corpus.
+        folder: the folder of the prepared corpus.
         plan: what to prepare, and how.
         flag: names the folder in messages.
 
