@@ -31,6 +31,8 @@ READ_BYTES = 2**20
 PARQUET_MAGIC = b"PAR1"
 JSON_LINES_SUFFIXES = {".jsonl", ".ndjson"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".tab"}
+BLANKS = b"\xef\xbb\xbf \t\r\n"
+"""Byte order mark and spaces, which may come before a JSON value."""
 JSON_ARRAY_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 JSON_OBJECT_START = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"')
 
@@ -43,7 +45,7 @@ def detect_format(path: Path, text_field: str = "text") -> Format:
     """Return the format of a file.
 
     Args:
-        path: file to look at.
+        path: the file.
         text_field: key by which pretty-printed objects are records, and not a text.
 
     Raises:
@@ -193,7 +195,7 @@ def _is_json_lines(head: bytes, path: Path) -> bool:
     if JSON_LINES_SUFFIXES.intersection(path.suffixes):
         return True
     first, _, rest = head.partition(b"\n")
-    return first.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{" and _is_json_value(first) and rest.lstrip()[:1] in (b"", b"{")
+    return first.lstrip(BLANKS)[:1] == b"{" and _is_json_value(first) and rest.lstrip()[:1] in (b"", b"{")
 
 
 def _is_json(head: bytes, name: Path, path: Path, text_field: str) -> bool:
@@ -201,7 +203,7 @@ def _is_json(head: bytes, name: Path, path: Path, text_field: str) -> bool:
     is_json_name = name.suffix.lower() == ".json"
     if JSON_ARRAY_START.match(head) or (is_json_name and head.lstrip().startswith(b"[")):
         return True
-    if not JSON_OBJECT_START.match(head) or _is_json_value(head.lstrip().partition(b"\n")[0]):
+    if not JSON_OBJECT_START.match(head) or _is_json_value(head.lstrip(BLANKS).partition(b"\n")[0]):
         return False
     try:
         first = read_first_value(path)

@@ -28,7 +28,7 @@ Action = Literal["digests", "shards"]
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """Settings for reading and splitting the documents of every part."""
+    """Settings by which the documents of every part are read and split."""
 
     text_field: str
     skip_bad: bool
@@ -53,7 +53,7 @@ def read_splits(
         settings: how to read and split.
         part: to read.
         records: counts the bad records that are skipped.
-        tokenizer: tokenizer of a part that holds tokens.
+        tokenizer: the tokenizer of a part that holds tokens.
     """
     documents = read_part(part, records or Records(settings.text_field, skip_bad=settings.skip_bad), tokenizer)
     if settings.deduplicate and has_whole_documents(part):

@@ -67,11 +67,11 @@ def cut_into_parts(
     """Cut the files of a source into parts.
 
     Args:
-        files: files of the source, in order.
+        files: the files of the source, in order.
         records: names the column of Parquet files, and counts files that cannot be cut.
         val_fraction: tail to hold out of a text file that is larger than a part.
         role: split that all of the source belongs to; None for both.
-        tokenizer: tokenizer of token files; its end-of-text token separates their documents.
+        tokenizer: the tokenizer of token files; its end-of-text token separates their documents.
     """
     max_bytes = max(PART_BYTES, sum(file.size for file in files) // MAX_PARTS)
     roles = _assign_roles(files, max_bytes, val_fraction) if role is None else {}
@@ -110,8 +110,8 @@ def leave_out_foreign_tokens(files: Sequence[File], tokenizer: Tokenizer | None)
     Beside text, a file of tokens has to hold tokens of the given tokenizer. Any .bin of even size could be nanoGPT's.
 
     Args:
-        files: files of the source.
-        tokenizer: tokenizer of token files; None if it is learned from the text.
+        files: the files of the source.
+        tokenizer: the tokenizer of token files; None if it is learned from the text.
 
     Returns:
         the files, and the names of those that are left out.
@@ -261,8 +261,8 @@ def _find_cuts(
     """Return `start`, `stop`, and between them the cuts that divide the range into nearly equal pieces.
 
     Args:
-        path: file to cut.
-        start: start of the range.
+        path: the file.
+        start: beginning of the range.
         stop: end of the range.
         max_bytes: size of a piece, about.
         find_next: returns the first position at or after another where the file may be cut.

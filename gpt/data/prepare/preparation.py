@@ -176,7 +176,7 @@ def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
     """Prepare `folder` unless it is prepared already; one process does it while the others wait.
 
     Args:
-        folder: folder of the prepared corpus.
+        folder: the folder of the prepared corpus.
         plan: what to prepare, and how.
         flag: names the folder in messages.
 

@@ -10,7 +10,7 @@
     parts/N.json           record of part N, written when its shards are on the disk: the part is done
     corpus.json            the manifest, written when all parts are done
 
-Every file gets its name when it is complete, so a file that exists need not be written again.
+Every file gets its name when it is complete, so a file that exists is not written a second time.
 """
 
 import json

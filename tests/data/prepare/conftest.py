@@ -13,7 +13,7 @@ from tests.conftest import make_text
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A folder of texts, lines of JSON, Parquet and one large text, with documents that repeat within and across."""
+    """Write a folder of texts, JSON lines, Parquet and one large text; documents repeat within and across them."""
     root = tmp_path_factory.mktemp("sources")
     texts = [make_text(60 + index % 50, seed=index % 70) for index in range(120)]
     (root / "texts").mkdir()
@@ -28,5 +28,5 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are given their parts, so it is enough to cut them small here."""
+    """Cut small parts in this process, which hands them to its workers."""
     monkeypatch.setattr(parts, "PART_BYTES", 5000)

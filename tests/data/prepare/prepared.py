@@ -20,7 +20,7 @@ def prepare(out: Path, sources: Sequence[Path | str], **settings: Any) -> Corpus
 
 
 def decode_documents(folder: Path, role: str) -> list[str]:
-    """Every document of a prepared folder, decoded; pieces of one text joined."""
+    """Return every document of a prepared folder, decoded; pieces of one text joined."""
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     found: list[str] = []
     for entry in read_corpus_manifest(folder).sources:

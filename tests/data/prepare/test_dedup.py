@@ -14,8 +14,8 @@ from tests.data.prepare.prepared import decode_documents, prepare
 def test_first_of_equal_documents_is_kept(tmp_path: Path, sources: list[Path]) -> None:
     manifest = prepare(tmp_path / "out", sources, on_error="skip", deduplicate=True, val_fraction=0.0)
     texts = [make_text(60 + index % 50, seed=index % 70) for index in range(120)]
-    kept = [*dict.fromkeys([*texts[:40], *texts, *texts[::-1]])]
-    assert decode_documents(tmp_path / "out", "train") == [*kept, make_text(20_000, seed=1000)]
+    remaining = [*dict.fromkeys([*texts[:40], *texts, *texts[::-1]])]
+    assert decode_documents(tmp_path / "out", "train") == [*remaining, make_text(20_000, seed=1000)]
     in_folder, in_lines = len({*texts[:40]}), len({*texts})
     assert [entry.duplicates for entry in manifest.sources] == [
         40 - in_folder,
@@ -24,7 +24,7 @@ def test_first_of_equal_documents_is_kept(tmp_path: Path, sources: list[Path]) -
         0,
     ]
     assert [entry.skipped_records for entry in manifest.sources] == [0, 1, 0, 0]
-    assert manifest.documents == len(kept) + 1
+    assert manifest.documents == len(remaining) + 1
 
 
 def test_worked_example() -> None:
@@ -51,9 +51,9 @@ def test_keep_masks_compare_documents_across_parts(tmp_path: Path) -> None:
         dedup.write_digests((TextDocument("name", text) for text in texts), path)
         assert path.stat().st_size == len(texts) * dedup.DIGEST_BYTES
     dedup.write_keep_masks(digests, masks)
-    kept = [
+    remaining = [
         [document.content.decode() for document in dedup.drop_duplicates([TextDocument("", t) for t in texts], mask)]
         for texts, mask in zip(parts, masks, strict=True)
     ]
-    assert kept == [["a", "b"], [], ["c"], []]
+    assert remaining == [["a", "b"], [], ["c"], []]
     assert [dedup.count_duplicates(mask) for mask in masks] == [1, 0, 1, 1]

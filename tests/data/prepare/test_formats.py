@@ -82,7 +82,7 @@ def test_empty_text_is_no_document(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folders as a dataset of the hub has them, of several files."""
+    """Write two folders as a dataset of the hub has them, of several files."""
     root = tmp_path_factory.mktemp("hub")
     for name in ("json", "parquet"):
         (root / name).mkdir()

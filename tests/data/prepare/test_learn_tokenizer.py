@@ -24,7 +24,7 @@ def test_bpe_is_not_trained_on_validation_text(tmp_path: Path) -> None:
 
 @pytest.fixture
 def learned_from(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that bpe is trained on."""
+    """Return the texts that bpe is trained on."""
     seen: list[str] = []
 
     def spy(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -92,13 +92,13 @@ def test_documents_of_a_source_do_not_depend_on_the_part_size(
 ) -> None:
     write, is_cut = SOURCES[name]
     source = write(tmp_path / name)
-    whole = [document for part in cut(source) for document in read_part(part, RECORDS)]
-    assert [document.content.decode() for document in whole] == TEXTS
+    uncut = [document for part in cut(source) for document in read_part(part, RECORDS)]
+    assert [document.content.decode() for document in uncut] == TEXTS
     for size in (1000, 5000) if name == "folder" else (1, 100, 1000, 5000):
         monkeypatch.setattr(module, "PART_BYTES", size)
         monkeypatch.setattr(module, "ROWS_PER_PART", max(1, size // 100))
         parts = cut(source)
-        assert [document for part in parts for document in read_part(part, RECORDS)] == whole
+        assert [document for part in parts for document in read_part(part, RECORDS)] == uncut
         assert not any(part.continues for part in parts)
         assert (len(parts) > 1) == is_cut
     if name in ("folder", "t.jsonl"):
@@ -169,7 +169,7 @@ def test_ids_of_a_large_text_do_not_depend_on_its_cuts(
 
 
 def decode_ranks(gpt2: Tokenizer) -> dict[bytes, int]:
-    """The vocabulary of GPT-2 with bytes for its printable characters, as ByteLevel decodes them."""
+    """Return the vocabulary of GPT-2 with bytes for its printable characters, as ByteLevel decodes them."""
     vocabulary = json.loads(gpt2.definition)["model"]["vocab"]
     byte_of = {token: index for token, index in vocabulary.items() if len(token) == 1}
     order = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -213,7 +213,7 @@ def test_text_that_is_not_utf8_is_named_with_its_offset_in_the_file(
 def test_configured_fraction_of_many_large_texts_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """Two texts make up a part: were it split by itself, half of it would be held out."""
+    """Make up a part of two texts; split by itself, half of it would be held out."""
     monkeypatch.setattr(module, "PART_BYTES", 10_000)
     names = []
     (tmp_path / "texts").mkdir()

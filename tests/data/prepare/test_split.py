@@ -83,5 +83,5 @@ class Sized:
     name: str
     size: int
 
-    def halves(self, fraction: float) -> "tuple[Sized, Sized]":
+    def split_tail(self, fraction: float) -> "tuple[Sized, Sized]":
         raise AssertionError("only a single document is cut")

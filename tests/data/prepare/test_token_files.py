@@ -46,7 +46,7 @@ def megatron(
     *,
     modes: bool = False,
 ) -> Path:
-    """The published layout, by struct alone."""
+    """Write the published layout, by struct alone."""
     width = struct.calcsize(letter)
     lengths = [len(sequence) for sequence in sequences]
     pointers = [0, *accumulate(width * length for length in lengths)][:-1]
@@ -348,7 +348,7 @@ def test_missing_index_is_noticed_for_32_bit_ids(tmp_path: Path, dtype: str, voc
 
 
 class Trap:
-    """What runs when a pickle is read."""
+    """An object whose code runs when a pickle is read."""
 
     def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
         return pytest.fail, ("unpickled",)

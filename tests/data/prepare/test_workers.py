@@ -71,13 +71,13 @@ def list_children(pid: int) -> list[int]:
 def test_preparation_resumes_after_any_kill(tmp_path: Path, lines: Path) -> None:
     out = tmp_path / "out"
     draw = random.Random(0)
-    kept: dict[str, tuple[int, int]] = {}
+    finished: dict[str, tuple[int, int]] = {}
     for kill in ("group", "group", "worker", "interrupt", "parent"):
         process = start_preparation(lines, out)
-        if kill == "group" and not kept:
+        if kill == "group" and not finished:
             wait_for((tmp_path / ".out.unfinished").exists, process)  # in the midst of looking for duplicates
         else:
-            wanted = len(kept) + draw.randrange(1, 8)
+            wanted = len(finished) + draw.randrange(1, 8)
             wait_for(lambda: len(list_finished_shards(out)) >= wanted, process)  # noqa: B023
         time.sleep(draw.random() / 30)
         workers = list_children(process.pid)
@@ -102,20 +102,20 @@ def test_preparation_resumes_after_any_kill(tmp_path: Path, lines: Path) -> None
             assert time.monotonic() < until
             time.sleep(0.01)
         assert not out.exists()
-        assert kept.items() <= list_finished_shards(out).items()
-        kept = list_finished_shards(out)
-    assert len(kept) > 0
+        assert finished.items() <= list_finished_shards(out).items()
+        finished = list_finished_shards(out)
+    assert len(finished) > 0
     process = start_preparation(lines, out)
     _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (0, "")
-    assert {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in kept} == kept
-    whole = tmp_path / "whole"
+    assert {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in finished} == finished
+    uninterrupted = tmp_path / "whole"
     config = PreparationConfig(tokenizer="byte", workers=1, deduplicate=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "PART_BYTES", 30_000)
-        prepare_folder(whole, plan_preparation([str(lines)], config), "--out")
-    assert read_files(out) == read_files(whole)
-    assert read_corpus_manifest(whole).sources[0].duplicates == 100
+        prepare_folder(uninterrupted, plan_preparation([str(lines)], config), "--out")
+    assert read_files(out) == read_files(uninterrupted)
+    assert read_corpus_manifest(uninterrupted).sources[0].duplicates == 100
 
 
 def test_worker_imports_no_torch() -> None:
@@ -124,7 +124,7 @@ def test_worker_imports_no_torch() -> None:
 
 
 def test_workers_are_started_with_the_root_of_this_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A worker must import the code of the process that starts it, not an installed copy."""
+    """Check that a worker imports the code of the process that starts it, not an installed copy."""
     commands: list[list[str]] = []
     start = subprocess.Popen
 
