@@ -138,6 +138,7 @@ def _lineage_record(run: Run) -> dict[str, Any]:
         "max_steps": run.plan.max_steps,
         "world_size": run.dist.world_size,
         "torch": machine["libraries"]["torch"],
+        "compiled": run.plan.compiles,
         "threads": machine["threads"],
         "cpu_capability": machine["cpu_capability"],
         "fused_attention": machine["runtime"]["fused_attention"],

@@ -87,12 +87,14 @@ def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dr
     Raises:
         UserError: the folder is in use, or holds a run that `config` may not resume.
     """
-    start = Start.model_validate(dist.on_main(lambda: _claim(folder, config, dry_run).model_dump(mode="json")))
+    start = Start.model_validate(
+        dist.on_main(lambda: _claim(folder, config, dist.device.type, dry_run).model_dump(mode="json"))
+    )
     dist.on_every_rank(lambda: _require_same_manifest(start, dist.rank))
     return start
 
 
-def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
+def _claim(folder: RunFolder, config: TrainConfig, device: str, dry_run: bool) -> Start:
     """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
     if not folder.config.exists():  # a run that has begun beside its texts may be resumed
         require_apart(folder.path, "--run-dir", (*config.data.source, *config.data.val_source))
@@ -103,7 +105,7 @@ def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
         lock_folder(folder.path, "--run-dir")
         require_writable(folder.checkpoints, "--run-dir")
         remove_leftovers(folder.checkpoints)
-    start = find_start(folder, config)
+    start = find_start(folder, config, device)
     if not start.damaged:
         return start
     moved_aside = [path if dry_run else folder.move_aside(path) for path, _ in start.damaged]
@@ -113,7 +115,7 @@ def _claim(folder: RunFolder, config: TrainConfig, dry_run: bool) -> Start:
     return start.model_copy(update={"moved_aside": tuple(moved_aside)})
 
 
-def find_start(folder: RunFolder, config: TrainConfig) -> Start:
+def find_start(folder: RunFolder, config: TrainConfig, device: str) -> Start:
     """Find where a run of `config` in `folder` starts: verify the checkpoint and check that `config` may resume it.
 
     Raises:
@@ -127,7 +129,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     if newest.checkpoint is None or newest.manifest is None:
         _require_none_skipped(candidates, newest.skipped)
         if launched is not None:  # it saved nothing: compare with what the folder was made for
-            require_resumable(config, launched, candidates.place)
+            require_resumable(config, launched, candidates.place, device)
         return Start()
     saved = load_config(newest.checkpoint / CONFIG)
     progress = read_json(newest.checkpoint / PROGRESS)
@@ -136,7 +138,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     if candidates.kind == "weights":
         require_same_architecture(saved.model, config.model, newest.checkpoint)
         if launched is not None:
-            require_resumable(config, launched, candidates.place)
+            require_resumable(config, launched, candidates.place, device)
         val_loss = newest.manifest.metrics.get(VAL_LOSS)
         quality = "" if val_loss is None else f", {VAL_LOSS} {val_loss:.4f}"
         note = f"weights from {newest.checkpoint}, step {step}{quality}"
@@ -149,7 +151,8 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     # A fork may name other weights than the run it forks; a run with a checkpoint need not name its weights again.
     own_weights = launched.init_from if launched is not None and candidates.kind == "own" else config.init_from
     given = config.model_copy(update={"init_from": config.init_from or own_weights})
-    differences = require_resumable(given, saved.model_copy(update={"init_from": own_weights}), candidates.place)
+    before = saved.model_copy(update={"init_from": own_weights})
+    differences = require_resumable(given, before, candidates.place, device)
     return Start(
         checkpoint=newest.checkpoint,
         is_fork=candidates.kind == "fork",
