@@ -4,7 +4,7 @@ config -> machine -> run folder (where it starts) -> corpus -> plan
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -110,24 +110,24 @@ def write_run_files(run: Run) -> None:
 
 
 def _write_run_files(run: Run) -> None:
-    folder = run.folder
+    folder, environment = run.folder, describe_environment(run.plan.machine.runtime)
     try:
         write_text(folder.config, folder.record_origin(run.config, run.start.checkpoint).saved_json() + "\n")
-        write_json(folder.environment, describe_environment(run.plan.machine.runtime))
+        write_json(folder.environment, environment)
         run.corpus.tokenizer.save(folder.path)
         for records in (folder.metrics, folder.samples):
             truncate_jsonl(records, run.start.step)
         if run.journal or folder.journal.exists():  # its last line may be torn
             write_text(folder.journal, "".join(json.dumps(record) + "\n" for record in run.journal))
         filter_jsonl(folder.lineage, lambda record: True)  # drops a torn last line
-        append_jsonl(folder.lineage, _lineage_record(run))
+        append_jsonl(folder.lineage, _lineage_record(run, environment))
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error
 
 
-def _lineage_record(run: Run) -> dict[str, Any]:
+def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Return one line of lineage.jsonl: where this launch starts, with what, and what has changed."""
-    start, machine = run.start, describe_environment(run.plan.machine.runtime)
+    start = run.start
     return {
         "step": start.step,
         "checkpoint": str(start.checkpoint) if start.checkpoint else None,
@@ -137,11 +137,11 @@ def _lineage_record(run: Run) -> dict[str, Any]:
         "changes": {item.name: [item.saved, item.current] for item in start.differences},
         "max_steps": run.plan.max_steps,
         "world_size": run.dist.world_size,
-        "torch": machine["libraries"]["torch"],
-        "threads": machine["threads"],
-        "cpu_capability": machine["cpu_capability"],
-        "fused_attention": machine["runtime"]["fused_attention"],
-        "git_commit": machine["git_commit"],
+        "torch": environment["libraries"]["torch"],
+        "threads": environment["threads"],
+        "cpu_capability": environment["cpu_capability"],
+        "fused_attention": environment["runtime"]["fused_attention"],
+        "git_commit": environment["git_commit"],
     }
 
 

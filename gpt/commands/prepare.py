@@ -56,7 +56,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _prepare(command: PrepareCommand) -> dict[str, Any]:
     from gpt.data.manifest import read_corpus_manifest
-    from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+    from gpt.data.prepare.preparation import prepare_folder
+    from gpt.data.prepare.preparation_plan import plan_preparation
     from gpt.data.prepare.sources import require_apart
     from gpt.utils.atomic_io import require_writable
 
@@ -82,9 +83,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
 
     _require_prepared(folder)
     manifest = read_corpus_manifest(folder)
-    digests = {TOKENIZER_FILE: manifest.tokenizer_sha256} | {
-        shard.file: shard.sha256 for shard in _list_shards(manifest)
-    }
+    digests = {TOKENIZER_FILE: manifest.tokenizer_sha256} | {shard.file: shard.sha256 for shard in manifest.shards}
     for name, expected in digests.items():
         path = folder / name
         try:
@@ -175,9 +174,5 @@ def _read_excerpt(folder: Path, manifest: "CorpusManifest") -> str:
     from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-    stream = TokenStream([(folder, shard) for shard in _list_shards(manifest)], tokenizer.vocab_size)
+    stream = TokenStream([(folder, shard) for shard in manifest.shards], tokenizer.vocab_size)
     return tokenizer.decode(stream.read(0, min(EXCERPT_TOKENS, len(stream))).tolist())
-
-
-def _list_shards(manifest: "CorpusManifest") -> "list[ShardInfo]":
-    return [shard for source in manifest.sources for shard in (*source.train, *source.val)]

@@ -14,7 +14,8 @@ from gpt.data.manifest import CORPUS_MANIFEST, CorpusManifest, read_corpus_manif
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
 from gpt.data.prepare.folders import find_prepared_folders
-from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.preparation import prepare_folder
+from gpt.data.prepare.preparation_plan import plan_preparation
 from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream

@@ -12,7 +12,7 @@ import tokenizers
 from safetensors.numpy import load_file
 
 from gpt.configs.data_config import PreparationConfig
-from gpt.data.prepare.preparation import plan_preparation
+from gpt.data.prepare.preparation_plan import plan_preparation
 from gpt.data.shards import TokenStream
 from gpt.errors import UserError
 from tests.conftest import make_text, read_files
