@@ -36,6 +36,18 @@ def set_up_cuda(*, reproducible: bool) -> dict[str, bool]:
     }
 
 
+def describe_gpu() -> dict[str, str]:
+    """Return the facts on which the bits of a GPU's results depend; empty in a process that uses no GPU."""
+    if not torch.cuda.is_initialized():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    kernels = "deterministic kernels" if torch.are_deterministic_algorithms_enabled() else "fastest kernels"
+    return {
+        "gpu": f"{torch.cuda.get_device_name()}, capability {major}.{minor}",
+        "cuda": f"{torch.version.cuda or torch.version.hip}, cuDNN {torch.backends.cudnn.version()}, {kernels}",
+    }
+
+
 def _expand_segments() -> bool:
     """Let the allocator's segments grow instead of fragmenting, unless the user has set its variable.
 
