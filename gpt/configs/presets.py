@@ -90,7 +90,7 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> T
     return TrainConfig(
         run_dir=Path("runs") / name,
         max_steps=19_073,  # 10 billion tokens
-        micro_batch_size=4,
+        micro_batch_size="auto-cuda",
         tokens_per_step=2**19,
         model=GPTConfig(
             n_layer=n_layer,
