@@ -25,6 +25,7 @@ from gpt.errors import UserError
 from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
 from gpt.machine.arithmetic_check import require_right_arithmetic
+from gpt.machine.data_sheet import find_data_sheet_peak
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import find_free_memory, peak_memory
 from gpt.machine.memory_estimate import estimate_memory
@@ -127,8 +128,6 @@ def compare_memory(run: Run) -> Memory:
 
 def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppState:
     """Build the model with its initial weights, and its optimizer."""
-    if dist.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not autocast
     model = GPT(plan.model, seed=plan.seed).to(dist.device)
     optimizer = build_optimizer(
         model,
@@ -194,12 +193,14 @@ def build_loop(
                 dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir
             )
         )
+    data_sheet = find_data_sheet_peak(plan.machine.device_name, plan.dtype)
     meter = Meter(
         plan.batch.tokens_per_step,
         state.skipped_updates,
         dist,
         flops_per_token=flops_per_token(plan.model),
         peak_flops=peak_flops * dist.world_size,
+        data_sheet_flops=None if data_sheet is None else data_sheet * dist.world_size,
         peak_memory=partial(peak_memory, dist.device.type),
     )
     return Trainer(

@@ -90,7 +90,7 @@ def _pretraining(name: str, model: GPTConfig, max_steps: int, max_lr: float) -> 
     return TrainConfig(
         run_dir=Path("runs") / name,
         max_steps=max_steps,
-        micro_batch_size=4,
+        micro_batch_size="auto-cuda",
         tokens_per_step=2**19,
         model=model,
         data=DataConfig(tokenizer="gpt2"),
@@ -183,7 +183,7 @@ def qwen3_0_6b() -> TrainConfig:
         qk_norm=True,
         init="llama",
     )
-    return _pretraining("qwen3-0.6b", model, max_steps=19_073, max_lr=6e-4).with_(micro_batch_size=1)
+    return _pretraining("qwen3-0.6b", model, max_steps=19_073, max_lr=6e-4)
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
