@@ -22,7 +22,7 @@ from gpt.machine.cuda_runtime import set_up_cuda
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine, find_device
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
-from gpt.resume.find import Start, claim_start
+from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
 from gpt.utils.atomic_io import append_jsonl, filter_jsonl, truncate_jsonl, write_json, write_text
 from gpt.utils.distributed import DistContext
@@ -77,7 +77,9 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
     folder = RunFolder(config.run_dir)
     try:
         with dist.report_lost_ranks():
-            start = claim_start(folder, config, dist, dry_run=dry_run)
+            found = dist.on_main(lambda: claim_start(folder, config, dry_run=dry_run).model_dump(mode="json"))
+            start = Start.model_validate(found)
+            dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
             plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
             plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config)])
