@@ -214,8 +214,10 @@ def _supports_kernel(device: torch.device, dtype: torch.dtype, *, dropout: float
 
 
 def _supports_flex(device: torch.device, *, dropout: float, head_dim: int) -> bool:
-    # FlexAttention has no dropout, and no backward pass on a CPU or on MPS.
-    return device.type == "cuda" and HAS_TRITON and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
+    # FlexAttention has no dropout, and no backward pass on a CPU or on MPS. Its kernels do not say if they are
+    # deterministic; those of SDPA do.
+    is_usable = device.type == "cuda" and HAS_TRITON and not torch.are_deterministic_algorithms_enabled()
+    return is_usable and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
 
 
 def _build_block_mask(documents: torch.Tensor, window: int) -> BlockMask:
