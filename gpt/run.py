@@ -18,10 +18,11 @@ from gpt.configs.user_folders import temporary_folder
 from gpt.data.corpus import Corpus, load_corpus
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
+from gpt.machine.cuda_runtime import set_up_cuda
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine, find_device
-from gpt.resume.compatibility import adopt_corpus, keeps_learning_rates, require_same_identity
-from gpt.resume.find import Start, claim_start
+from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
+from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
 from gpt.utils.atomic_io import append_jsonl, filter_jsonl, truncate_jsonl, write_json, write_text
 from gpt.utils.distributed import DistContext
@@ -71,11 +72,14 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
         UserError: the user can mend something.
     """
     dist, machine = open_machine(config)
+    config = config.on_device(machine.device)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
     try:
         with dist.report_lost_ranks():
-            start = claim_start(folder, config, dist, dry_run=dry_run)
+            found = dist.on_main(lambda: claim_start(folder, config, dry_run=dry_run).model_dump(mode="json"))
+            start = Start.model_validate(found)
+            dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
             plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
             plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config)])
@@ -95,9 +99,11 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
     """
     runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     device = find_device(config.device)
+    if device == "cuda":
+        runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
     dist = DistContext(device, config.parallel.step_timeout)
-    facts = replace(detect_machine(device, dist.world_size), runtime=runtime)
-    return dist, MachineFacts(**dist.broadcast(asdict(facts)))
+    facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime)))
+    return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 
 
 def write_run_files(run: Run) -> None:
@@ -142,6 +148,11 @@ def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
         "cpu_capability": environment["cpu_capability"],
         "fused_attention": environment["runtime"]["fused_attention"],
         "git_commit": environment["git_commit"],
+        "device": run.plan.machine.device_name,
+        "dtype": run.plan.dtype,
+        "micro_batch_size": run.plan.batch.micro_batch_size,
+        "runtime": environment["runtime"],
+        "notes": list(run.plan.notes),
     }
 
 
@@ -157,7 +168,7 @@ def _resume_plan(config: TrainConfig, plan: RunPlan, start: Start, *, has_valida
         plan = _with_notes(plan, [start.weights_note])
     if start.checkpoint is None or start.saved is None:
         return plan
-    plan = adopt_corpus(plan, start.identity)
+    plan = adopt_dtype(config, adopt_corpus(plan, start.identity), start.identity)
     names = plan.identity.keys() - ({DTYPE_KEY} if config.resume_with_changes else set())
     require_same_identity(start.identity, plan.identity, names, start.checkpoint, start.differences)
     if start.is_fork and start.step >= plan.max_steps:

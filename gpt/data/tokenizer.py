@@ -269,4 +269,6 @@ def _encode_or_user_error(encode: Callable[[], T]) -> T:
     except BaseException as error:  # the library raises bare Exceptions, and a panic in it is not even an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"the tokenizer cannot encode the text: {first_line(error)}") from error
+        raise UserError(
+            f"the tokenizer cannot encode the text: {first_line(error)}; use another one, such as bpe or gpt2"
+        ) from error

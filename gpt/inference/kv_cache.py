@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.configs.gpt_config import GPTConfig
-from gpt.ops.attention import Attend, attend, repeat_heads
+from gpt.ops.attention import Attend, DocumentMask, attend, repeat_heads
 
 
 class KVCache:
@@ -30,6 +30,7 @@ class KVCache:
     ) -> None:
         shape = (n_rows, config.n_kv_head, capacity, config.head_dim)
         self.capacity, self.device = capacity, device
+        self.window = config.sliding_window or capacity
         self.lengths = [0] * n_rows
         # Zeros, because a masked value still meets a weight of 0, and 0 times NaN is NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
@@ -79,14 +80,15 @@ class NewTokens:
         self._counts, self._device = counts, cache.device
         first = torch.tensor(starts, device=cache.device)  # (B,)
         self.positions = first[:, None] + torch.arange(n_new, device=cache.device)  # (B, T)
+        begin = max(0, min(starts) + 1 - cache.window)  # older keys are outside every window
         even = len(set(starts)) == 1
         place = _Place(
             rows=slice(rows.start, rows.stop),
             tokens=slice(starts[0], end) if even else None,
             positions=first,
-            end=end,
+            keys=slice(begin, end),
             is_first=not any(starts),
-            allowed=None if even else torch.arange(end, device=cache.device) <= first[:, None, None, None],
+            allowed=None if even else _allow(first, torch.arange(begin, end, device=cache.device), cache.window),
         )
         self.layers: Sequence[Attend] = [
             partial(_attend_cached, keys, values, place) for keys, values in zip(cache.keys, cache.values, strict=True)
@@ -109,16 +111,28 @@ class _Place:
     """Positions of the new tokens if they are the same in every row."""
     positions: torch.Tensor
     """(B,) int64, position of each row's first new token."""
-    end: int
-    """S."""
+    keys: slice
+    """Positions that the new tokens attend to, if they are not the first."""
     is_first: bool
     """The rows were empty."""
     allowed: torch.Tensor | None
     """(B, 1, 1, S) bool, the keys that each row's only new token attends to; None: all."""
 
 
+def _allow(positions: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
+    """Return whether the token at each position, (B,), attends to each key, (S,), as (B, 1, 1, S) bool."""
+    distances = positions[:, None, None, None] - keys
+    return (distances >= 0) & (distances < window)
+
+
 def _attend_cached(
-    keys: torch.Tensor, values: torch.Tensor, place: _Place, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    place: _Place,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: DocumentMask | None,
 ) -> torch.Tensor:
     """Store the new keys and values of a layer and attend to all; see `gpt.ops.attention.Attend`."""
     keys, values = keys[place.rows], values[place.rows]  # (B, K, capacity, D)
@@ -126,10 +140,15 @@ def _attend_cached(
         keys[:, :, place.tokens], values[:, :, place.tokens] = k, v
     else:  # one token per row, at positions that differ
         index = torch.arange(len(q), device=q.device)
-        keys[index, :, place.positions], values[index, :, place.positions] = k[:, :, 0].to(keys.dtype), v[:, :, 0]
+        keys[index, :, place.positions] = k[:, :, 0].to(keys.dtype)
+        values[index, :, place.positions] = v[:, :, 0].to(values.dtype)
     group_size = q.shape[1] // k.shape[1]
     if place.is_first:  # as in training
-        return attend(q, repeat_heads(k, group_size), repeat_heads(v, group_size), None, dropout=0.0)
-    keys, values = keys[:, :, : place.end], values[:, :, : place.end]
-    mask = place.allowed
-    return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask, enable_gqa=group_size > 1)
+        return attend(q, repeat_heads(k, group_size), repeat_heads(v, group_size), mask, dropout=0.0)
+    return F.scaled_dot_product_attention(
+        q.to(keys.dtype),
+        keys[:, :, place.keys],
+        values[:, :, place.keys],
+        attn_mask=place.allowed,
+        enable_gqa=group_size > 1,
+    )

@@ -57,7 +57,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
         return logits
     ordered, indices = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
-    dropped = probabilities.cumsum(dim=-1) - probabilities >= p
+    dropped = _sum_up(probabilities) - probabilities >= p
     dropped[..., 0] = False  # the most likely token stays, even if p rounds to 0 in float32
     return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(dropped, -torch.inf))
 
@@ -71,6 +71,16 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
         return logits
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def _sum_up(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return cumulative sums along the last dimension; on the CPU where CUDA's kernel may not be used.
+
+    It is not deterministic, so `torch.use_deterministic_algorithms` refuses it.
+    """
+    if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return probabilities.cpu().cumsum(dim=-1).to(probabilities.device)
+    return probabilities.cumsum(dim=-1)
 
 
 def _keep_only(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

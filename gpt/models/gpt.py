@@ -17,7 +17,7 @@ from gpt.ops.cross_entropy import fused_linear_cross_entropy, soft_cap, summed_c
 from gpt.ops.linear import FusedLinear, Linear, is_plain_linear
 from gpt.ops.norm import build_norm
 from gpt.ops.precision import compute_dtype
-from gpt.ops.rope import Rope, apply_rope, rope_cos_sin
+from gpt.ops.rope import Rope, RopeScaling, apply_rope, rope_cos_sin
 
 
 def _norm(config: GPTConfig, width: int, *, rounds: bool = False) -> nn.Module:
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if attend_cached is not None:
-            y = attend_cached(q, k, v)  # (B, H, T, D)
+            y = attend_cached(q, k, v, mask)  # (B, H, T, D)
         else:
             k, v = repeat_heads(k, self.group_size), repeat_heads(v, self.group_size)  # (B, H, T, D)
             y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, H, T, D)
@@ -116,7 +116,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = _norm(config, config.n_embd)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
-        init_weights(self, config.n_layer, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self,
@@ -145,15 +145,21 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
         x = self.wte(tokens)  # (B, T, C)
         if documents is not None:
-            dropout = self.config.dropout if self.training else 0.0
-            mask = DocumentMask(documents, dropout=dropout, head_dim=self.config.head_dim, dtype=compute_dtype(x))
             positions = positions_in_documents(documents)  # (B, T)
         if cache is not None:
             positions = cache.positions  # (B, T)
+        if documents is not None or 0 < self.config.sliding_window < tokens.shape[1]:
+            mask = DocumentMask(
+                torch.zeros_like(tokens) if documents is None else documents,
+                dropout=self.config.dropout if self.training else 0.0,
+                head_dim=self.config.head_dim,
+                dtype=compute_dtype(x),
+                window=self.config.sliding_window,
+            )
         if self.wpe is not None:
             x = x + self.wpe(positions)  # (B, T, C)
         else:
-            rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+            rope = self.compute_rope(positions)
         x = self.drop(x)
         for index, block in enumerate(self.h):
             x = block(x, mask, rope) if cache is None else block(x, mask, rope, cache.layers[index])
@@ -167,6 +173,18 @@ class GPT(nn.Module):
             weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
             return fused_linear_cross_entropy(x, weight, targets, softcap=softcap)
         return summed_cross_entropy(self._logits(x), targets, softcap=softcap)
+
+    def compute_rope(self, positions: torch.Tensor) -> Rope:
+        """Return the rotary embeddings of positions, (T,) or (B, T) int64."""
+        config, scaling = self.config, None
+        if config.rope_scaling == "llama3":
+            scaling = RopeScaling(
+                config.rope_factor,
+                config.rope_low_freq_factor,
+                config.rope_high_freq_factor,
+                config.rope_original_block_size,
+            )
+        return rope_cos_sin(positions, config.head_dim, config.rope_theta, scaling)
 
     def hidden_matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         """Return the weights of the blocks' linear layers, each with the rows of every matrix that is fused in it."""

@@ -12,6 +12,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "llama, one head of keys and values": LLAMA | {"n_kv_head": 1, "head_dim": 12},
     "qwen2": LLAMA | {"n_kv_head": 2, "qkv_bias": True, "rope_theta": 1e6, "tie_embeddings": False},
     "qwen3": LLAMA | {"n_kv_head": 2, "qk_norm": True, "head_dim": 16, "rope_theta": 1e6},
+    "llama3, scaled rotary embeddings": LLAMA | {"rope_scaling": "llama3", "rope_original_block_size": 16},
+    "mistral, sliding window": LLAMA | {"n_kv_head": 2, "sliding_window": 5},
     "speedrun": {"position": "rotary", "norm": "rmsnorm", "mlp": "relu2", "qk_norm": True, "logit_softcap": 15.0},
 }
 

@@ -88,3 +88,14 @@ def test_seed_determines_the_sample_and_the_global_generator_is_unused() -> None
     assert torch.equal(sample(1.0, seed=3, rows=20), sample(1.0, seed=3, rows=20))
     assert not torch.equal(sample(1.0, seed=3, rows=20), sample(1.0, seed=4, rows=20))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_top_p_sums_on_the_cpu_where_kernels_must_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, copies = keep_top_p(LOGITS, 0.9), []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copies.append(tensor.shape), tensor)[1])
+    assert torch.equal(keep_top_p(LOGITS, 0.9), expected)
+    assert copies == []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert torch.equal(keep_top_p(LOGITS, 0.9), expected)
+    assert copies == [LOGITS.shape]
