@@ -108,7 +108,7 @@ def _run_peer(name: str, source: Path, out: Path, scale: float = 1.0) -> Cost:
 
 def _count_tokens_of_corpus(folder: Path) -> np.ndarray:
     manifest = read_corpus_manifest(folder)
-    shards = [(folder, shard) for source in manifest.sources for shard in (*source.train, *source.val)]
+    shards = [(folder, shard) for shard in manifest.shards]
     stream = TokenStream(shards, manifest.vocab_size)
     return np.bincount(stream.read(0, len(stream)), minlength=manifest.vocab_size)
 

@@ -4,7 +4,7 @@ config -> machine -> run folder (where it starts) -> corpus -> plan
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,10 +18,11 @@ from gpt.configs.user_folders import temporary_folder
 from gpt.data.corpus import Corpus, load_corpus
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
+from gpt.machine.cuda_runtime import set_up_cuda
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine, find_device
-from gpt.resume.compatibility import adopt_corpus, keeps_learning_rates, require_same_identity
-from gpt.resume.find import Start, claim_start
+from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
+from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
 from gpt.utils.atomic_io import append_jsonl, filter_jsonl, truncate_jsonl, write_json, write_text
 from gpt.utils.distributed import DistContext
@@ -71,11 +72,16 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
         UserError: the user can mend something.
     """
     dist, machine = open_machine(config)
+    config = config.on_device(machine.device)
     plan_batch(config, dist.world_size)
     folder = RunFolder(config.run_dir)
     try:
         with dist.report_lost_ranks():
-            start = claim_start(folder, config, dist, dry_run=dry_run)
+            found = dist.on_main(
+                lambda: claim_start(folder, config, machine.device, dry_run=dry_run).model_dump(mode="json")
+            )
+            start = Start.model_validate(found)
+            dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
             plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
             plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config)])
@@ -95,9 +101,11 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
     """
     runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
     device = find_device(config.device)
+    if device == "cuda":
+        runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
     dist = DistContext(device, config.parallel.step_timeout)
-    facts = replace(detect_machine(device, dist.world_size), runtime=runtime)
-    return dist, MachineFacts(**dist.broadcast(asdict(facts)))
+    facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime)))
+    return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 
 
 def write_run_files(run: Run) -> None:
@@ -110,24 +118,24 @@ def write_run_files(run: Run) -> None:
 
 
 def _write_run_files(run: Run) -> None:
-    folder = run.folder
+    folder, environment = run.folder, describe_environment(run.plan.machine.runtime)
     try:
         write_text(folder.config, folder.record_origin(run.config, run.start.checkpoint).saved_json() + "\n")
-        write_json(folder.environment, describe_environment(run.plan.machine.runtime))
+        write_json(folder.environment, environment)
         run.corpus.tokenizer.save(folder.path)
         for records in (folder.metrics, folder.samples):
             truncate_jsonl(records, run.start.step)
         if run.journal or folder.journal.exists():  # its last line may be torn
             write_text(folder.journal, "".join(json.dumps(record) + "\n" for record in run.journal))
         filter_jsonl(folder.lineage, lambda record: True)  # drops a torn last line
-        append_jsonl(folder.lineage, _lineage_record(run))
+        append_jsonl(folder.lineage, _lineage_record(run, environment))
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error
 
 
-def _lineage_record(run: Run) -> dict[str, Any]:
+def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Return one line of lineage.jsonl: where this launch starts, with what, and what has changed."""
-    start, machine = run.start, describe_environment(run.plan.machine.runtime)
+    start = run.start
     return {
         "step": start.step,
         "checkpoint": str(start.checkpoint) if start.checkpoint else None,
@@ -137,12 +145,17 @@ def _lineage_record(run: Run) -> dict[str, Any]:
         "changes": {item.name: [item.saved, item.current] for item in start.differences},
         "max_steps": run.plan.max_steps,
         "world_size": run.dist.world_size,
-        "torch": machine["libraries"]["torch"],
+        "torch": environment["libraries"]["torch"],
         "compiled": run.plan.compiles,
-        "threads": machine["threads"],
-        "cpu_capability": machine["cpu_capability"],
-        "fused_attention": machine["runtime"]["fused_attention"],
-        "git_commit": machine["git_commit"],
+        "threads": environment["threads"],
+        "cpu_capability": environment["cpu_capability"],
+        "fused_attention": environment["runtime"]["fused_attention"],
+        "git_commit": environment["git_commit"],
+        "device": run.plan.machine.device_name,
+        "dtype": run.plan.dtype,
+        "micro_batch_size": run.plan.batch.micro_batch_size,
+        "runtime": environment["runtime"],
+        "notes": list(run.plan.notes),
     }
 
 
@@ -158,7 +171,7 @@ def _resume_plan(config: TrainConfig, plan: RunPlan, start: Start, *, has_valida
         plan = _with_notes(plan, [start.weights_note])
     if start.checkpoint is None or start.saved is None:
         return plan
-    plan = adopt_corpus(plan, start.identity)
+    plan = adopt_dtype(config, adopt_corpus(plan, start.identity), start.identity)
     names = plan.identity.keys() - ({DTYPE_KEY} if config.resume_with_changes else set())
     require_same_identity(start.identity, plan.identity, names, start.checkpoint, start.differences)
     if start.is_fork and start.step >= plan.max_steps:

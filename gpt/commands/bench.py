@@ -19,7 +19,7 @@ from gpt.configs.base import Config
 from gpt.configs.cli import JsonOutput, PresetOverrides, parse, parse_over_preset
 from gpt.configs.data_config import Sources
 from gpt.configs.presets import PRESETS
-from gpt.configs.run_plan import RunPlan
+from gpt.configs.run_plan import MachineFacts, RunPlan
 from gpt.configs.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -67,47 +67,63 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _bench_step(command: BenchCommand) -> int:
-    from gpt.auto_batch import resolve_auto_micro_batch
-    from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
-    from gpt.machine.flops import flops_per_token
-    from gpt.machine.peak_flops import load_or_measure_peak_flops
     from gpt.run import open_machine
 
-    config = _drop_source_weights(command.as_train_config())
+    config = command.as_train_config()
     dist, machine = open_machine(config)
-    corpus = CorpusFacts(_choose_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
-    plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
-    measured = _measure(config, plan, dist, command.steps)
-    peak = dist.on_main(
-        lambda: (
-            load_or_measure_peak_flops(dist.device, machine.device_name, plan.dtype, config.data.cache_dir)
-            * dist.world_size
-        )
-    )
-    flops = flops_per_token(plan.model) * plan.batch.tokens_per_step
-    seconds = statistics.median(measured.step_seconds)
+    figures = measure_step(config.on_device(machine.device), machine, dist, command.steps)
     if dist.is_main:
-        figures = {
-            "device": machine.device_name,
-            "dtype": plan.dtype,
-            "processes": dist.world_size,
-            "parameters": plan.model.n_parameters,
-            "tokens_per_step": plan.batch.tokens_per_step,
-            "steps": command.steps,
-            "tokens_per_second": plan.batch.tokens_per_step / seconds,
-            "milliseconds": {phase: 1e3 * median for phase, median in measured.phase_seconds.items()},
-            "peak_memory_bytes": measured.peak_memory_bytes,
-            "flops_per_token": flops_per_token(plan.model),
-            "peak_flops_per_second": peak,
-            "mfu": flops / seconds / peak,
-            "own_shapes_flops_per_second": statistics.median(measured.matmul_rates),
-            "mfu_of_own_shapes": statistics.median(
-                flops / step / rate for step, rate in zip(measured.step_seconds, measured.matmul_rates, strict=True)
-            ),
-        }
         _print_figures(_format_rows(figures), figures, as_json=command.as_json)
     dist.close()
     return 0
+
+
+def measure_step(config: TrainConfig, machine: MachineFacts, dist: "DistContext", steps: int) -> dict[str, Any]:
+    """Measure a training step on synthetic tokens, and return its figures by name.
+
+    Args:
+        config: the configuration on this device.
+        machine: its hardware.
+        dist: the ranks.
+        steps: steps to measure, twice.
+    """
+    from gpt.auto_batch import resolve_auto_micro_batch
+    from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
+    from gpt.machine.data_sheet import find_data_sheet_peak
+    from gpt.machine.flops import flops_per_token
+    from gpt.machine.peak_flops import load_or_measure_peak_flops
+
+    config = _drop_source_weights(config)
+    corpus = CorpusFacts(_choose_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
+    plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
+    measured = _measure(config, plan, dist, steps)
+    peak = dist.world_size * dist.on_main(
+        lambda: load_or_measure_peak_flops(dist.device, machine.device_name, plan.dtype, config.data.cache_dir)
+    )
+    data_sheet = find_data_sheet_peak(machine.device_name, plan.dtype)
+    flops = flops_per_token(plan.model) * plan.batch.tokens_per_step
+    seconds = statistics.median(measured.step_seconds)
+    return {
+        "device": machine.device_name,
+        "dtype": plan.dtype,
+        "processes": dist.world_size,
+        "parameters": plan.model.n_parameters,
+        "tokens_per_step": plan.batch.tokens_per_step,
+        "micro_batch_size": plan.batch.micro_batch_size,
+        "steps": steps,
+        "tokens_per_second": plan.batch.tokens_per_step / seconds,
+        "milliseconds": {phase: 1e3 * median for phase, median in measured.phase_seconds.items()},
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "flops_per_token": flops_per_token(plan.model),
+        "peak_flops_per_second": peak,
+        "mfu": flops / seconds / peak,
+        "own_shapes_flops_per_second": statistics.median(measured.matmul_rates),
+        "mfu_of_own_shapes": statistics.median(
+            flops / step / rate for step, rate in zip(measured.step_seconds, measured.matmul_rates, strict=True)
+        ),
+        "data_sheet_flops_per_second": None if data_sheet is None else data_sheet * dist.world_size,
+        "mfu_data_sheet": None if data_sheet is None else flops / seconds / (data_sheet * dist.world_size),
+    }
 
 
 def _drop_source_weights(config: TrainConfig) -> TrainConfig:
@@ -182,7 +198,8 @@ def _format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
     from gpt.utils.helper import format_count, format_percent, format_si, plural
 
     phases, memory = figures["milliseconds"], figures["peak_memory_bytes"]
-    return {
+    sheet = figures["data_sheet_flops_per_second"]
+    rows = {
         "machine": f"{figures['device']}, {plural(figures['processes'], 'process', 'es')}, {figures['dtype']}",
         "model": f"{format_count(figures['parameters'])} parameters, "
         f"{format_si(figures['flops_per_token'], 'FLOP')} per token",
@@ -197,6 +214,11 @@ def _format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
         f"{format_si(figures['own_shapes_flops_per_second'], 'FLOP/s')} "
         "of matmuls in the model's own shapes",
     }
+    if sheet is not None:
+        rows["MFU"] += (
+            f"; {format_percent(figures['mfu_data_sheet'])} of the {format_si(sheet, 'FLOP/s')} of the data sheet"
+        )
+    return rows
 
 
 def _bench_speedrun(command: SpeedrunCommand, *flags: str) -> int:

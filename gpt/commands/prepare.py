@@ -1,6 +1,8 @@
 """`gpt prepare SOURCE... --out DIR`: turn texts into tokens; `gpt prepare --inspect DIR`: show a prepared folder."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,10 +42,8 @@ def run(argv: Sequence[str]) -> int:
 
     from gpt.utils.helper import printable
 
-    try:
+    with _name_own_flags():
         facts = _inspect(command.inspect) if command.inspect is not None else _prepare(command)
-    except UserError as error:  # messages name the flags of gpt train's section `data`
-        raise UserError(str(error).replace("--data.source ", "").replace("--data.", "--")) from error
     if command.as_json:
         print_json(facts)
         return 0
@@ -54,9 +54,33 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def _name_own_flags() -> Iterator[None]:
+    """Replace the flags of gpt train's section `data` in errors and log messages by those of this command."""
+
+    def rename(message: str) -> str:
+        return message.replace("--data.source ", "").replace("--data.", "--")
+
+    def rename_in_record(record: logging.LogRecord) -> bool:
+        record.msg, record.args = rename(record.getMessage()), ()
+        return True
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(rename_in_record)
+    try:
+        yield
+    except UserError as error:
+        raise UserError(rename(str(error))) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(rename_in_record)
+
+
 def _prepare(command: PrepareCommand) -> dict[str, Any]:
     from gpt.data.manifest import read_corpus_manifest
-    from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+    from gpt.data.prepare.preparation import prepare_folder
+    from gpt.data.prepare.preparation_plan import plan_preparation
     from gpt.data.prepare.sources import require_apart
     from gpt.utils.atomic_io import require_writable
 
@@ -82,9 +106,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
 
     _require_prepared(folder)
     manifest = read_corpus_manifest(folder)
-    digests = {TOKENIZER_FILE: manifest.tokenizer_sha256} | {
-        shard.file: shard.sha256 for shard in _list_shards(manifest)
-    }
+    digests = {TOKENIZER_FILE: manifest.tokenizer_sha256} | {shard.file: shard.sha256 for shard in manifest.shards}
     for name, expected in digests.items():
         path = folder / name
         try:
@@ -175,9 +197,5 @@ def _read_excerpt(folder: Path, manifest: "CorpusManifest") -> str:
     from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-    stream = TokenStream([(folder, shard) for shard in _list_shards(manifest)], tokenizer.vocab_size)
+    stream = TokenStream([(folder, shard) for shard in manifest.shards], tokenizer.vocab_size)
     return tokenizer.decode(stream.read(0, min(EXCERPT_TOKENS, len(stream))).tolist())
-
-
-def _list_shards(manifest: "CorpusManifest") -> "list[ShardInfo]":
-    return [shard for source in manifest.sources for shard in (*source.train, *source.val)]

@@ -29,18 +29,23 @@ class BatchPlan:
 def plan_batch(config: TrainConfig, world_size: int, max_micro_batch: int = 1) -> BatchPlan:
     """Divide `tokens_per_step` into micro-batches; an automatic size is at most `max_micro_batch` sequences.
 
+    Args:
+        config: the configuration; a size of auto-cuda counts as auto.
+        world_size: number of ranks.
+        max_micro_batch: upper bound of an automatic size.
+
     Raises:
         UserError: the sizes do not divide.
     """
     block_size = config.model.block_size
-    size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    size = 1 if isinstance(config.micro_batch_size, str) else config.micro_batch_size
     unit = size * block_size * world_size
     tokens = config.tokens_per_step or unit
     if tokens % unit:
         raise UserError(_explain_indivisible(tokens, size, block_size, world_size))
     if config.parallel.reproducible:
         _require_binary_tree(config, world_size, n_leaves=tokens // (size * block_size))
-    if config.micro_batch_size == "auto":
+    if isinstance(config.micro_batch_size, str):
         size = max(n for n in find_divisors(tokens // unit) if n <= max_micro_batch)
     return BatchPlan(size, block_size, world_size, tokens // (size * block_size * world_size))
 
@@ -70,8 +75,9 @@ def _require_binary_tree(config: TrainConfig, world_size: int, n_leaves: int) ->
         UserError: they are not, or their number depends on the machine.
     """
     flag = "--parallel.reproducible"
-    if config.micro_batch_size == "auto":
-        raise UserError(f"{flag}: --micro-batch-size auto depends on the machine, and decides bits; set a number")
+    if isinstance(config.micro_batch_size, str):
+        size = config.micro_batch_size
+        raise UserError(f"{flag}: --micro-batch-size {size} depends on the machine, and decides bits; set a number")
     if config.tokens_per_step == 0:
         raise UserError(f"{flag}: --tokens-per-step 0 grows with the number of processes; set a number")
     if world_size & (world_size - 1):

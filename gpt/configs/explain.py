@@ -34,7 +34,7 @@ def explain_validation_error(error: ValidationError, model: type[BaseModel], *, 
     expected = _EXPECTED.get(first["type"], first["msg"][0].lower() + first["msg"][1:]).format(**context)
     for other in others:  # a field that is a number or a word has an error for each
         if other["type"] == "literal_error" and _get_field_path(other["loc"], model) == path:
-            word = other["ctx"]["expected"].replace("'", "")
+            word = re.findall(r"'([^']*)'", other["ctx"]["expected"])[0]  # the first is a hint; --help lists all
             expected = f"{expected[:-1]} or {word})" if expected.endswith(")") else f"{expected} or {word}"
     if first["type"] in _NUMBER_PARSING and isinstance(value, str):
         expected += _suggest_number(value, model, path, is_integer=first["type"].startswith("int"))

@@ -17,7 +17,7 @@ CORPUS_KEY, TOKENIZER_KEY, DTYPE_KEY = "the corpus's SHA-256", "the tokenizer's 
 CONTENT_KEY = "the SHA-256 of the corpus's content"
 """Keys of a run's identity that others compare by name."""
 
-
+FLOAT16_NOTE = "--dtype auto is float16 with a loss scaler: this GPU has no bfloat16"
 MAX_USEFUL_EPOCHS = 4
 """Passes over a text up to which it teaches almost as much as new text (Muennighoff et al. 2023, "Scaling
 Data-Constrained Language Models")."""
@@ -38,6 +38,10 @@ class MachineFacts:
     """Settings applied in each process, under the names of RuntimeConfig."""
     max_micro_batch: int = 1
     """Upper bound of --micro-batch-size auto, in sequences; filled by `gpt.auto_batch`."""
+    gpu_count: int = 0
+    """GPUs that this process could use."""
+    notes: tuple[str, ...] = ()
+    """Remarks on how the device was chosen."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +213,15 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         )
     per_epoch = sum(sequences.values())
     max_steps = _resolve_max_steps(config, batch, per_epoch)
-    notes = []
+    dtype = _resolve_dtype(config, machine)
+    notes = [*machine.notes]
     if config.micro_batch_size == "auto":
         bound = "make a CPU faster or fit in memory" if machine.device == "cpu" else "fit in memory"
         notes.append(
             f"--micro-batch-size auto is {batch.micro_batch_size}, which divides the step: "
             f"at most {machine.max_micro_batch} sequences {bound}"
         )
-    if config.parallel.reproducible and machine.device != "cpu":
-        notes.append("--parallel.reproducible is bit-exact on CPUs only; a GPU's kernels may add in any order")
+    notes += _note_device(config, machine, dtype)
     if config.lr.warmup_steps >= max_steps:
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
     if config.spike.rollback and not config.checkpoint.interval:
@@ -237,7 +241,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         batch=batch,
         reproducible=config.parallel.reproducible,
         seed=config.seed,
-        dtype=_resolve_dtype(config, machine),
+        dtype=dtype,
         compiles=resolve_compile(config, machine.device),
         model=model,
         max_steps=max_steps,
@@ -311,6 +315,30 @@ def resolve_compile(config: TrainConfig, device: str) -> bool:
 
 
 def _resolve_dtype(config: TrainConfig, machine: MachineFacts) -> str:
-    if config.dtype == "auto":
-        return "bfloat16" if machine.has_bfloat16 else "float32"
-    return config.dtype
+    if config.dtype != "auto":
+        return config.dtype
+    if machine.has_bfloat16:
+        return "bfloat16"
+    return "float16" if machine.device == "cuda" else "float32"
+
+
+def _note_device(config: TrainConfig, machine: MachineFacts, dtype: str) -> list[str]:
+    """Return remarks on the device: its number of processes, its dtype, and the bits that it promises."""
+    notes = []
+    if machine.device == "cuda" and machine.world_size == 1 and machine.gpu_count > 1:
+        notes.append(
+            f"1 of {machine.gpu_count} GPUs is used; torchrun --nproc-per-node {machine.gpu_count} -m gpt.main ... "
+            "uses all of them"
+        )
+    if machine.device == "cuda" and config.dtype == "auto" and dtype == "float16":
+        notes.append(FLOAT16_NOTE)
+    if dtype == "float32" and machine.runtime.get("tf32"):
+        notes.append("--dtype float32 multiplies in TF32 on this GPU: 10 bits of mantissa instead of 23")
+    if config.parallel.reproducible and machine.device == "cuda":
+        notes.append(
+            "--parallel.reproducible is bit-exact on GPUs of one kind, with one driver and build of torch; "
+            "gpt verify-resume checks it on yours"
+        )
+    if config.parallel.reproducible and machine.device == "mps":
+        notes.append("--parallel.reproducible is not bit-exact on MPS, whose kernels may add in any order")
+    return notes

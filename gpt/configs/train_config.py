@@ -26,6 +26,8 @@ from gpt.configs.user_folders import expand_home
 
 MAX_MICRO_BATCH_SIZE = 2**20
 """Upper bound of --micro-batch-size, in sequences."""
+CPU_MICRO_BATCH_SIZE = 4
+"""Sequences of --micro-batch-size auto-cuda without CUDA: 4,096 tokens at GPT-2's context length."""
 NO_CHECKPOINT = frozenset({"auto", "never"})
 """Values of `resume` that name no checkpoint."""
 HORIZON = ("max_steps", "max_tokens", "epochs")
@@ -53,9 +55,10 @@ class TrainConfig(Config):
     epochs: Annotated[float, SAFE_IF_LR_UNCHANGED] = Field(0, ge=0, le=1_000_000)
     """Passes over the training set; 0: no limit."""
     micro_batch_size: Annotated[
-        Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] | Literal["auto"], SAFE_WITHOUT_DROPOUT
+        Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] | Literal["auto", "auto-cuda"], SAFE_WITHOUT_DROPOUT
     ] = 16
-    """Sequences per process in one forward pass; auto: the most that fit in memory and, on a CPU, gain speed."""
+    """Sequences per process in one forward pass; auto: the most that fit in memory and, on a CPU, gain speed;
+    auto-cuda: auto on CUDA, 4 elsewhere."""
     tokens_per_step: int = Field(4096, ge=0, le=MAX_COUNT)
     """Tokens per update over all processes and micro-batches; 0: one micro-batch per process."""
     # SAFE_WITHOUT_DROPOUT, like compile: each device and the compiler draw dropout masks of their own.
@@ -63,7 +66,8 @@ class TrainConfig(Config):
     """Device to train on; auto: cuda, else mps, else cpu."""
     # NEEDS_FLAG, not FORBIDDEN: autocast's type changes, the saved tensors' types do not.
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], NEEDS_FLAG] = "auto"
-    """Compute type under autocast; auto: bfloat16 if the hardware has it, else float32."""
+    """Compute type under autocast; auto: bfloat16 if the hardware has it, else float16 on CUDA and float32
+    elsewhere."""
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_parse_switch), SWITCH, SAFE_WITHOUT_DROPOUT] = (
         "auto"
     )
@@ -104,9 +108,23 @@ class TrainConfig(Config):
             raise ValueError(
                 f"init_from={self.init_from} and resume={self.resume} both set where the run starts; remove one"
             )
-        if self.micro_batch_size == "auto" and not self.tokens_per_step:
-            raise ValueError("micro_batch_size=auto divides tokens_per_step, which is 0; set a number for one of them")
+        if isinstance(self.micro_batch_size, str) and not self.tokens_per_step:
+            size = self.micro_batch_size
+            raise ValueError(
+                f"micro_batch_size={size} divides tokens_per_step, which is 0; set a number for one of them"
+            )
         return self
+
+    def on_device(self, device: str) -> Self:
+        """Return this configuration with what it leaves to the kind of the device.
+
+        Args:
+            device: cpu, cuda or mps.
+        """
+        if self.micro_batch_size != "auto-cuda":
+            return self
+        size = "auto" if device == "cuda" else CPU_MICRO_BATCH_SIZE
+        return self.model_copy(update={"micro_batch_size": size})
 
     def saved_json(self) -> str:
         """Return the JSON text for config.json: without the fields that concern a single launch, its paths absolute."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from gpt.data.end_of_text import take_id
 from gpt.data.manifest import CORPUS_MANIFEST, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
+from gpt.data.prepare.compression import require_complete_zstd
 from gpt.data.prepare.folders import find_prepared_folders
-from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.formats import COMPRESSIBLE_KINDS
+from gpt.data.prepare.preparation import prepare_folder
+from gpt.data.prepare.preparation_plan import PreparationPlan, plan_preparation
 from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
@@ -52,16 +55,9 @@ def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpu
     Raises:
         UserError: a source cannot be read, the cache cannot be written, or a prepared file was changed.
     """
-
-    def prepare_and_pack() -> list[str]:
-        folders = prepare_corpus(config)
-        open_corpus(folders, config, block_size)  # which packs its documents where the configuration asks for it
-        return [str(folder) for folder in folders]
-
-    folders = [Path(folder) for folder in dist.on_local_main(prepare_and_pack)]
-    opened: list[Corpus] = []
-    dist.on_every_rank(lambda: opened.append(open_corpus(folders, config, block_size)))
-    return opened[0]
+    found = dist.on_local_main(lambda: [str(folder) for folder in prepare_corpus(config)])
+    folders = [Path(folder) for folder in found]
+    return dist.local_main_first(lambda: open_corpus(folders, config, block_size))  # the first packs
 
 
 def prepare_corpus(config: DataConfig) -> list[Path]:
@@ -89,7 +85,21 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
     if not (folder / CORPUS_MANIFEST).is_file():  # a prepared corpus needs no lock, and may be in a read-only cache
         require_writable(config.cache_dir, "--data.cache-dir")
         prepare_folder(folder, plan, "--data.cache-dir")
+    elif plan.on_error == "raise":
+        _require_complete_files(plan)
     return [folder]
+
+
+def _require_complete_files(plan: PreparationPlan) -> None:
+    """Check the compressed files that a cached corpus was made of.
+
+    A corpus of an earlier version may lack the rest of a zstd file that was cut short.
+
+    Raises:
+        UserError: a file ends in the middle of a frame.
+    """
+    for file in (file for source in plan.sources for file in source.files if file.kind in COMPRESSIBLE_KINDS):
+        require_complete_zstd(file.path)
 
 
 def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) -> Corpus:
@@ -104,32 +114,10 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
         UserError: a file is missing or was changed, or the folders have different tokenizers.
     """
     manifests = [read_corpus_manifest(folder) for folder in folders]
-    first_source = Path(config.source[0])
     tokenizer = _read_tokenizer(folders, manifests)
-    # Else it is in the cache, prepared for this configuration.
-    is_named = folders[0] == first_source or first_source in folders[0].parents
-    notes = [
-        _compare_tokenizers(config, manifests[0], tokenizer) if is_named else None,
-        None if is_named else compare_end_of_text(config, manifests[0], tokenizer),
-        manifests[0].vocab_note,
-        *(note for manifest in manifests for note in list_notes(manifest)),
-    ]
-    in_folders = [
-        (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
-    ]
-    names = unique_names(entry.name for _, entry in in_folders)
-    train_shards = {
-        name: [(folder, shard) for shard in entry.train]
-        for name, (folder, entry) in zip(names, in_folders, strict=True)
-        if entry.train
-    }
-    val_shards = {
-        name: [(folder, shard) for shard in entry.val]
-        for name, (folder, entry) in zip(names, in_folders, strict=True)
-        if sum(shard.tokens for shard in entry.val) > 1
-    }
-    stream_shards = _join_unless_weighted(train_shards, config.weights)
-    train, val = _open_streams(stream_shards, tokenizer), _open_streams(val_shards, tokenizer)
+    train_shards, val_shards = _group_shards(folders, manifests)
+    train = _open_streams(_join_unless_weighted(train_shards, config.weights), tokenizer)
+    val = _open_streams(val_shards, tokenizer)
     digests = [manifest.sha256 for manifest in manifests]
     packings = _load_packings(train, tokenizer, digests, config, block_size) if config.packing == "best-fit" else {}
     return Corpus(
@@ -152,8 +140,42 @@ def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) ->
             xz_bits_per_byte=manifests[0].xz_bits_per_byte if len(folders) == 1 else None,
         ),
         source_of={folder / shard.file: name for name, shards in train_shards.items() for folder, shard in shards},
-        notes=tuple(note for note in notes if note),
+        notes=tuple(_collect_notes(folders, manifests, tokenizer, config)),
     )
+
+
+def _group_shards(folders: Sequence[Path], manifests: Sequence[CorpusManifest]) -> tuple[ShardsByName, ShardsByName]:
+    """Return the training shards and the validation shards by the unique name of their source, if it has any."""
+    in_folders = [
+        (folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.sources
+    ]
+    names = unique_names(entry.name for _, entry in in_folders)
+    train: dict[str, list[tuple[Path, ShardInfo]]] = {}
+    val: dict[str, list[tuple[Path, ShardInfo]]] = {}
+    for name, (folder, entry) in zip(names, in_folders, strict=True):
+        if entry.train:
+            train[name] = [(folder, shard) for shard in entry.train]
+        if sum(shard.tokens for shard in entry.val) > 1:  # one token has no target
+            val[name] = [(folder, shard) for shard in entry.val]
+    return train, val
+
+
+def _collect_notes(
+    folders: Sequence[Path], manifests: Sequence[CorpusManifest], tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[str]:
+    """Yield the notes for the user: how the folders differ from the configuration, and what they lack.
+
+    Raises:
+        UserError: the configuration names another tokenizer or end of text than a folder that it names.
+    """
+    first_source = Path(config.source[0])
+    is_named = folders[0] == first_source or first_source in folders[0].parents
+    # A folder that is not named is in the cache, and was prepared for this configuration.
+    compare = _compare_tokenizers if is_named else compare_end_of_text
+    notes = [compare(config, manifests[0], tokenizer), manifests[0].vocab_note]
+    yield from (note for note in notes if note)
+    for manifest in manifests:
+        yield from list_notes(manifest)
 
 
 def _read_tokenizer(folders: Sequence[Path], manifests: Sequence[CorpusManifest]) -> Tokenizer:

@@ -32,6 +32,11 @@ class SourceEntry(Config):
     first_unrepresented: str = ""
     """First of them, and its place."""
 
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """Shards of both splits."""
+        return (*self.train, *self.val)
+
 
 class CorpusManifest(Config):
     """Content of a prepared folder. It does not depend on where, when or by how many processes it was prepared."""
@@ -52,6 +57,11 @@ class CorpusManifest(Config):
     """Bits per byte of the validation text under `xz -9e`; None if it was too long to compress."""
     sha256: str = ""
     """Digest of the file up to this key, and so of everything in the folder; empty until it is read."""
+
+    @property
+    def shards(self) -> list[ShardInfo]:
+        """Shards of all sources."""
+        return [shard for source in self.sources for shard in source.shards]
 
     @property
     def content_sha256(self) -> str:

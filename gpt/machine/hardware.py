@@ -42,6 +42,7 @@ def detect_machine(device: str, world_size: int) -> MachineFacts:
             # Emulated bfloat16 (before Ampere) is slower than float32, so it does not count.
             torch.cuda.is_bf16_supported(including_emulation=False),
             world_size,
+            gpu_count=torch.cuda.device_count(),
         )
     if device == "mps":
         return MachineFacts(device, platform.processor(), has_bfloat16=False, world_size=world_size)

@@ -5,10 +5,10 @@ non-decreasing along the row; padding at a row's end has a number of its own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,11 @@ FLEX_MIN_HEAD_DIM = 16
 
 
 class DocumentMask:
-    """Attention mask of rows that hold several documents; built once per forward pass, for all layers.
+    """Attention mask of rows that hold several documents, or of a sliding window; built once per forward pass.
 
     On CUDA it holds FlexAttention's block mask (Dong et al. 2024, "Flex Attention"), which skips blocks that are masked
     completely; no layer holds a T x T tensor. The same is true of `gpt.ops.attention_cpu`, for which it holds the start
-    of each position's document. Elsewhere, and where neither is supported, it holds a boolean for each pair of
+    of what each position attends to. Elsewhere, and where neither is supported, it holds a boolean for each pair of
     positions. With all three, documents are isolated bit-exactly: a masked position has the weight exp(-inf) = 0, and
     adding 0 times a finite number changes no sum, forward or backward.
 
@@ -50,21 +50,43 @@ class DocumentMask:
         dropout: probability that a layer drops an attention weight in this pass.
         head_dim: D.
         dtype: dtype of queries, keys and values.
+        window: number of tokens that each token attends to, itself included (Beltagy et al. 2020, "Longformer",
+            section 3.1); 0: its document's past.
     """
 
-    def __init__(self, documents: torch.Tensor, *, dropout: float, head_dim: int, dtype: torch.dtype):
+    def __init__(self, documents: torch.Tensor, *, dropout: float, head_dim: int, dtype: torch.dtype, window: int = 0):
+        window = window or documents.shape[1]
         self.blocks: BlockMask | None = None
-        self.doc_starts: torch.Tensor | None = None  # (B, T) int32, the first position of each position's document
+        self.doc_starts: torch.Tensor | None = None  # (B, T) int32, the first position that each position attends to
         self.allowed: torch.Tensor | None = None  # (B, 1, T, T) bool, the same for every head
         self.masked: torch.Tensor | None = None  # ~allowed
         if _supports_flex(documents.device, dropout=dropout, head_dim=head_dim):
-            self.blocks = _build_block_mask(documents)
+            self.blocks = _build_block_mask(documents, window)
         elif _supports_kernel(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
-            self.doc_starts = (index - positions_in_documents(documents)).int()
+            self.doc_starts = (index - positions_in_documents(documents).clamp(max=window - 1)).int()
         else:
             self.allowed = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+            if window < documents.shape[1]:
+                self.allowed = self.allowed.triu(1 - window)
             self.masked = ~self.allowed
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DocumentMask | None], torch.Tensor]
+"""Attention of new tokens to a cache and to themselves: their queries (B, H, T, D), keys (B, K, T, D) and values
+(B, K, T, D), which it adds to the cache, and the mask of a text's first tokens -> (B, H, T, D)."""
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens before those of a forward pass: `gpt.inference.kv_cache` holds them."""
+
+    positions: torch.Tensor
+    """(B, T) int64, the positions of the new tokens."""
+    layers: Sequence[Attend]
+    """Attention of each block."""
+
+    def select_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Return each row's last token, (B, T, C) -> (B, C): rows may end with padding."""
 
 
 def attend(
@@ -100,6 +122,14 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, dropout_p=dropout)
     out = _compile_if_eager(flex_attention)(q, k, v, block_mask=mask.blocks)
     return out
+
+
+def repeat_heads(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Repeat keys or values for the heads of a group, which share them (Ainslie et al. 2023, "GQA").
+
+    (B, K, T, D) -> (B, K * group_size, T, D).
+    """
+    return x.repeat_interleave(group_size, dim=1) if group_size > 1 else x
 
 
 class _KernelAttention(torch.autograd.Function):
@@ -208,15 +238,19 @@ def _supports_kernel(device: torch.device, dtype: torch.dtype, *, dropout: float
 
 
 def _supports_flex(device: torch.device, *, dropout: float, head_dim: int) -> bool:
-    # FlexAttention has no dropout, and no backward pass on a CPU or on MPS.
-    return device.type == "cuda" and HAS_TRITON and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
+    # FlexAttention has no dropout, and no backward pass on a CPU or on MPS. Its kernels do not say if they are
+    # deterministic; those of SDPA do.
+    is_usable = device.type == "cuda" and HAS_TRITON and not torch.are_deterministic_algorithms_enabled()
+    return is_usable and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
 
 
-def _build_block_mask(documents: torch.Tensor) -> BlockMask:
-    def is_allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (q >= k) & (documents[b, q] == documents[b, k])
-
+def _build_block_mask(documents: torch.Tensor, window: int) -> BlockMask:
     B, T = documents.shape
+
+    def is_allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        allowed = (q >= k) & (documents[b, q] == documents[b, k])
+        return allowed & (q - k < window) if window < T else allowed
+
     blocks: BlockMask = _compile_if_eager(create_block_mask)(is_allowed, B, None, T, T, device=documents.device)
     return blocks
 

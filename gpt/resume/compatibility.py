@@ -10,13 +10,21 @@ from gpt.configs.data_config import TOKENIZER_KINDS
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import FLAG, ResumeRule, get_resume_rules
-from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, RunPlan, resolve, resolve_compile
+from gpt.configs.run_plan import (
+    CONTENT_KEY,
+    CORPUS_KEY,
+    DTYPE_KEY,
+    FLOAT16_NOTE,
+    RunPlan,
+    resolve,
+    resolve_compile,
+)
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 from gpt.utils.custom_scheduler import build_schedule
 
-WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
-"""Fields of a model that its weights do not depend on; the vocabulary is compared through the tokenizer."""
+WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout", "init", "init_std"})
+"""Fields of a model that loaded weights do not depend on; the vocabulary is compared through the tokenizer."""
 PER_LAUNCH = frozenset({"run_dir", "resume", "resume_with_changes", "init_from"})
 """Fields that say where and how one launch starts; a change of them is not reported."""
 
@@ -173,6 +181,21 @@ def adopt_corpus(plan: RunPlan, saved: Mapping[str, str | int]) -> RunPlan:
     if not content or saved.get(CONTENT_KEY) != content:
         return plan
     return replace(plan, corpus=replace(plan.corpus, sha256=str(saved[CORPUS_KEY])))
+
+
+def adopt_dtype(config: TrainConfig, plan: RunPlan, saved: Mapping[str, str | int]) -> RunPlan:
+    """Return `plan` in float32 if it resumes a run that --dtype auto trained in float32 on a GPU without bfloat16.
+
+    Args:
+        config: configuration of this launch.
+        plan: the plan of this run.
+        saved: the identity in the checkpoint.
+    """
+    was_float32 = plan.dtype == "float16" and saved.get(DTYPE_KEY) == "float32"
+    if config.dtype != "auto" or not was_float32:
+        return plan
+    notes = [note for note in plan.notes if note != FLOAT16_NOTE]
+    return replace(plan, dtype="float32", notes=(*notes, "--dtype auto is float32, as in the checkpoint"))
 
 
 def keeps_learning_rates(config: TrainConfig, plan: RunPlan, saved: TrainConfig, step: int, checkpoint: Path) -> bool:

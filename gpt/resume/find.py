@@ -1,7 +1,7 @@
 """Find where a run starts: at step 0, from its own newest valid checkpoint, or from another run's checkpoint.
 
-`claim_start` does all of it once and gives every rank the same `Start`. Nothing later loads the checkpoint's
-configuration or manifest again, or hashes its files again.
+`claim_start` does all of it once, on rank 0. Nothing later loads the checkpoint's configuration or manifest again, or
+hashes its files again.
 """
 
 import logging
@@ -29,7 +29,6 @@ from gpt.errors import UserError
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
 from gpt.resume.origin import find_origin
 from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
-from gpt.utils.distributed import DistContext
 from gpt.utils.folder_lock import lock_folder
 from gpt.utils.helper import sha256_of_file
 
@@ -79,23 +78,14 @@ class _Candidates:
     """The user names one checkpoint."""
 
 
-def claim_start(folder: RunFolder, config: TrainConfig, dist: DistContext, *, dry_run: bool) -> Start:
-    """Lock the run's folder and find where the run starts; rank 0 decides, and every rank must see the same files.
+def claim_start(folder: RunFolder, config: TrainConfig, device: str, *, dry_run: bool) -> Start:
+    """Lock the run's folder, clear what a killed run left in it, and find where the run starts; rank 0 does it.
 
-    A dry run looks at the folder and writes nothing.
+    Damaged checkpoints are moved aside. A dry run looks at the folder and writes nothing.
 
     Raises:
         UserError: the folder is in use, or holds a run that `config` may not resume.
     """
-    start = Start.model_validate(
-        dist.on_main(lambda: _claim(folder, config, dist.device.type, dry_run).model_dump(mode="json"))
-    )
-    dist.on_every_rank(lambda: _require_same_manifest(start, dist.rank))
-    return start
-
-
-def _claim(folder: RunFolder, config: TrainConfig, device: str, dry_run: bool) -> Start:
-    """Lock the folder, clear partial files of a killed run, find the start, and move damaged checkpoints aside."""
     if not folder.config.exists():  # a run that has begun beside its texts may be resumed
         require_apart(folder.path, "--run-dir", (*config.data.source, *config.data.val_source))
     if dry_run:
@@ -234,7 +224,12 @@ def _require_none_skipped(candidates: _Candidates, skipped: Sequence[tuple[Path,
         )
 
 
-def _require_same_manifest(start: Start, rank: int) -> None:
+def require_same_manifest(start: Start, rank: int) -> None:
+    """Check that this rank sees the checkpoint that rank 0 has found.
+
+    Raises:
+        UserError: it sees none, or another one.
+    """
     if start.checkpoint is None or rank == 0:
         return
     try:

@@ -19,6 +19,7 @@ class Meter:
         dist: ranks over which losses are summed.
         flops_per_token: model FLOPs of forward and backward.
         peak_flops: measured peak FLOP/s of all ranks together.
+        data_sheet_flops: peak FLOP/s of all ranks together by the GPU's data sheet; None if unknown.
         peak_memory: returns the largest number of bytes that this rank has allocated, None if unknown.
         clock: monotonic, in seconds.
     """
@@ -31,12 +32,14 @@ class Meter:
         *,
         flops_per_token: float,
         peak_flops: float,
+        data_sheet_flops: float | None = None,
         peak_memory: Callable[[], int | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._tokens_per_step, self._skipped_updates = tokens_per_step, skipped_updates
         self._dist, self._clock = dist, clock
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._data_sheet_flops = data_sheet_flops
         self._peak_memory = peak_memory
         self._stats: list[StepStats] = []
         self._window_start = clock()
@@ -72,6 +75,8 @@ class Meter:
             # Model FLOPs utilization: Chowdhery et al. 2022, "PaLM", section 4.1.
             "mfu": self._flops_per_token * tokens_per_second / self._peak_flops,
         }
+        if self._data_sheet_flops is not None:
+            metrics["mfu_data_sheet"] = self._flops_per_token * tokens_per_second / self._data_sheet_flops
         if (peak_memory := self._peak_memory()) is not None:
             metrics["peak_memory_bytes"] = self._dist.max(peak_memory)
         if skipped_updates:

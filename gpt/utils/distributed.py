@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -19,6 +19,7 @@ from gpt.utils.helper import describe_mistake, first_line
 from gpt.utils.tree_sum import tree_sum
 
 Number = TypeVar("Number", int, float)
+T = TypeVar("T")
 
 START_TIMEOUT = timedelta(hours=2)
 """Long, because the other ranks wait while rank 0 prepares a large corpus."""
@@ -60,7 +61,7 @@ class DistContext:
         Args:
             device: cpu, cuda or mps.
             step_timeout: seconds after which a rank that takes no part in a step counts as lost. Outside steps
-                (`on_main`, `on_local_main`, `on_every_rank`) ranks wait for START_TIMEOUT.
+                (`on_main`, `on_local_main`, ...) ranks wait for START_TIMEOUT.
         """
         self.world_size, self.rank, local_rank = launch.world_size(), launch.rank(), launch.local_rank()
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
@@ -111,6 +112,17 @@ class DistContext:
         dist.broadcast(payload, src=source)
         return json.loads(bytes(payload.numpy()))
 
+    @torch.no_grad()
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy rank 0's tensors into those of all other ranks, in place.
+
+        Args:
+            tensors: on the device; equal in number, shapes and dtypes on every rank.
+        """
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self.step_group)
+
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 while the others wait, and return its JSON-like result on every rank.
 
@@ -134,6 +146,21 @@ class DistContext:
             UserError: on every rank, if `work` fails on one.
         """
         return self._run_together(work, works=launch.local_rank() == 0)
+
+    def local_main_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on one rank of each machine, then on the others, and return its result on each.
+
+        The others find what the first has written to a cache.
+
+        Raises:
+            UserError: on every rank, if `work` fails on one.
+        """
+        is_first = launch.local_rank() == 0
+        results: list[T] = []
+        self._run_together(lambda: results.append(work()), works=is_first)
+        if self.world_size > 1:
+            self._run_together(lambda: results.append(work()), works=not is_first)
+        return results[0]
 
     def _run_together(self, work: Callable[[], Any], *, works: bool) -> Any:
         """Run `work` on the ranks with `works`, and return rank 0's result on every rank once all are done.

@@ -20,7 +20,7 @@ from gpt.resume.compatibility import flatten
 from gpt.utils.atomic_io import read_json, read_jsonl
 from gpt.verification.watcher import TRAIN_LOSS
 
-MACHINE_METRICS = frozenset({"time", "tokens_per_second", "mfu", "peak_memory_bytes"})
+MACHINE_METRICS = frozenset({"time", "tokens_per_second", "mfu", "mfu_data_sheet", "peak_memory_bytes"})
 """Metrics that measure the machine; they vary from launch to launch and are not compared."""
 _MISSING = "nothing"
 """Text shown for a record, key or tensor that one of the two runs lacks."""

@@ -18,7 +18,8 @@ FIELDS = {
         eval.batches checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
         checkpoint.asynchronous spike.max_skips spike.window spike.threshold spike.least_rise spike.rollback
         spike.max_rollbacks spike.journal sample.max_new_tokens sample.temperature sample.top_k sample.top_p
-        sample.prompts profile.start profile.steps log.grad_norms log.sink_timeout
+        sample.min_p sample.repetition_penalty sample.stop sample.stop_tokens sample.prompts
+        profile.start profile.steps log.grad_norms log.sink_timeout
     """,
     ResumeRule.SAFE_IF_LR_UNCHANGED: """
         max_steps max_tokens epochs lr.decay_steps
@@ -38,7 +39,9 @@ FIELDS = {
         model.n_layer model.n_head model.n_kv_head model.n_embd model.block_size model.vocab_size model.bias
         model.position model.norm model.mlp model.qk_norm model.logit_softcap model.head_dim
         model.intermediate_size model.norm_eps model.rope_theta model.tie_embeddings model.qkv_bias
-        model.attn_out_bias model.mlp_bias optimizer.name
+        model.attn_out_bias model.mlp_bias model.rope_scaling model.rope_factor model.rope_low_freq_factor
+        model.rope_high_freq_factor model.rope_original_block_size model.sliding_window model.init model.init_std
+        optimizer.name
         data.weights data.val_fraction data.text_field data.on_error data.deduplicate
         data.end_of_text data.vocab_size data.packing data.document_mask seed tokens_per_step init_from
     """,

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from gpt.configs.batch_plan import plan_batch
-from gpt.configs.run_plan import CorpusFacts, MachineFacts, RunPlan, StreamFacts, count_windows, resolve
+from gpt.configs.run_plan import FLOAT16_NOTE, CorpusFacts, MachineFacts, RunPlan, StreamFacts, count_windows, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 
@@ -77,10 +77,6 @@ def test_identity_of_reproducible_run_has_the_settings_that_decide_bits() -> Non
     assert identity["--runtime.fused-attention"] is True
     exact = plan(machine, **REPRODUCIBLE, tokens_per_step=512, dtype="float32").identity
     assert "--runtime.fused-attention" not in exact
-    on_gpu = plan(MachineFacts("cuda", "", False), **REPRODUCIBLE).notes
-    assert set(on_gpu) - set(plan(**REPRODUCIBLE).notes) == {
-        "--parallel.reproducible is bit-exact on CPUs only; a GPU's kernels may add in any order"
-    }
 
 
 def test_auto_micro_batch_with_indivisible_step_names_the_nearest() -> None:
@@ -110,6 +106,44 @@ def test_warmup_longer_than_the_run_is_noted_and_not_changed() -> None:
     resolved = plan(lr={"warmup_steps": 50})
     assert resolved.lr.warmup_steps == 50
     assert resolved.notes == ("warmup of 50 steps lasts for all 10 steps of the run",)
+
+
+@pytest.mark.parametrize(
+    ("device", "promise"),
+    [
+        (
+            "cuda",
+            "is bit-exact on GPUs of one kind, with one driver and build of torch; gpt verify-resume checks it on",
+        ),
+        ("mps", "is not bit-exact on MPS"),
+    ],
+)
+def test_reproducible_mode_states_its_promise_on_a_gpu(device: str, promise: str) -> None:
+    on_gpu = plan(MachineFacts(device, "", True), **REPRODUCIBLE).notes
+    (note,) = set(on_gpu) - set(plan(**REPRODUCIBLE).notes)
+    assert note.startswith(f"--parallel.reproducible {promise}")
+
+
+def test_auto_dtype_on_a_gpu_without_bfloat16_is_float16_and_noted() -> None:
+    t4 = plan(MachineFacts("cuda", "Tesla T4", has_bfloat16=False), dtype="auto")
+    assert (t4.dtype, t4.notes) == ("float16", (FLOAT16_NOTE,))
+    assert plan(MachineFacts("cuda", "NVIDIA L4", has_bfloat16=True), dtype="auto").dtype == "bfloat16"
+    assert plan(MachineFacts("mps", "", has_bfloat16=False), dtype="auto").dtype == "float32"
+
+
+def test_float32_in_tf32_is_noted() -> None:
+    ampere = MachineFacts("cuda", "", True, runtime={"tf32": True})
+    (note,) = plan(ampere, dtype="float32").notes
+    assert note == "--dtype float32 multiplies in TF32 on this GPU: 10 bits of mantissa instead of 23"
+    assert plan(ampere, dtype="bfloat16").notes == ()
+    assert plan(MachineFacts("cuda", "", True, runtime={"tf32": False}), dtype="float32").notes == ()
+
+
+def test_one_process_on_a_machine_of_several_gpus_is_noted() -> None:
+    (note,) = plan(MachineFacts("cuda", "", True, gpu_count=8)).notes
+    assert note.startswith("1 of 8 GPUs is used; torchrun --nproc-per-node 8 ")
+    assert plan(MachineFacts("cuda", "", True, gpu_count=1)).notes == ()
+    assert plan(MachineFacts("cuda", "", True, world_size=2, gpu_count=2)).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,17 @@ from gpt.configs.resume_rule import (
     ResumeRule,
     get_resume_rules,
 )
-from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, CorpusFacts, MachineFacts, StreamFacts, resolve
+from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import adopt_corpus, find_differences, flatten, require_allowed, require_resumable
+from gpt.resume.compatibility import (
+    adopt_corpus,
+    adopt_dtype,
+    find_differences,
+    flatten,
+    require_allowed,
+    require_resumable,
+)
 
 
 def configure(*changes: dict[str, Any]) -> TrainConfig:
@@ -162,3 +169,16 @@ def test_corpus_of_equal_content_is_the_same(saved: dict[str, str | int], expect
     assert (adopted.order == plan.order) == (expected == "current")
     unknown = replace(plan, corpus=replace(corpus, content_sha256=""))
     assert adopt_corpus(unknown, saved | {CONTENT_KEY: ""}).corpus.sha256 == "current"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "saved", "expected"),
+    [("auto", "float32", "float32"), ("auto", "float16", "float16"), ("float16", "float32", "float16")],
+)
+def test_run_that_auto_trained_in_float32_on_a_gpu_resumes_in_it(dtype: str, saved: str, expected: str) -> None:
+    config = TrainConfig.model_validate({"dtype": dtype})
+    corpus = CorpusFacts(257, (StreamFacts("a", 10**6),))
+    plan = resolve(config, MachineFacts("cuda", "Tesla T4", has_bfloat16=False), corpus)
+    adopted = adopt_dtype(config, plan, {DTYPE_KEY: saved})
+    assert adopted.dtype == expected
+    assert any("is float16" in note for note in adopted.notes) == (dtype == "auto" and expected == "float16")

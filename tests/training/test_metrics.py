@@ -50,6 +50,17 @@ def test_report_has_the_loss_of_every_step_and_the_speed_of_its_window() -> None
     )
 
 
+def test_mfu_is_also_of_the_data_sheets_peak_if_that_is_known() -> None:
+    meter = Meter(
+        10, torch.tensor(0), DistContext("cpu"), flops_per_token=30, peak_flops=600, data_sheet_flops=1200,
+        clock=lambda: 0.0,
+    )  # fmt: skip
+    meter._window_start = -2.0
+    meter.add(StepStats(torch.tensor(10.0), torch.tensor(1.0), 10, lr=0.1))
+    metrics, _, _ = meter.report()
+    assert (metrics["mfu"], metrics["mfu_data_sheet"]) == (0.25, 0.125)
+
+
 def test_step_without_targets_has_loss_zero() -> None:
     meter = Meter(10, torch.tensor(0), dist=DistContext("cpu"), flops_per_token=1, peak_flops=1)
     meter.add(StepStats(torch.tensor(0.0), torch.tensor(0.0), 0, lr=0.1))

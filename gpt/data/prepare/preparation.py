@@ -7,20 +7,16 @@ killed, the next one keeps what is finished there. The result depends on the sou
 number of processes, nor on interruptions.
 """
 
-import hashlib
-import json
 import logging
 import lzma
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
-from gpt.configs.data_config import TOKENIZER_KINDS, PreparationConfig
 from gpt.data.corpus_notes import list_notes
 from gpt.data.manifest import (
     CORPUS_FORMAT_VERSION,
@@ -30,23 +26,21 @@ from gpt.data.manifest import (
 )
 from gpt.data.prepare.dedup import has_whole_documents, write_keep_masks
 from gpt.data.prepare.documents import Document
-from gpt.data.prepare.file_state import FileState, SourceChangedError, digest_states, require_unchanged
-from gpt.data.prepare.formats import RECORD_KINDS
+from gpt.data.prepare.file_state import SourceChangedError, digest_states, require_unchanged
 from gpt.data.prepare.learn_tokenizer import LEARNED_KINDS, learn_bpe_tokenizer, learn_char_tokenizer
 from gpt.data.prepare.part_worker import Action, ReadSettings, read_splits
-from gpt.data.prepare.parts import PART_BYTES, Part, Role, cut_into_parts, leave_out_foreign_tokens
-from gpt.data.prepare.records import Records, join, shorten
-from gpt.data.prepare.sources import Source, find_source
+from gpt.data.prepare.parts import PART_BYTES, Part, cut_into_parts, leave_out_foreign_tokens
+from gpt.data.prepare.preparation_plan import PreparationPlan
+from gpt.data.prepare.records import Records
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.prepare.workers import WorkerPool
 from gpt.data.shards import choose_token_dtype
 from gpt.data.tokenizer import Tokenizer
 from gpt.data.tokenizer_builders import build_tokenizer, require_end_of_text
 from gpt.errors import UserError
-from gpt.machine.resources import usable_cores
 from gpt.utils.atomic_io import fsync, remove_folder
 from gpt.utils.folder_lock import hold_lock
-from gpt.utils.helper import format_count, format_si, plural, sha256_of_file, unique_names
+from gpt.utils.helper import format_count, format_si, plural, sha256_of_file
 from gpt.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -56,120 +50,6 @@ MAX_XZ_BYTES = 2**21
 MIN_SECONDS_TO_REPORT_SPEED = 10
 MAX_NAMED_FILES = 3
 """Files that are left out and named."""
-
-
-@dataclass(frozen=True)
-class PreparationPlan:
-    """The sources of a preparation, found and fingerprinted, and how to prepare them."""
-
-    sources: tuple[Source, ...]
-    roles: tuple[Role | None, ...]
-    """Split that each source belongs to; None holds out some of its documents."""
-    tokenizer: str
-    """byte, char, bpe, gpt2, or the path of a tokenizer.json."""
-    tokenizer_file_sha256: str | None
-    """Digest of the tokenizer.json; None without one."""
-    end_of_text: str | None
-    """Name of the token that separates documents; None: found by its name."""
-    vocab_size: int
-    """Size that bpe is trained to."""
-    text_field: str
-    on_error: Literal["raise", "skip"]
-    val_fraction: float
-    deduplicate: bool
-    n_workers: int
-    """Processes at most; does not change the result."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that decides the content of the folder, besides the sources."""
-        settings = {
-            "tokenizer": self.tokenizer_file_sha256 or self.tokenizer,
-            "text_field": self.text_field,
-            "on_error": self.on_error,
-            "val_fraction": self.val_fraction,
-            "deduplicate": self.deduplicate,
-        }
-        settings |= {"end_of_text": self.end_of_text} if self.end_of_text is not None else {}
-        return settings | ({"vocab_size": self.vocab_size} if self.tokenizer == "bpe" else {})
-
-    @property
-    def names(self) -> list[str]:
-        """Unique names of the sources."""
-        return unique_names(source.name for source in self.sources)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides the content of the folder."""
-        digests = [[source.sha256, role or "both"] for source, role in zip(self.sources, self.roles, strict=True)]
-        return {"format": CORPUS_FORMAT_VERSION, "names": self.names, "sources": digests, "settings": self.settings}
-
-    @property
-    def key(self) -> str:
-        """Name of the folder in a cache."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:20]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for source in self.sources for file in source.files)
-
-    @property
-    def states(self) -> list[FileState]:
-        """State of every file when it was fingerprinted."""
-        return [state for source in self.sources for state in source.states]
-
-    @property
-    def is_remote(self) -> bool:
-        """True if reading may fail for a while although nothing is wrong with the sources."""
-        return any(file.kind == "hub" for source in self.sources for file in source.files)
-
-
-def plan_preparation(sources: Sequence[str], config: PreparationConfig) -> PreparationPlan:
-    """Find and fingerprint the sources.
-
-    Raises:
-        UserError: a source is missing, empty or unreadable.
-    """
-    train_role: Role | None = None if config.val_fraction and not config.val_source else "train"
-
-    def find(source: str, flag: str) -> Source:
-        skip_bad = config.on_error == "skip"
-        return find_source(source, flag, config.cache_dir, text_field=config.text_field, skip_bad=skip_bad)
-
-    found = [(find(source, "--data.source"), train_role) for source in sources]
-    found += [(find(source, "--data.val-source"), "val") for source in config.val_source]
-    _require_records(config.text_field, [source for source, _ in found])
-    tokenizer_file = Path(config.tokenizer)
-    names_file = config.tokenizer not in TOKENIZER_KINDS and tokenizer_file.is_file()
-    return PreparationPlan(
-        sources=tuple(source for source, _ in found),
-        roles=tuple(role for _, role in found),
-        tokenizer=config.tokenizer,
-        tokenizer_file_sha256=sha256_of_file(tokenizer_file) if names_file else None,
-        end_of_text=config.end_of_text,
-        vocab_size=config.vocab_size,
-        text_field=config.text_field,
-        on_error=config.on_error,
-        val_fraction=0.0 if config.val_source else config.val_fraction,
-        deduplicate=config.deduplicate,
-        n_workers=config.workers or usable_cores(),
-    )
-
-
-def _require_records(text_field: str, sources: Sequence[Source]) -> None:
-    """Check that a text field that was named has records to be found in.
-
-    Raises:
-        UserError: no source has any.
-    """
-    has_records = any(file.kind in RECORD_KINDS for source in sources for file in source.files)
-    if not has_records and text_field != PreparationConfig().text_field:
-        names = join(source.name for source in sources)
-        raise UserError(
-            f"--data.text-field {shorten(text_field)}: {names} holds no records, only text or tokens; "
-            "leave out the flag, or name JSON, CSV or Parquet files"
-        )
 
 
 def prepare_folder(folder: Path, plan: PreparationPlan, flag: str) -> None:
@@ -373,30 +253,14 @@ class _Preparation:
             log.info("tokenized %s, %s tokens/s", format_si(done[0] / seconds, "B/s"), format_count(done[1] / seconds))
 
     def _write_manifest(self, tokenizer: Tokenizer, parts_of_sources: Sequence[Sequence[Part]]) -> None:
-        entries = [
-            _build_source_entry(
-                name, source.sha256, [self._folder.read_record(part) for part in parts], self._bad_files[name].skipped
-            )
-            for name, source, parts in zip(self._plan.names, self._plan.sources, parts_of_sources, strict=True)
-        ]
-        for entry, parts in zip(entries, parts_of_sources, strict=True):
+        entries = []
+        for name, source, parts in zip(self._plan.names, self._plan.sources, parts_of_sources, strict=True):
             records = [self._folder.read_record(part) for part in parts]
-            reasons = [*self._bad_files[entry.name].reasons, *(reason for r in records for reason in r.skipped_reasons)]
-            first = next(iter(reasons), None)
-            if entry.unrepresented and not any(shard.text_bytes for shard in (*entry.train, *entry.val)):
-                raise UserError(
-                    f"{entry.name}: the tokenizer has no token for any of its {entry.unrepresented} characters, first "
-                    f"{entry.first_unrepresented}; use a tokenizer with all bytes, such as --data.tokenizer bpe"
-                )
-            if not any(shard.text_bytes for shard in (*entry.train, *entry.val)) and not entry.duplicates:
-                raise _no_text_error(entry.name, first)
-            if first:
-                log.warning("%s: first bad record: %s", entry.name, first)
-            if entry.skipped_records:
-                log.warning("%s: left out %s", entry.name, plural(entry.skipped_records, "bad record"))
-            if entry.duplicates:
-                log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
-        shards = [shard for entry in entries for shard in (*entry.train, *entry.val)]
+            bad_files = self._bad_files[name]
+            entries.append(_build_source_entry(name, source.sha256, records, bad_files.skipped))
+            reasons = (*bad_files.reasons, *(reason for record in records for reason in record.skipped_reasons))
+            _report_source(entries[-1], next(iter(reasons), None))
+        shards = [shard for entry in entries for shard in entry.shards]
         val_bytes = sum(shard.text_bytes for entry in entries for shard in entry.val)
         manifest = CorpusManifest(
             format_version=CORPUS_FORMAT_VERSION,
@@ -447,6 +311,32 @@ def _build_source_entry(name: str, sha256: str, records: Sequence[PartRecord], n
         unrepresented=sum(record.unrepresented for record in records),
         first_unrepresented=next((record.first_unrepresented for record in records if record.unrepresented), ""),
     )
+
+
+def _report_source(entry: SourceEntry, bad_record: str | None) -> None:
+    """Log what a source has lost.
+
+    Args:
+        entry: what became of the source.
+        bad_record: fault of its first bad record; None if all are good.
+
+    Raises:
+        UserError: it has no text, or none that the tokenizer has tokens for.
+    """
+    has_text = any(shard.text_bytes for shard in entry.shards)
+    if entry.unrepresented and not has_text:
+        raise UserError(
+            f"{entry.name}: the tokenizer has no token for any of its {entry.unrepresented} characters, first "
+            f"{entry.first_unrepresented}; use a tokenizer with all bytes, such as --data.tokenizer bpe"
+        )
+    if not has_text and not entry.duplicates:
+        raise _no_text_error(entry.name, bad_record)
+    if bad_record:
+        log.warning("%s: first bad record: %s", entry.name, bad_record)
+    if entry.skipped_records:
+        log.warning("%s: left out %s", entry.name, plural(entry.skipped_records, "bad record"))
+    if entry.duplicates:
+        log.info("%s: left out %s", entry.name, plural(entry.duplicates, "duplicate"))
 
 
 def _no_text_error(name: str, reason: str | None = None) -> UserError:

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from gpt.configs.data_config import PreparationConfig
 from gpt.data.manifest import CorpusManifest, read_corpus_manifest
-from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.preparation import prepare_folder
+from gpt.data.prepare.preparation_plan import plan_preparation
 from gpt.data.tokenizer import Tokenizer
 
 

@@ -9,7 +9,8 @@ import pytest
 from gpt.configs.data_config import PreparationConfig
 from gpt.data.prepare import part_worker, parts, preparation
 from gpt.data.prepare.parts import Part
-from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.preparation import prepare_folder
+from gpt.data.prepare.preparation_plan import plan_preparation
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.shards import ShardWriter
 from gpt.errors import UserError

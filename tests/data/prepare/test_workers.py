@@ -16,7 +16,8 @@ from gpt.configs.data_config import PreparationConfig
 from gpt.data.manifest import read_corpus_manifest
 from gpt.data.prepare import parts
 from gpt.data.prepare.part_worker import ReadSettings
-from gpt.data.prepare.preparation import plan_preparation, prepare_folder
+from gpt.data.prepare.preparation import prepare_folder
+from gpt.data.prepare.preparation_plan import plan_preparation
 from gpt.data.prepare.workers import WorkerPool
 from tests.conftest import make_text, read_files
 

@@ -81,8 +81,10 @@ def format_progress(step: int, max_steps: int) -> str:
 
 
 def format_speed(metrics: Mapping[str, float]) -> list[str]:
-    """Return tokens per second and MFU."""
+    """Return tokens per second and MFU, of the measured peak and of the data sheet's if that is known."""
     mfu = [f"MFU {format_percent(metrics['mfu'])}"] if metrics["mfu"] else []
+    if mfu and "mfu_data_sheet" in metrics:
+        mfu = [f"{mfu[0]} ({format_percent(metrics['mfu_data_sheet'])} of data sheet)"]
     return [f"{format_count(metrics['tokens_per_second'])} tokens/s", *mfu]
 
 

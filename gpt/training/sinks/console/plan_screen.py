@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gpt.configs.run_plan import RunPlan
+from gpt.machine.data_sheet import find_data_sheet_peak
 from gpt.machine.memory_estimate import MemoryEstimate
 from gpt.training.sinks.console.lines import one_line
 from gpt.utils.helper import format_count, format_duration, format_si, plural
@@ -83,6 +84,8 @@ def format_plan(plan: RunPlan, memory: Memory | None = None, probe: Probe | None
         "learning rate": f"{plan.lr.schedule}, up to {_format_max_lrs(plan)} after "
         f"{plural(plan.lr.warmup_steps, 'step')}",
     }
+    if data_sheet := find_data_sheet_peak(machine.device_name, plan.dtype):
+        rows["data sheet"] = f"{format_si(data_sheet, 'FLOP/s')} per GPU; MFU is of the measured peak, and of this one"
     if memory is not None:
         rows["memory"] = _format_memory(memory)
     if probe is not None:

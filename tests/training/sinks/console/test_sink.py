@@ -199,6 +199,11 @@ def test_mfu_of_a_tiny_model_is_not_zero() -> None:
     assert "MFU" not in in_pipe([MetricsReady(10, METRICS | {"mfu": 0.0}, (2.5,))])
 
 
+def test_mfu_of_a_known_gpu_is_also_of_its_data_sheet() -> None:
+    report = MetricsReady(10, METRICS | {"mfu": 0.42, "mfu_data_sheet": 0.34}, (2.5,))
+    assert "MFU 42.0% (34.0% of data sheet)" in in_pipe([report])
+
+
 def test_huge_perplexity_stays_short() -> None:
     assert "val/perplexity 1.01e+304\n" in in_pipe([EvalEnd(10, "val", {"val/perplexity": 1.014e304})])
 
