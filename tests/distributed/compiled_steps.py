@@ -38,7 +38,7 @@ def run_step(dist: DistContext, mode: str) -> dict[str, object]:
     with torch.compiler.set_stance("fail_on_recompile"):
         for index, row in enumerate(tokens[dist.rank].split(1)):
             with gradients.micro_batch(is_last=index == 1):
-                (ddp(row[:, :-1], row[:, 1:]) * gradients.loss_factor).backward()
+                (ddp(row[:, :-1].flatten()[None], row[:, 1:].flatten()[None]) * gradients.loss_factor).backward()
     gradients.finish()
     counters = torch._dynamo.utils.counters
     grad = model.h[1].mlp.c_fc.weight.grad
