@@ -5,6 +5,7 @@ from gpt.checkpoint.manifest import MODEL
 from gpt.checkpoint.store import load_checkpoint, read_weights, verify_and_load
 from gpt.checkpoint.tensor_file import read_tensors
 from gpt.errors import UserError
+from gpt.models.gpt import shorten_context
 from gpt.resume.find import Start
 from gpt.utils.distributed import DistContext
 
@@ -26,6 +27,9 @@ def _load(start: Start, state: AppState, *, is_verified: bool) -> None:
         load(start.checkpoint, state)
     elif start.init_from is not None:
         weights = read_tensors(start.init_from / MODEL) if is_verified else read_weights(start.init_from)
+        positions = state.model.state_dict().get("wpe.weight")
+        if positions is not None:
+            weights = shorten_context(weights, len(positions))
         try:
             load_model_tensors(state.model, weights)
         except UserError as error:
