@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
+from gpt.machine.spinning import read_thread_times
+
 FAULTS = """
 import ctypes, resource, sys
 from gpt.machine.cpu_runtime import keep_freed_memory
-from gpt.machine.spinning import read_thread_times
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 if sys.argv[1] == "reused":
