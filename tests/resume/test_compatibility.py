@@ -15,6 +15,7 @@ from gpt.configs.resume_rule import (
     get_resume_rules,
 )
 from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, CorpusFacts, MachineFacts, StreamFacts, resolve
+from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, find_differences, flatten, require_allowed
@@ -81,6 +82,18 @@ def test_error_names_every_field_and_the_flag_that_allows_it() -> None:
         UserError, match=r"configuration: seed is 1337 in the run and 1 in this command; use the same values or anoth"
     ):
         require_allowed(find_differences(saved, current), "--run-dir x", with_changes=True)
+
+
+def test_run_of_another_preset_is_one_short_line_with_the_remedy() -> None:
+    differences = find_differences(PRESETS["gpt2-124m"](), TrainConfig())
+    with pytest.raises(UserError) as error:
+        require_allowed(differences, "--run-dir x", with_changes=False)
+    message = str(error.value)
+    assert message.startswith("--run-dir x holds a run of another configuration: tokens_per_step is 524288 in the run")
+    assert message.endswith(
+        " more differ; --config with the run's config.json resumes it, another --run-dir starts a new run"
+    )
+    assert len(message) < 400
 
 
 def test_flag_is_named_and_then_allows_the_change() -> None:
