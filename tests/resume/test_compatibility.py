@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.presets import PRESETS
 from gpt.configs.resume_rule import (
     FORBIDDEN,
     NEEDS_FLAG,
@@ -15,7 +16,6 @@ from gpt.configs.resume_rule import (
     get_resume_rules,
 )
 from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, CorpusFacts, MachineFacts, StreamFacts, resolve
-from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, find_differences, flatten, require_allowed
