@@ -198,6 +198,8 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     verdict = ResumeVerdict(outline, kills, compare(reference, resumed))
     _print_kills(console, verdict)
     _print_comparison(console, verdict)
+    if not verdict.bit_exact and not config.parallel.reproducible and _ran_on_gpu(reference):
+        console.print("a GPU's kernels may add in any order; with --parallel.reproducible they add in one order")
     return verdict
 
 
@@ -253,6 +255,12 @@ def _outline_run(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
         evaluated_steps=frozenset(record["step"] for record in records if VAL_LOSS in record),
         epoch_ends=frozenset(-(-end // per_step) for end in range(per_epoch, steps[-1] * per_step, per_epoch)),
     )
+
+
+def _ran_on_gpu(reference: "RunFolder") -> bool:
+    from gpt.checkpoint.manifest import read_checkpoint_manifest
+
+    return "gpu" in read_checkpoint_manifest(reference.list_checkpoints()[-1]).environment
 
 
 def _print_kills(console: "Console", verdict: ResumeVerdict) -> None:
