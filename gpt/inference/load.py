@@ -10,6 +10,7 @@ from gpt.checkpoint.store import read_weights
 from gpt.configs.load import load_config
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.inference.language_model import LanguageModel
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cpu_runtime import match_openmp_team
 from gpt.machine.hardware import detect_machine, find_device
@@ -17,7 +18,7 @@ from gpt.models.gpt import GPT
 from gpt.utils.helper import format_count
 
 
-def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
+def load_for_inference(path: Path, device: str) -> LanguageModel:
     """Load a trained model and its tokenizer from a run folder (its newest checkpoint) or a checkpoint.
 
     Args:
@@ -46,4 +47,4 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
     used = next(model.parameters()).device
     name = detect_machine(used.type, world_size=1).device_name
     require_right_arithmetic(used, name, "float32", model.config, config.block_size, saved.data.cache_dir)
-    return model.eval(), tokenizer
+    return LanguageModel(model.eval(), tokenizer)
