@@ -148,6 +148,7 @@ def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
         "threads": environment["threads"],
         "cpu_capability": environment["cpu_capability"],
         "fused_attention": environment["runtime"]["fused_attention"],
+        "sleep_when_busy": environment["runtime"]["sleep_when_busy"],
         "git_commit": environment["git_commit"],
         "device": run.plan.machine.device_name,
         "dtype": run.plan.dtype,

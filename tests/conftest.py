@@ -57,6 +57,7 @@ SLOW_PATHS = (
     *("commands/test_verify_resume.py", "data/prepare/test_preparation.py", "data/prepare/test_unfinished.py"),
     *("data/prepare/test_workers.py", "data/test_encoders.py", "data/test_packing.py", "machine/test_cpu_runtime.py"),
     *("models/test_plain_linears.py", "parallel/test_activation_checkpointing.py", "verification/test_kills.py"),
+    "verification/test_processes.py",
 )
 """Folders and files of tests that start processes or repeat a check many times; `pytest -m fast` leaves them out."""
 

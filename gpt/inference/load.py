@@ -16,6 +16,7 @@ from gpt.inference.language_model import LanguageModel
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cpu_runtime import match_openmp_team
 from gpt.machine.hardware import detect_machine
+from gpt.machine.spinning import sleep_when_busy
 from gpt.models.gpt import GPT
 from gpt.utils.helper import format_count
 
@@ -33,6 +34,7 @@ def load_for_inference(path: Path, device: str) -> LanguageModel:
         UserError: there is no checkpoint, it is damaged, or this machine multiplies wrongly.
     """
     match_openmp_team()
+    sleep_when_busy(torch.get_num_threads())
     checkpoint = locate_checkpoint(path, "RUN_DIR")
     tokenizer = Tokenizer.from_folder(find_run(checkpoint).path)
     weights = read_weights(checkpoint)

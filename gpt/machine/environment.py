@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import gpt
+from gpt.machine.arithmetic_check import SUSPECTS, read_variables
 from gpt.machine.hardware import cpu_name
 
 PACKAGE = Path(gpt.__file__).parent
@@ -35,6 +36,7 @@ def describe_environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "runtime": dict(runtime),
+        "variables": read_variables(SUSPECTS),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "driver": read_gpu_driver(),

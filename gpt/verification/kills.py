@@ -58,7 +58,7 @@ def kill_and_resume(
         The kills; fewer than planned if the run finished earlier.
 
     Raises:
-        UserError: A launch exited with an error although it was not killed, or hung.
+        UserError: a launch exited with an error although it was not killed, or hung.
     """
     kills: list[KillRecord] = []
     launches_without_checkpoint = 0
@@ -110,7 +110,7 @@ def _wait_until_due(
         save_after: step after which a checkpoint must be saved before the kill; None: no such condition.
 
     Raises:
-        UserError: The launch hangs.
+        UserError: the launch hangs.
     """
     limit = HANG_GRACE_SECONDS + 10 * timings.total
     deadline = time.monotonic() + limit
@@ -128,7 +128,7 @@ def _stop(process: TrainingProcess, number: Signals, timings: Timings) -> None:
     """Send a signal that stops the run gracefully, and wait until it has ended.
 
     Raises:
-        UserError: The launch does not end.
+        UserError: the launch does not end.
     """
     limit = HANG_GRACE_SECONDS + timings.total
     deadline = time.monotonic() + limit
