@@ -108,8 +108,10 @@ def require_allowed(differences: Sequence[Difference], place: str, *, with_chang
     if not forbidden and not needs_flag:
         return
     reasons = forbidden + ([f"{', '.join(needs_flag)} ({RESUME_WITH_CHANGES} allows this)"] if needs_flag else [])
-    remedy = f"use the same values or {'another --run-dir' if forbidden else f'add {RESUME_WITH_CHANGES}'}"
-    raise UserError(f"{place} holds a run of another configuration: {', '.join(reasons)}; {remedy}")
+    remedy = "another --run-dir" if forbidden else f"add {RESUME_WITH_CHANGES}"
+    raise UserError(
+        f"{place} holds a run of another configuration: {', '.join(reasons)}; use the same values or {remedy}"
+    )
 
 
 def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: Path) -> None:

@@ -79,9 +79,8 @@ def test_timings_bound_the_delay_of_a_kill() -> None:
     assert delays[KillPhase.EVALUATION] == 0.2
     assert delays[KillPhase.EPOCH_BOUNDARY] == 0.4
     assert _max_delay(KillPhase.START_UP, make_status(95), OUTLINE, timings) == 3.0
-    assert (
-        _max_delay(KillPhase.SAVE, make_status(95), OUTLINE, timings) == 0.2
-    )  # the last interval has no time for more
+    in_last_interval = make_status(95)  # it has no time for more than a step
+    assert _max_delay(KillPhase.SAVE, in_last_interval, OUTLINE, timings) == 0.2
 
 
 def test_launch_that_fails_without_a_kill_is_reported(tmp_path: Path) -> None:
