@@ -17,6 +17,8 @@ from gpt.utils.custom_scheduler import build_schedule
 
 WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout", "init", "init_std"})
 """Fields of a model that loaded weights do not depend on; the vocabulary is compared through the tokenizer."""
+MAX_NAMED_DIFFERENCES = 3
+"""Fields that a message names if no flag allows all of the changes."""
 PER_LAUNCH = frozenset({"run_dir", "resume", "resume_with_changes", "init_from"})
 """Fields that say where and how one launch starts; a change of them is not reported."""
 
@@ -93,7 +95,7 @@ def require_allowed(differences: Sequence[Difference], place: str, *, with_chang
         with_changes: whether the user passed --resume-with-changes.
 
     Raises:
-        UserError: names every field in the way, and the flag that allows those it can allow.
+        UserError: names the fields in the way, and the flag that allows those it can allow.
     """
 
     def describe(rule: ResumeRule) -> list[str]:
@@ -107,6 +109,12 @@ def require_allowed(differences: Sequence[Difference], place: str, *, with_chang
     needs_flag = [] if with_changes else describe(ResumeRule.NEEDS_FLAG)
     if not forbidden and not needs_flag:
         return
+    if len(forbidden) > MAX_NAMED_DIFFERENCES:  # a run of another preset, or of a former default
+        named, n_more = forbidden[:MAX_NAMED_DIFFERENCES], len(forbidden) + len(needs_flag) - MAX_NAMED_DIFFERENCES
+        raise UserError(
+            f"{place} holds a run of another configuration: {', '.join(named)}, and {n_more} more differ; "
+            "--config with the run's config.json resumes it, another --run-dir starts a new run"
+        )
     reasons = forbidden + ([f"{', '.join(needs_flag)} ({RESUME_WITH_CHANGES} allows this)"] if needs_flag else [])
     remedy = "another --run-dir" if forbidden else f"add {RESUME_WITH_CHANGES}"
     raise UserError(

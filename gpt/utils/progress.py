@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -105,11 +105,10 @@ def work_line(description: str, *, is_shown: bool = True) -> Iterator[None]:
         description: name of the work.
         is_shown: whether this process is the one that shows it.
     """
-    with (
-        _live_line(RunConsole(stderr=True), Progress(description, 0), delay=DELAY_SECONDS)
-        if is_shown
-        else nullcontext()
-    ):
+    if not is_shown:
+        yield
+        return
+    with _live_line(RunConsole(stderr=True), Progress(description, 0), delay=DELAY_SECONDS):
         yield
 
 
