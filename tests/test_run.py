@@ -218,9 +218,9 @@ def test_corpus_without_validation_set_trains_without_evaluation(tiny: Configure
 
 def test_padded_vocabulary_trains_and_samples_only_tokenizer_ids(tiny: Configure, tmp_path: Path) -> None:
     build_trainer(open_run(tiny(tmp_path, model={"vocab_size": 320}, max_steps=1))).train()
-    model, tokenizer = load_for_inference(tmp_path, "cpu")
-    assert (model.config.vocab_size, tokenizer.vocab_size) == (320, 257)
-    assert not model.training
+    model = load_for_inference(tmp_path, "cpu")
+    assert (model.model.config.vocab_size, model.tokenizer.vocab_size) == (320, 257)
+    assert not model.model.training
 
 
 def test_prompt_that_cannot_be_tokenized_is_refused_before_training(tiny: Configure, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from gpt.checkpoint.tensor_file import FileRecord
 from gpt.errors import UserError
 from gpt.machine.arithmetic_check import SUSPECTS, digest_matmuls, read_variables
+from gpt.machine.cuda_runtime import describe_gpu
 from gpt.machine.resources import usable_cores
 from gpt.ops import attention_cpu
 from gpt.utils.atomic_io import parse_json_object
@@ -40,6 +41,8 @@ _BITS_DEPEND_ON = {
     "cpu_capability": "CPU capability",
     "fused_attention": "fused attention",
     "matmuls": "the bits of matmuls",
+    "gpu": "GPU",
+    "cuda": "CUDA",
 }
 
 
@@ -142,9 +145,9 @@ def environment_mismatch(checkpoint: Path, manifest: CheckpointManifest) -> str 
     """Return one line on why this process may not continue `checkpoint` bit-exactly; None if it does."""
     saved, current = manifest.environment, _current_environment()
     differences = [
-        f"{name} {saved[key]!r:.60} (now {current[key]!r})"
+        f"{name} {saved[key]!r:.60} (now {current.get(key)!r})"
         for key, name in _BITS_DEPEND_ON.items()
-        if key in saved and saved[key] != current[key]
+        if key in saved and saved[key] != current.get(key)
     ]
     if (
         saved.get("matmuls", current["matmuls"]) != current["matmuls"]
@@ -201,6 +204,7 @@ def _current_environment() -> dict[str, Any]:
         "fused_attention": attention_cpu.is_enabled(),
         "matmuls": digest_matmuls(),
         "variables": ", ".join(f"{name}={value}" for name, value in read_variables(SUSPECTS).items()),
+        **describe_gpu(),
     }
 
 

@@ -51,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
     from gpt.commands.dry_run import describe_dry_run, probe_steps
     from gpt.commands.output import print_json
+    from gpt.machine.cuda_runtime import name_nondeterministic_operator
     from gpt.pipeline import build_trainer, compare_memory
     from gpt.run import open_run
     from gpt.training.sinks.console.lines import one_line
@@ -71,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
             elif console:
                 print_plan(console, opened.plan, memory, probe)
         else:
-            with opened.dist.report_lost_ranks():
+            with opened.dist.report_lost_ranks(), name_nondeterministic_operator():
                 trainer = build_trainer(opened, console)
                 reason = trainer.train()
                 if trainer.is_record_incomplete:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +15,9 @@ EXPANDABLE_SEGMENTS = "expandable_segments:True"
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 """Workspaces with which cuBLAS computes the same bits every time (cuBLAS documentation, "Results Reproducibility")."""
+
+NO_DETERMINISTIC_FORM = " does not have a deterministic implementation"
+"""Part of torch's message after the name of the operator (aten/src/ATen/Context.cpp)."""
 
 
 def set_up_cuda(*, reproducible: bool) -> dict[str, bool]:
@@ -33,6 +38,37 @@ def set_up_cuda(*, reproducible: bool) -> dict[str, bool]:
         "tf32": torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0),
         "expandable_segments": _expand_segments(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@contextmanager
+def name_nondeterministic_operator() -> Iterator[None]:
+    """Replace torch's error about an operator that has no deterministic form on this device by one line.
+
+    Raises:
+        UserError: instead of that error; names the operator.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        operator, found, _ = str(error).partition(NO_DETERMINISTIC_FORM)
+        if not found:
+            raise
+        raise UserError(
+            f"--parallel.reproducible: {operator.split()[-1]} has no deterministic form on this device; change the "
+            "model so that it does without, or add --parallel.no-reproducible"
+        ) from error
+
+
+def describe_gpu() -> dict[str, str]:
+    """Return the facts on which the bits of a GPU's results depend; empty in a process that uses no GPU."""
+    if not torch.cuda.is_initialized():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    kernels = "deterministic kernels" if torch.are_deterministic_algorithms_enabled() else "fastest kernels"
+    return {
+        "gpu": f"{torch.cuda.get_device_name()}, capability {major}.{minor}",
+        "cuda": f"{torch.version.cuda or torch.version.hip}, cuDNN {torch.backends.cudnn.version()}, {kernels}",
     }
 
 

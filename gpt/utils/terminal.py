@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.segment import Segment, Segments
 
 DUMB_TERMS = frozenset({"dumb", "unknown"})
@@ -47,6 +47,17 @@ class RunConsole(Console):
     def on_broken_pipe(self) -> None:
         """Raise the error to the caller."""
         raise
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Size of the terminal, now; COLUMNS makes it narrower, but no wider than it is."""
+        width, height = super().size
+        columns = _find_columns(self.file)
+        return ConsoleDimensions(min(width, columns or width), height)
+
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._width, self._height = size
 
     @property
     def columns(self) -> int | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.machine.cuda_runtime import set_up_cuda
+from gpt.machine.cuda_runtime import name_nondeterministic_operator, set_up_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +62,14 @@ def test_reproducible_mode_refuses_a_workspace_that_is_not_deterministic(monkeyp
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(UserError, match=r"^--parallel.reproducible: CUBLAS_WORKSPACE_CONFIG is ':0:0', .*; unset it"):
         set_up_cuda(reproducible=True)
+
+
+def test_operator_without_a_deterministic_form_is_named_in_one_line() -> None:
+    torch.use_deterministic_algorithms(True)
+    with (
+        pytest.raises(UserError, match=r"^--parallel.reproducible: put_ has no deterministic form .*no-reproducible$"),
+        name_nondeterministic_operator(),
+    ):
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+    with pytest.raises(RuntimeError, match="another error"), name_nondeterministic_operator():
+        raise RuntimeError("another error")

@@ -12,6 +12,8 @@ MAX_PATH_LETTERS = 140
 """Letters of a path in a message."""
 MAX_REASON_LETTERS = 100
 """Letters of a reason in a message, such as a library's."""
+MAX_LEFT_OUT_LETTERS = 60
+"""Letters of the path of a file that is left out, in a list of several."""
 MAX_NAME_LETTERS = 18
 """Letters of a key in a message."""
 MAX_NAMED = 5
@@ -128,6 +130,24 @@ def shorten(text: object, max_letters: int = MAX_PATH_LETTERS) -> str:
         return line
     n_head = (max_letters - 3) // 2
     return f"{line[:n_head]}...{line[n_head + 3 - max_letters :]}"
+
+
+def name_reason(message: str, path: PathLike[str]) -> str:
+    """Return what a message says of a file, without the file's name."""
+    for prefix in (f"{name}{verb}" for name in (shorten(path), path) for verb in (": ", " is ")):
+        message = message.removeprefix(prefix)
+    return message
+
+
+def name_left_out(name: str, reason: str) -> str:
+    """Return the name of a file that is left out with the reason, whose remedy is dropped if it is long.
+
+    >>> name_left_out("docs/a.pdf", "a PDF; convert it with pdftotext")
+    'docs/a.pdf (a PDF; convert it with pdftotext)'
+    """
+    if len(reason) > MAX_REASON_LETTERS:
+        reason = shorten(reason.partition(";")[0], MAX_REASON_LETTERS)
+    return f"{shorten(name, MAX_LEFT_OUT_LETTERS)} ({reason})"
 
 
 def join(names: Iterable[object]) -> str:

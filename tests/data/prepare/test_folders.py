@@ -44,6 +44,13 @@ def test_linked_folders_are_followed_and_each_is_read_once(tmp_path: Path) -> No
     assert list_files(folder) == ["a.txt", "one/b.txt", "one/deep/c.txt", "sub/d.txt", "z/e.txt"]
 
 
+def test_link_above_a_folder_reads_none_of_it_twice(tmp_path: Path) -> None:
+    write_texts(tmp_path, "b.txt")
+    folder = write_texts(tmp_path / "texts", "a.txt", "sub/c.txt")
+    (folder / "above").symlink_to("..")
+    assert list_files(folder) == ["a.txt", "above/b.txt", "sub/c.txt"]
+
+
 def test_folder_without_links_has_the_fingerprint_of_its_copy_with_one_folder_linked(tmp_path: Path) -> None:
     write_texts(tmp_path / "plain", "a.txt", "sub/b.txt")
     write_texts(tmp_path / "linked", "a.txt")
@@ -100,6 +107,9 @@ def write_odd_files(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{\n  "version": "1.0",\n  "truncation": null,\n  "model": {}\n}')
     (folder / "dataset_info.json").write_text('{\n  "features": {}\n}')
     (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "notebook.ipynb").write_text('{"cells": [], "metadata": {}}')
+    (folder / "manual.pdf").write_bytes(b"%PDF-1.7\n\xff")
+    (folder / "table.parquet.gz").write_bytes(gzip.compress(b"PAR1" + bytes(100) + b"PAR1"))
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
@@ -111,10 +121,22 @@ def test_files_that_are_no_text_are_left_out_counted_and_named(
     prepare(tmp_path / "out", [folder], tokenizer=tokenizer, val_fraction=0.0, vocab_size=300)
     assert sorted(decode_documents(tmp_path / "out", "train")) == ["text of a.py", "text of b.py"]
     (line,) = [message for message in caplog.messages if "left out" in message]
-    assert line.startswith("tree: left out 10 files or folders: ")
+    assert line.startswith("tree: left out 13 files or folders: ")
     assert line.endswith(", ...")
     assert line.count("(") >= 3
     assert len(line) < 450
+
+
+def test_only_file_of_a_folder_that_is_no_text_is_named_with_its_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "rows.json").write_text('[{"question": "a", "answer": "b"}]')
+    with pytest.raises(UserError, match=r"rows.json: no record with 'text'; set .* to one of: question, answer"):
+        find_source(str(folder))
+    (folder / "rows.json").rename(folder / "a.pdf")
+    (folder / "a.pdf").write_bytes(b"%PDF-1.7\n\xff")
+    with pytest.raises(UserError, match=r"a.pdf is a PDF; convert it with pdftotext"):
+        find_source(str(folder))
 
 
 def test_tokens_beside_text_are_read_with_their_tokenizer(tmp_path: Path) -> None:
