@@ -48,8 +48,8 @@ def run(argv: Sequence[str]) -> int:
     checkpoint = locate_checkpoint(command.run_dir, "RUN_DIR")
     require_family(load_config(checkpoint / "config.json").model)
     require_writable(command.out.absolute().parent, "--out")
-    model, tokenizer = load_for_inference(checkpoint, "cpu")
-    facts = export(command, checkpoint, model, tokenizer)
+    loaded = load_for_inference(checkpoint, "cpu")
+    facts = export(command, checkpoint, loaded.model, loaded.tokenizer)
     if command.as_json:
         print_json(facts)
     else:

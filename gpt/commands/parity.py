@@ -57,9 +57,9 @@ def _load(command: ParityCommand) -> "tuple[GPT, Tokenizer]":
     from gpt.models.gpt import GPT
 
     if not is_model_folder(command.folder):
-        model, tokenizer = load_for_inference(command.folder, "cpu")
-        require_family(model.config)
-        return model, tokenizer
+        loaded = load_for_inference(command.folder, "cpu")
+        require_family(loaded.model.config)
+        return loaded.model, loaded.tokenizer
     source = open_model_folder(command.folder)
     model = GPT(source.config, seed=0)
     model.load_state_dict(source.read_weights())

@@ -26,9 +26,11 @@ def test_an_imported_run_is_loaded_like_any_other(tmp_path: Path) -> None:
     source = open_model_folder(write_folder(tmp_path / "model", "qwen3"))
     checkpoint = import_model(source, tmp_path / "run")
     verify(checkpoint)
-    model, tokenizer = load_for_inference(tmp_path / "run", "cpu")
-    assert tokenizer.sha256 == make_tokenizer().sha256
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in make_model("qwen3").state_dict().items())
+    loaded = load_for_inference(tmp_path / "run", "cpu")
+    assert loaded.tokenizer.sha256 == make_tokenizer().sha256
+    assert all(
+        torch.equal(loaded.model.state_dict()[name], value) for name, value in make_model("qwen3").state_dict().items()
+    )
     assert load_config(tmp_path / "run" / "config.json").run_dir == tmp_path / "run"
 
 
@@ -36,7 +38,7 @@ def test_an_imported_run_is_loaded_like_any_other(tmp_path: Path) -> None:
 def test_a_shorter_context_gives_the_same_logits(tmp_path: Path, name: str) -> None:
     source = open_model_folder(write_folder(tmp_path / "model", name))
     import_model(source, tmp_path / "run", block_size=12)
-    model, _ = load_for_inference(tmp_path / "run", "cpu")
+    model = load_for_inference(tmp_path / "run", "cpu").model
     assert model.config.block_size == 12
     tokens = torch.arange(12)[None]
     assert torch.equal(model(tokens), make_model(name)(tokens))
