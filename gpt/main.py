@@ -55,6 +55,7 @@ examples:
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
+  gpt selftest                             compare this device with the CPU; a report for an issue
   gpt bench quickstart                     tokens per second, and the time of each part of a step
 
 gpt VERB --help lists its flags; of a flag given twice the last counts.
@@ -63,6 +64,7 @@ With --json, a command prints its result as JSON."""
 
 SHORTAGE_REMEDIES = {
     "train": "lower --micro-batch-size or the sizes of the model",
+    "selftest": "lower --micro-batch-size or the sizes of the model",
     "bench": "lower --micro-batch-size or the sizes of the model",
     "verify-resume": "lower --micro-batch-size or the sizes of the model",
     "prepare": "lower --workers, or give the process more memory",

@@ -16,11 +16,12 @@ from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan
 from gpt.configs.train_config import TrainConfig
 from gpt.configs.user_folders import temporary_folder
 from gpt.data.corpus import Corpus, load_corpus
+from gpt.device_check import choose_device
 from gpt.errors import UserError
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.cuda_runtime import set_up_cuda
 from gpt.machine.environment import describe_environment
-from gpt.machine.hardware import detect_machine, find_device
+from gpt.machine.hardware import detect_machine
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
 from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
@@ -98,11 +99,11 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
         UserError: the device is missing, or the ranks do not meet.
     """
     runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
-    device = find_device(config.device)
+    device, notes = choose_device(config.device, config.model, config.data.cache_dir)
     if device == "cuda":
         runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
     dist = DistContext(device, config.parallel.step_timeout)
-    facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime)))
+    facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime, notes=notes)))
     return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 
 
@@ -147,6 +148,7 @@ def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
         "threads": environment["threads"],
         "cpu_capability": environment["cpu_capability"],
         "fused_attention": environment["runtime"]["fused_attention"],
+        "sleep_when_busy": environment["runtime"]["sleep_when_busy"],
         "git_commit": environment["git_commit"],
         "device": run.plan.machine.device_name,
         "dtype": run.plan.dtype,

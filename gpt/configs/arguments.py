@@ -33,6 +33,7 @@ VERBS = {
     "data-at": "show the documents that a step of a run was trained on",
     "verify": "compare every checkpoint of a run with its SHA-256 digests",
     "verify-resume": "kill and resume a run again and again; check that it stays bit-exact",
+    "selftest": "check that this device computes as the CPU does, and measure it",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 SHORT_HELP, FULL_HELP = ("-h", "--help"), "--help-all"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -76,17 +77,21 @@ def parse_over_preset(model: type[P], argv: Sequence[str], *, verb: str) -> P:
     given = {name for name in HORIZON if has_flag(words, name)}
     if given:  # a horizon on the command line replaces the preset's, whichever of the three the preset sets
         base |= {name: 0 for name in HORIZON if name not in given}
-    return parse(model, words, prog=prog, default=base)
+    return _parse_words(model, words, prog, base)
 
 
-def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[str, Any] | None = None) -> C:
-    """Parse the flags of `model` over the values in `default` and the model's own defaults.
+def parse(model: type[C], argv: Sequence[str], *, prog: str) -> C:
+    """Parse the flags of `model` over its defaults.
 
     Raises:
         UserError: an unknown flag, a missing value, or a value that `model` rejects.
         SystemExit: after `--help`.
     """
-    words = read_words(argv, model, prog)
+    return _parse_words(model, read_words(argv, model, prog), prog, {})
+
+
+def _parse_words(model: type[C], words: list[str], prog: str, base: Mapping[str, Any]) -> C:
+    """Parse words that `read_words` has checked, over the values in `base` and the model's own defaults."""
     if not {*SHORT_HELP, FULL_HELP}.isdisjoint(words):
         words = ["--help"]
     message = io.StringIO()
@@ -97,7 +102,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
                 args=words,
                 prog=prog,
                 description=_join_lines(model.__doc__),
-                default=model.model_construct(**(default or {})),
+                default=model.model_construct(**base),
                 return_unknown_args=True,
                 registry=_registry,
             )
@@ -122,17 +127,19 @@ def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Read a section of the configuration as a plain dict, which pydantic checks later with the whole tree."""
     if not (isinstance(info.type, type) and issubclass(info.type, Config)):
         return None
-    fields = tuple(
-        StructFieldSpec(
-            name=field.alias or name,
-            type=_mark_positional(kind, name) if POSITIONAL in field.metadata else kind,
-            default=_format_members(getattr(info.default, name, tyro.MISSING)),
-            helptext=_join_lines(field.description or getattr(get_section(field), "__doc__", None)),
-        )
-        for name, field in info.type.model_fields.items()
-        for kind in [_replace_member_type(field.annotation)]
-    )
+    fields = tuple(_build_field_spec(name, field, info.default) for name, field in info.type.model_fields.items())
     return StructConstructorSpec(instantiate=dict, fields=fields)
+
+
+def _build_field_spec(name: str, field: FieldInfo, defaults: Any) -> StructFieldSpec:
+    kind: Any = tuple[str, ...] if is_list(field.annotation) else field.annotation
+    default = getattr(defaults, name, tyro.MISSING)
+    return StructFieldSpec(
+        name=field.alias or name,
+        type=_mark_positional(kind, name) if POSITIONAL in field.metadata else kind,
+        default=tuple(map(str, default)) if isinstance(default, tuple) else default,
+        helptext=_join_lines(field.description or getattr(get_section(field), "__doc__", None)),
+    )
 
 
 @_registry.primitive_rule
@@ -159,14 +166,6 @@ def _join_lines(text: str | None) -> str:
 def _mark_positional(annotation: Any, name: str) -> Any:
     metavar = f"[{name.upper()} ...]" if is_list(annotation) else name.upper()
     return Annotated[annotation, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)]
-
-
-def _replace_member_type(annotation: Any) -> Any:
-    return tuple[str, ...] if is_list(annotation) else annotation
-
-
-def _format_members(default: Any) -> Any:
-    return tuple(str(member) for member in default) if isinstance(default, tuple) else default
 
 
 def _format_usage(model: type[Config], prog: str) -> str:

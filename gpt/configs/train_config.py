@@ -56,7 +56,7 @@ class TrainConfig(Config):
     tokens_per_step: int = Field(4096, ge=0, le=MAX_COUNT)
     """Tokens per update over all processes and micro-batches; 0: one micro-batch per process."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], SAFE] = "auto"
-    """Device to train on; auto: cuda, else mps, else cpu."""
+    """Device to train on; auto: cuda, else mps where it computes as the CPU does (gpt selftest), else cpu."""
     # NEEDS_FLAG, not FORBIDDEN: autocast's type changes, the saved tensors' types do not.
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], NEEDS_FLAG] = "auto"
     """Compute type under autocast; auto: bfloat16 if the hardware has it, else float16 on CUDA and float32

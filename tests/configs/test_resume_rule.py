@@ -19,7 +19,7 @@ FIELDS = {
         checkpoint.asynchronous spike.max_skips spike.window spike.threshold spike.least_rise spike.rollback
         spike.max_rollbacks spike.journal sample.max_new_tokens sample.temperature sample.top_k sample.top_p
         sample.min_p sample.repetition_penalty sample.stop sample.stop_tokens sample.prompts
-        profile.start profile.steps log.grad_norms log.sink_timeout
+        profile.start profile.steps log.grad_norms log.sink_timeout runtime.sleep_when_busy
     """,
     ResumeRule.SAFE_IF_LR_UNCHANGED: """
         max_steps max_tokens epochs lr.decay_steps

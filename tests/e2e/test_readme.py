@@ -66,6 +66,8 @@ def shorten(command: str) -> list[str]:
         return words
     if "bench" in words:
         return [*words, "--steps", "2"]
+    if "selftest" in words:
+        return [*words, "--steps", "1", "--kills", "0", "--device", "cpu", "--model.n-embd", "64"]
     max_steps = {"--max-steps 360": "3", "debug": None, "--config": None}
     steps = next((max_steps[name] for name in max_steps if name in command), "2")
     return [*words, *SHORTENING_FLAGS, *(["--max-steps", steps] if steps else [])]
