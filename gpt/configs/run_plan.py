@@ -21,6 +21,8 @@ FLOAT16_NOTE = "--dtype auto is float16 with a loss scaler: this GPU has no bflo
 MAX_USEFUL_EPOCHS = 4
 """Passes over a text up to which it teaches almost as much as new text (Muennighoff et al. 2023, "Scaling
 Data-Constrained Language Models")."""
+HIGH_ADAMW_LR = 0.01
+"""Highest learning rate above which a plan warns if AdamW updates all weights; docs/EXPERIMENTS.md has a comparison."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,11 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
     if config.spike.rollback and not config.checkpoint.interval:
         notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
+    if config.optimizer.name == "adamw" and config.lr.max_lr > HIGH_ADAMW_LR:
+        notes.append(
+            f"--lr.max-lr {config.lr.max_lr:g} suits the few weights that muon leaves to adamw; adamw alone usually "
+            "needs 1e-4 to 3e-3"
+        )
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
     sources = _plan_sources(config, sequences, max_steps * batch.sequences_per_step)

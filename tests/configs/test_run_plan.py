@@ -108,6 +108,14 @@ def test_warmup_longer_than_the_run_is_noted_and_not_changed() -> None:
     assert resolved.notes == ("warmup of 50 steps lasts for all 10 steps of the run",)
 
 
+def test_plan_warns_of_muons_learning_rate_for_adamw_alone() -> None:
+    assert plan().lr.max_lr == 0.02
+    assert plan().notes == ()
+    (note,) = plan(optimizer={"name": "adamw"}).notes
+    assert note.startswith("--lr.max-lr 0.02 suits the few weights that muon leaves to adamw")
+    assert plan(optimizer={"name": "adamw"}, lr={"max_lr": 2e-3, "warmup_steps": 0}).notes == ()
+
+
 @pytest.mark.parametrize(
     ("device", "promise"),
     [

@@ -1,4 +1,4 @@
-"""What the tests run in the process with the CUDA device; every function returns JSON."""
+"""Functions that tests run in the process with the CUDA device; each returns JSON."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress

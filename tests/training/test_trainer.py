@@ -16,6 +16,8 @@ from gpt.training.events import (
     EvalEnd,
     Event,
     MetricsReady,
+    RollBack,
+    RolledBack,
     Save,
     StepEnd,
     Stop,
@@ -23,14 +25,14 @@ from gpt.training.events import (
     TrainEnd,
     TrainStart,
 )
-from gpt.training.observer import Sink
+from gpt.training.observer import Observer, Sink
 from tests.conftest import LossRecorder
 
 Configure = Callable[..., TrainConfig]
 
 
 class Commanding(LossRecorder):
-    """Returns commands after a step."""
+    """Returns commands after a step, once."""
 
     def __init__(self, step: int, *commands: Command):
         super().__init__()
@@ -38,7 +40,10 @@ class Commanding(LossRecorder):
 
     def on_event(self, event: Event) -> Iterable[Command]:  # type: ignore[override]
         super().on_event(event)
-        return self.commands if isinstance(event, StepEnd) and event.step == self.step else ()
+        if not (isinstance(event, StepEnd) and event.step == self.step):
+            return ()
+        commands, self.commands = self.commands, ()
+        return commands
 
 
 def list_committed(run_dir: Path) -> list[str]:
@@ -133,6 +138,10 @@ def test_error_is_passed_to_every_observer_and_raised(tiny: Configure, tmp_path:
                 raise RuntimeError("broken")
             return ()
 
+        def close(self, error: BaseException | None) -> None:
+            super().close(error)
+            raise OSError("cannot close")
+
     recorder, failing = LossRecorder(), Failing()
     trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(recorder)
@@ -142,6 +151,20 @@ def test_error_is_passed_to_every_observer_and_raised(tiny: Configure, tmp_path:
     assert isinstance(recorder.events[-1], RuntimeError)
     assert isinstance(failing.events[-1], RuntimeError)
     assert not [event for event in recorder.events if isinstance(event, TrainEnd)]
+
+
+@pytest.mark.parametrize("kind", [CheckpointSaved, RolledBack])
+def test_observer_may_stop_the_run_during_a_rollback(kind: type[Event], tiny: Configure, tmp_path: Path) -> None:
+    class Stopping(Observer):
+        def on_event(self, event: Event) -> Iterable[Command]:
+            return [Stop("enough")] if isinstance(event, kind) else ()
+
+    trainer = build_trainer(open_run(tiny(tmp_path, checkpoint={"interval": 4})))
+    trainer.attach(Commanding(5, RollBack("bad", {5: "spike"})))  # the checkpoint of step 4 is announced by then
+    trainer.attach(Stopping())
+    assert trainer.train() == "enough"
+    assert trainer._step == 4
+    assert list_committed(tmp_path) == ["step_00000004"]
 
 
 def test_float16_counts_skipped_updates_apart_from_steps(tiny: Configure, tmp_path: Path) -> None:
