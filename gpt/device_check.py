@@ -22,7 +22,9 @@ from gpt.machine.hardware import find_device
 from gpt.machine.peak_flops import read_record, write_record
 from gpt.models.gpt import GPT
 from gpt.optim.build import build_optimizer, set_learning_rate
+from gpt.utils import launch
 from gpt.utils.helper import first_line
+from gpt.utils.progress import work_line
 
 MAX_LAYERS = 2
 """Layers of the model that is checked; more have the same shapes."""
@@ -189,8 +191,9 @@ def find_wrong_result(device: torch.device, model: GPTConfig, cache_dir: Path) -
     path = find_record(device, model, cache_dir)
     if read_record(path).get("is_right") is True:
         return None
-    reference = compute_reference(shrink_model(model), OptimizerConfig())
-    wrong = next((result for result in check_device(device, "float32", reference) if not result.is_right), None)
+    with work_line(f"comparing {device.type} with the CPU", is_shown=launch.speaks_first()):
+        reference = compute_reference(shrink_model(model), OptimizerConfig())
+        wrong = next((result for result in check_device(device, "float32", reference) if not result.is_right), None)
     if wrong is None:
         remember_right(path)
     return wrong
@@ -319,7 +322,7 @@ def _find_worst(name: str, bound: float, measure_errors: Callable[[], Mapping[st
     """Return the largest error; NaN is larger than all, and so is an operator that the device lacks."""
     try:
         errors = measure_errors()
-    except (RuntimeError, NotImplementedError, StopIteration) as error:
+    except (RuntimeError, TypeError, StopIteration) as error:
         return CheckResult(name, math.nan, bound, first_line(error))
     place = max(errors, key=lambda key: math.inf if math.isnan(errors[key]) else errors[key])
     return CheckResult(name, errors[place], bound, place)

@@ -79,7 +79,7 @@ def _expand_segments() -> bool:
     Windows lacks the calls that it needs.
     """
     given = next((os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), "")
-    if not given and sys.platform.startswith("linux"):
+    if not given and sys.platform.startswith("linux") and not torch.cuda.is_initialized():
         given = os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE_SEGMENTS
     return EXPANDABLE_SEGMENTS in given
 

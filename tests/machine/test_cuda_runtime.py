@@ -38,6 +38,12 @@ def test_allocator_uses_expandable_segments_unless_the_user_set_it(monkeypatch: 
     assert set_up_cuda(reproducible=False)["expandable_segments"] is True
 
 
+def test_allocator_that_is_in_use_keeps_its_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert set_up_cuda(reproducible=False)["expandable_segments"] is False
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
 def test_tf32_is_used_where_the_card_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_up_cuda(reproducible=False)["tf32"] is True
     assert torch.get_float32_matmul_precision() == "high"
