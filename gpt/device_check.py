@@ -45,6 +45,8 @@ MAX_ERRORS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Bound of the relative error of logits and of each parameter's gradient, by the dtype of matmuls."""
 MAX_UPDATE_ERROR = 1e-3
 """Bound of the relative error of each parameter's change by the optimizer, from equal gradients."""
+FLOAT16_SCALE = 2.0**10
+"""Scale of the loss in float16; torch's own first scale overflows in some models, which skips an update."""
 SEED = 1337
 N_PATTERN_TOKENS = 61
 """Token ids that occur in the batches, so that a model learns them in a few steps."""
@@ -284,7 +286,7 @@ def _train(
     """Return the losses of TRAINED_STEPS steps, each on another batch."""
     model = GPT(config, seed=SEED).to(device)
     optimizer = _build_optimizer(model, optimizer_config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, init_scale=FLOAT16_SCALE, enabled=dtype == torch.float16)
     losses = []
     for step in range(TRAINED_STEPS):
         length = min(config.block_size, MAX_TRAINED_TOKENS)

@@ -21,7 +21,7 @@ from gpt.device_check import choose_device
 from gpt.errors import UserError
 from gpt.interop.families import explain_obstacles, find_families
 from gpt.machine.cpu_runtime import set_up_cpu
-from gpt.machine.cuda_runtime import set_up_cuda
+from gpt.machine.cuda_runtime import set_up_cuda, uses_tf32
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
@@ -107,6 +107,8 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
     if device == "cuda":
         runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
     dist = DistContext(device, config.parallel.step_timeout)
+    if device == "cuda":
+        runtime["tf32"] = uses_tf32()
     facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime, notes=notes)))
     return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 
