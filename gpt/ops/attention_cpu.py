@@ -77,7 +77,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_starts: torch
     assert q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype == torch.bfloat16
     assert doc_starts is None or (doc_starts.shape == (B, T) and doc_starts.dtype == torch.int32)
     q, k, v = (_make_rows_dense(x) for x in (q, k, v))
-    return Saved(q, k, v, *FORWARD_OP(q, k, v, doc_starts), doc_starts)
+    out, log_sums = FORWARD_OP(q, k, v, doc_starts)
+    return Saved(q, k, v, out, log_sums, doc_starts)
 
 
 def backward(saved: Saved, out_grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
