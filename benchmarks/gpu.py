@@ -10,6 +10,7 @@ and leaves docs/gpu.md as it is.
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import re
@@ -169,6 +170,7 @@ def list_settings(size: Size, device: str) -> dict[str, TrainConfig]:
 def release_memory(device: str) -> None:
     """Return what the last measurement held, and start the count of the next one's peak."""
     torch.compiler.reset()
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

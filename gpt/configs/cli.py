@@ -6,7 +6,7 @@ once: its errors then carry the full path of a field, and the same code checks a
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar
@@ -27,6 +27,7 @@ from gpt.configs.arguments import FULL_HELP, SHORT_HELP, explain_unknown_word, h
 from gpt.configs.base import Config, FilePath
 from gpt.configs.explain import explain_validation_error
 from gpt.configs.fields import POSITIONAL, format_type, get_alternatives, get_choices, get_section, is_list
+from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.help import format_short_help
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
@@ -35,6 +36,10 @@ from gpt.configs.user_folders import expand_home
 from gpt.errors import UserError
 
 C = TypeVar("C", bound=Config)
+
+
+DescribeWeights = Callable[[str], tuple[GPTConfig, str] | None]
+"""Returns architecture and tokenizer of the weights that --init-from names; None if there are none."""
 
 
 class JsonOutput(Config):
@@ -58,8 +63,16 @@ class PresetOverrides(TrainConfig):
 P = TypeVar("P", bound=PresetOverrides)
 
 
-def parse_over_preset(model: type[P], argv: Sequence[str], *, verb: str) -> P:
+def parse_over_preset(
+    model: type[P], argv: Sequence[str], *, verb: str, describe_weights: DescribeWeights | None = None
+) -> P:
     """Parse `[PRESET] [--flags]`: the flags of `model` over the values of the preset or of a saved configuration.
+
+    Args:
+        model: the command.
+        argv: command line after the verb.
+        verb: the verb.
+        describe_weights: finds architecture and tokenizer of --init-from, which replace those of the preset.
 
     Raises:
         UserError: an unknown preset, or anything that `parse` rejects.
@@ -71,6 +84,9 @@ def parse_over_preset(model: type[P], argv: Sequence[str], *, verb: str) -> P:
     prog = f"gpt {verb} {preset or ''}".strip()
     words = read_words(words, model, prog)
     base = _load_base_values(_read_flag(words, "--config"), preset)
+    init_from = _read_flag(words, "--init-from")
+    if describe_weights is not None and init_from not in (None, "", "none"):
+        base |= _adopt_weights(base, describe_weights(expand_home(init_from)))
     if not {*SHORT_HELP}.isdisjoint(words):
         print(format_short_help(model, model.model_construct(**base), verb))
         raise SystemExit(0)
@@ -192,6 +208,17 @@ def _load_base_values(saved: str | None, preset: str | None) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"--config {saved}: {error}") from error
     return {name: getattr(config, name) for name in type(config).model_fields}
+
+
+def _adopt_weights(base: Mapping[str, Any], weights: tuple[GPTConfig, str] | None) -> dict[str, Any]:
+    """Return the sections that change if a run starts from weights: architecture, except for dropout, and tokenizer."""
+    if weights is None:
+        return {}
+    model, tokenizer = weights
+    return {
+        "model": model.model_copy(update={"dropout": base["model"].dropout}),
+        "data": base["data"].model_copy(update={"tokenizer": tokenizer}),
+    }
 
 
 def _read_flag(words: Sequence[str], flag: str) -> str | None:

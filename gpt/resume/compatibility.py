@@ -125,13 +125,16 @@ def require_allowed(differences: Sequence[Difference], place: str, *, with_chang
 def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: Path) -> None:
     """Compare the model of `--init-from` with the configured one, in every field that its weights depend on.
 
+    The context may be shorter.
+
     Raises:
         UserError: names the first field that differs.
     """
     saved, current = saved.resolve(), current.resolve()
     for name in GPTConfig.model_fields:
         before, now = getattr(saved, name), getattr(current, name)
-        if before != now and name not in WEIGHT_INDEPENDENT:
+        is_shorter = name == "block_size" and now < before
+        if before != now and name not in WEIGHT_INDEPENDENT and not is_shorter:
             flag = f"--model.{name.replace('_', '-')}"
             raise UserError(
                 f"--init-from {checkpoint} has another architecture: {flag} is {before} there and {now} in this "

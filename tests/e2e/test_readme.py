@@ -30,12 +30,13 @@ EXCLUDED_COMMANDS = (
     "gpt bench speedrun",
 )
 SHORTENING_FLAGS = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
-VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "verify", "data-at", "verify-resume"}
+VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "verify", "data-at", "verify-resume", "export", "import", "parity"}
 INFO_FLAGS = {"--help", "--help-all", "--version"}
 EXPECTED_RUNS = {
     "README.md": {"quickstart", "texts"},
     "docs/data.md": {"texts", "sonnets", "shakespeare-char", "records", "prepared", "mixed", "packed"},
     "docs/distributed.md": {"two"},
+    "docs/export.md": {"debug", "imported", "tuned"},
     "docs/failures.md": {"debug"},
     "docs/performance.md": {"profiled"},
     "docs/python.md": {"from-python"},
