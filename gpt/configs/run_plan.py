@@ -225,7 +225,9 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         )
     notes += _note_device(config, machine, dtype)
     if config.lr.warmup_steps >= max_steps:
-        notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
+        length = f"all {max_steps} steps" if max_steps > 1 else "the only step"
+        warmup = f"{config.lr.warmup_steps} step{'' if config.lr.warmup_steps == 1 else 's'}"
+        notes.append(f"warmup of {warmup} lasts for {length} of the run")
     if config.spike.rollback and not config.checkpoint.interval:
         notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
     if config.optimizer.name == "adamw" and config.lr.max_lr > HIGH_ADAMW_LR:
