@@ -140,6 +140,7 @@ def train_step(
         # Nothing can be compiled for the device.
         mock.patch.object(attention, "_flex_works", lambda *args: True),
         mock.patch.object(attention, "_compile", lambda function: function),
+        mock.patch("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
     ):
         batch = make_batch(config, sequences=2, micro_batches=3, masked=masked)
         step, _ = make_step(config, batch, dtype=dtype, optimizer=optimizer, mode=mode)
