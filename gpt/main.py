@@ -52,6 +52,7 @@ examples:
   gpt train --data.source examples/texts --run-dir runs/texts
   gpt prepare examples/texts --vocab-size 1024 --out data/texts
   gpt sample runs/quickstart --prompt "def main("
+  gpt export runs/quickstart --to hf --out exported/quickstart
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
@@ -113,7 +114,8 @@ def _run_command(arguments: list[str]) -> int:
         print(INFO_FLAGS[arguments[0]])
         return 0
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
-    status: int = importlib.import_module(f"gpt.commands.{verb.replace('-', '_')}").run(arguments)
+    module = {"import": "import_model"}.get(verb, verb.replace("-", "_"))  # `import` is no name of a module
+    status: int = importlib.import_module(f"gpt.commands.{module}").run(arguments)
     return status
 
 

@@ -1,6 +1,5 @@
 """`gpt bench [PRESET] [--flags]`: measure a training step; `gpt bench speedrun`: measure a whole run."""
 
-import json
 import statistics
 import subprocess
 import sys
@@ -236,6 +235,10 @@ def format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
 
 def _bench_speedrun(command: SpeedrunCommand, *flags: str) -> int:
     """Train in a new process with an empty cache; `flags` are added to its command line."""
+    from gpt.checkpoint.manifest import VAL_LOSS
+    from gpt.checkpoint.run_folder import RunFolder
+    from gpt.utils.atomic_io import read_jsonl
+
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         program = [sys.executable, str(MAIN), "train", "speedrun-char", "--run-dir", str(run_dir)]
@@ -245,8 +248,8 @@ def _bench_speedrun(command: SpeedrunCommand, *flags: str) -> int:
         seconds = time.perf_counter() - start
         if process.returncode:
             return process.returncode  # its error is on stderr
-        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    loss = next(record["val/loss"] for record in reversed(records) if "val/loss" in record)
+        losses = [record[VAL_LOSS] for record in read_jsonl(RunFolder(run_dir).metrics) if VAL_LOSS in record]
+    loss = losses[-1]
     reached = loss is not None and loss <= SPEEDRUN_LOSS
     rows = {
         "seconds": f"{seconds:.1f}, from the start of the process to its end, including data preparation",

@@ -26,6 +26,8 @@ from gpt.configs.load import load_config
 from gpt.configs.train_config import NO_CHECKPOINT, TrainConfig
 from gpt.data.prepare.sources import require_apart
 from gpt.errors import UserError
+from gpt.interop.imported_run import download_model, import_into_cache
+from gpt.interop.model_folder import is_model_folder
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
 from gpt.resume.origin import find_origin
 from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
@@ -124,17 +126,15 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     saved = load_config(newest.checkpoint / CONFIG)
     progress = read_json(newest.checkpoint / PROGRESS)
     step, identity = progress.get("step", 0), progress.get("identity", {})
-    mismatch = environment_mismatch(newest.checkpoint, newest.manifest)
     if candidates.kind == "weights":
         require_same_architecture(saved.model, config.model, newest.checkpoint)
         if launched is not None:
             require_resumable(config, launched, candidates.place)
         val_loss = newest.manifest.metrics.get(VAL_LOSS)
         quality = "" if val_loss is None else f", {VAL_LOSS} {val_loss:.4f}"
-        note = f"weights from {newest.checkpoint}, step {step}{quality}"
         return Start(
             init_from=newest.checkpoint,
-            weights_note=note,
+            weights_note=f"weights from {newest.checkpoint}, step {step}{quality}",
             identity=identity,
             manifest_sha256=newest.manifest.sha256,
         )
@@ -151,7 +151,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
         identity=identity,
         manifest_sha256=newest.manifest.sha256,
         differences=differences,
-        mismatch=mismatch,
+        mismatch=environment_mismatch(newest.checkpoint, newest.manifest),
         damaged=newest.skipped,
     )
 
@@ -177,38 +177,72 @@ def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainCo
         UserError: the folder holds another run, or `--resume` goes back over its steps.
     """
     own, place = tuple(folder.list_step_folders()), f"--run-dir {folder.path}"
-    names_checkpoint = config.resume not in NO_CHECKPOINT
     if launched is None and (own or folder.metrics.exists()):
         raise UserError(f"{place} holds a run without its config.json; use another --run-dir")
     if launched is not None and config.resume == "never":
         raise UserError(f"{place} holds a run; --resume auto resumes it, or use another --run-dir")
-    if launched is not None and names_checkpoint:
-        named, root = Path(config.resume).resolve(), folder.path.resolve()
-        newest, checkpoints = own[-1].resolve() if own else root, folder.checkpoints.resolve()
-        if not {root, checkpoints}.isdisjoint((named, *named.parents)):  # `checkpoints` may be a link to another disk
-            checkpoint = locate_checkpoint(Path(config.resume), "--resume")
-            if named not in (root, newest):
-                raise UserError(
-                    f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to "
-                    "train on from an earlier one, use another --run-dir"
-                )
+    forked = config.resume if launched is None else launched.resume
+    if launched is not None and config.resume not in NO_CHECKPOINT:
+        named = Path(config.resume).resolve()
+        own_places = {folder.path.resolve(), folder.checkpoints.resolve()}  # `checkpoints` may be a link elsewhere
+        if not own_places.isdisjoint((named, *named.parents)):
+            _require_newest(folder, config.resume)
             return _Candidates((own[-1],), "own", f"--resume {config.resume}")
-        origin = Path(launched.resume)
-        if named in (path.resolve() for path in (origin, *origin.parents)):
-            forked = launched.resume
-        elif moved := find_origin(folder, named):
+        if not _is_origin(launched.resume, named):
+            moved = find_origin(folder, named)
+            if moved is None:
+                raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
             forked = str(moved)
-        else:
-            raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
-    else:
-        forked = config.resume if launched is None else launched.resume
     if own:
         return _Candidates(own, "own", place, is_named=False)
     if forked not in NO_CHECKPOINT:  # also a fork that was killed before its first checkpoint
         return _Candidates((locate_checkpoint(Path(forked), "--resume"),), "fork", f"--resume {forked}")
     if config.init_from is not None:
-        return _Candidates((locate_checkpoint(config.init_from, "--init-from"),), "weights", place)
+        return _Candidates((_locate_weights(config.init_from, config.data.cache_dir),), "weights", place)
     return _Candidates(place=place)
+
+
+def _is_origin(origin: str, named: Path) -> bool:
+    """Return whether `named` is the checkpoint that a run started from, or the run of that checkpoint.
+
+    Args:
+        origin: `resume` in the run's config.json.
+        named: resolved path.
+    """
+    if origin in NO_CHECKPOINT:
+        return False
+    checkpoint = Path(origin)
+    return named in (path.resolve() for path in (checkpoint, *checkpoint.parents[:2]))
+
+
+def _require_newest(folder: RunFolder, named: str) -> None:
+    """Check that `--resume` names a run's own folder or its newest checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or it names an earlier one.
+    """
+    checkpoint = locate_checkpoint(Path(named), "--resume")
+    newest = folder.list_step_folders()[-1]
+    if Path(named).resolve() not in (folder.path.resolve(), newest.resolve()):
+        raise UserError(
+            f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to train on "
+            "from an earlier one, use another --run-dir"
+        )
+
+
+def _locate_weights(path: Path, cache_dir: Path) -> Path:
+    """Return the checkpoint that `--init-from` names; a model in Hugging Face's format is imported into the cache.
+
+    Raises:
+        UserError: there is none, or the model cannot be imported.
+    """
+    try:
+        folder = download_model(str(path))
+        if is_model_folder(folder):
+            return import_into_cache(folder, cache_dir)
+    except UserError as error:
+        raise UserError(f"--init-from {error}") from error
+    return locate_checkpoint(path, "--init-from")
 
 
 def _require_none_skipped(candidates: _Candidates, skipped: Sequence[tuple[Path, str]]) -> None:
