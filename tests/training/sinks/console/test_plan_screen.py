@@ -39,6 +39,13 @@ def test_plan_shows_runtime_settings() -> None:
     assert "runtime        2 threads, keep-freed-memory, no-flush-denormals" in text
 
 
+def test_plan_of_a_known_gpu_names_the_peak_of_its_data_sheet() -> None:
+    h100 = replace(PLAN.machine, device="cuda", device_name="NVIDIA H100 80GB HBM3")
+    rows = format_plan(replace(PLAN, machine=h100, dtype="bfloat16"))
+    assert rows["data sheet"] == "989 TFLOP/s per GPU; MFU is of the measured peak, and of this one"
+    assert "data sheet" not in format_plan(PLAN)
+
+
 def test_plan_shows_sources_of_a_mixture() -> None:
     sources = (SourcePlan("books", 0.7, 0.25), SourcePlan("code [/x]", 0.2, 1.5), SourcePlan("web :bug:", 0.1, 12.0))
     (row,) = (line for line in render(replace(PLAN, sources=sources)).splitlines() if line.startswith("sources"))
