@@ -10,7 +10,7 @@ from gpt.configs.train_config import TrainConfig
 from gpt.machine.memory_estimate import MemoryEstimate
 from gpt.training.sinks.console.plan_screen import Memory, Probe, format_plan, print_plan
 from gpt.utils.terminal import RunConsole
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 from tests.utils.screen import Screen
 from tests.utils.test_terminal import WIDTHS
 
