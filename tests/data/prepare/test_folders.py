@@ -1,7 +1,9 @@
+import errno
 import gzip
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 
 from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import open_corpus, prepare_corpus
-from gpt.data.prepare import parts
+from gpt.data.prepare import formats, parts, token_files
 from gpt.data.prepare.part_worker import PartWorker
 from gpt.data.prepare.records import Records
 from gpt.data.prepare.sources import File, find_source
+from gpt.data.prepare.workers import WorkerPool
 from gpt.errors import UserError
 from tests.data.prepare.prepared import decode_documents, prepare
 
@@ -159,6 +162,35 @@ def test_bad_files_of_a_folder_are_skipped_and_counted(tmp_path: Path, caplog: p
     assert "text of a.txt" in decode_documents(tmp_path / "out", "train")
     assert "texts: left out 4 bad records" in caplog.messages
     assert any(message.startswith("texts: first bad record: ") for message in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.npy"])
+def test_file_that_the_system_cannot_read_for_a_while_is_not_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = write_texts(tmp_path / "texts", "a.txt")
+    if name == "b.npy":
+        np.save(folder / name, np.array([104, 105], np.uint16))
+    else:
+        (folder / name).write_text('{"text": "b"}')
+    broken = folder / name
+
+    def fail_on(path: Path, *rest: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    def start(pool: WorkerPool, *rest: Any) -> None:
+        for owner, function in ((formats, "open_bytes"), (token_files, "_read_head")):
+            original = getattr(owner, function)
+            monkeypatch.setattr(
+                owner, function, lambda path, read=original: fail_on(path) if path == broken else read(path)
+            )
+        original_run(pool, *rest)
+
+    original_run = WorkerPool.run
+    monkeypatch.setattr(WorkerPool, "run", start)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: Stale file handle; run the same command again"):
+        prepare(tmp_path / "out", [folder], on_error="skip")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_are_cut_into_parts_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
