@@ -104,6 +104,8 @@ class RunPlan:
     seed: int
     dtype: str
     """float32, bfloat16 or float16."""
+    compiles: bool
+    """The blocks and the loss are compiled."""
     model: GPTConfig
     """Resolved architecture: every derived size is filled in; `vocab_size` is the tokenizer's or more."""
     max_steps: int
@@ -249,6 +251,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=dtype,
+        compiles=resolve_compile(config, machine.device),
         model=model,
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
@@ -313,6 +316,11 @@ def _resolve_decay_steps(lr: LRConfig, max_steps: int) -> int:
     if lr.schedule == "wsd":
         return max(1, max_steps // 5)
     return max(1, max_steps - lr.warmup_steps)
+
+
+def resolve_compile(config: TrainConfig, device: str) -> bool:
+    """Return whether a run on `device`, cpu, cuda or mps, is compiled."""
+    return device == "cuda" if config.compile == "auto" else config.compile == "on"
 
 
 def _resolve_dtype(config: TrainConfig, machine: MachineFacts) -> str:

@@ -80,7 +80,7 @@ class _Candidates:
     """The user names one checkpoint."""
 
 
-def claim_start(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> Start:
+def claim_start(folder: RunFolder, config: TrainConfig, device: str, *, dry_run: bool) -> Start:
     """Lock the run's folder, clear what a killed run left in it, and find where the run starts; rank 0 does it.
 
     Damaged checkpoints are moved aside. A dry run looks at the folder and writes nothing.
@@ -97,7 +97,7 @@ def claim_start(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> Sta
         lock_folder(folder.path, "--run-dir")
         require_writable(folder.checkpoints, "--run-dir")
         remove_leftovers(folder.checkpoints)
-    start = find_start(folder, config)
+    start = find_start(folder, config, device)
     if not start.damaged:
         return start
     moved_aside = [path if dry_run else folder.move_aside(path) for path, _ in start.damaged]
@@ -107,7 +107,7 @@ def claim_start(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> Sta
     return start.model_copy(update={"moved_aside": tuple(moved_aside)})
 
 
-def find_start(folder: RunFolder, config: TrainConfig) -> Start:
+def find_start(folder: RunFolder, config: TrainConfig, device: str) -> Start:
     """Find where a run of `config` in `folder` starts: verify the checkpoint and check that `config` may resume it.
 
     Raises:
@@ -121,7 +121,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     if newest.checkpoint is None or newest.manifest is None:
         _require_none_skipped(candidates, newest.skipped)
         if launched is not None:  # it saved nothing: compare with what the folder was made for
-            require_resumable(config, launched, candidates.place)
+            require_resumable(config, launched, candidates.place, device)
         return Start()
     saved = load_config(newest.checkpoint / CONFIG)
     progress = read_json(newest.checkpoint / PROGRESS)
@@ -129,7 +129,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     if candidates.kind == "weights":
         require_same_architecture(saved.model, config.model, newest.checkpoint)
         if launched is not None:
-            require_resumable(config, launched, candidates.place)
+            require_resumable(config, launched, candidates.place, device)
         val_loss = newest.manifest.metrics.get(VAL_LOSS)
         quality = "" if val_loss is None else f", {VAL_LOSS} {val_loss:.4f}"
         return Start(
@@ -141,7 +141,8 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     # A fork may name other weights than the run it forks; a run with a checkpoint need not name its weights again.
     own_weights = launched.init_from if launched is not None and candidates.kind == "own" else config.init_from
     given = config.model_copy(update={"init_from": config.init_from or own_weights})
-    differences = require_resumable(given, saved.model_copy(update={"init_from": own_weights}), candidates.place)
+    before = saved.model_copy(update={"init_from": own_weights})
+    differences = require_resumable(given, before, candidates.place, device)
     return Start(
         checkpoint=newest.checkpoint,
         is_fork=candidates.kind == "fork",

@@ -21,7 +21,7 @@ Configure = Callable[..., TrainConfig]
 
 
 def found_checkpoint(folder: RunFolder, config: TrainConfig) -> Path | None:
-    return find_start(folder, config).checkpoint
+    return find_start(folder, config, "cpu").checkpoint
 
 
 def test_new_folder_starts_at_step_0(tiny: Configure, tmp_path: Path) -> None:
