@@ -21,6 +21,7 @@ from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.cuda_runtime import set_up_cuda
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine, find_device
+from gpt.machine.rank_identity import describe_rank
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
 from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
@@ -101,8 +102,17 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
     device = find_device(config.device)
     if device == "cuda":
         runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
-    dist = DistContext(device, config.parallel.step_timeout)
-    facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime)))
+    dist = DistContext(
+        device,
+        config.parallel.step_timeout,
+        start_timeout=config.parallel.start_timeout,
+        identity=describe_rank(config),
+        record_folder=config.run_dir,
+    )
+    machine = replace(detect_machine(device, dist.world_size), runtime=runtime)
+    if dist.interface:
+        machine = replace(machine, notes=(*machine.notes, f"the processes meet over {dist.interface} (gloo)"))
+    facts = dist.broadcast(asdict(machine))
     return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 
 

@@ -31,7 +31,7 @@ def test_an_unrelated_error_is_not_replaced() -> None:
 )
 def test_a_lost_rank_is_named(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = DistContext("cpu", step_timeout=2)
-    dist.world_size = 2
+    dist.world_size, dist.heartbeat = 2, FakeHeartbeat()  # type: ignore[assignment]
     monkeypatch.setattr(dist, "_find_lost_ranks", lambda: [1])
     with pytest.raises(UserError, match=message), dist.report_lost_ranks():
         raise RuntimeError(error)
