@@ -1,4 +1,4 @@
-"""What this process runs: flags, versions and code, for the comparison of the ranks."""
+"""Flags, versions and code of this process, for the comparison of the ranks."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ CODE_SUFFIXES = (".py", ".c")
 
 
 def describe_rank(config: TrainConfig) -> RankIdentity:
-    """Return what this process runs with a configuration."""
+    """Return the flags, versions and code that this process runs with."""
     values = config.map_paths(os.path.abspath).model_dump(mode="json")
     return RankIdentity(
         flags={

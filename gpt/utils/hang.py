@@ -22,14 +22,14 @@ MAX_PLACES = 4
 
 
 class Progress(NamedTuple):
-    """How far a training thread has come; every rank counts the same."""
+    """Progress of a training thread; every rank counts the same."""
 
     step: int
     """Steps completed."""
     parts: int
     """Parts of the step timer entered since."""
     in_step: bool
-    """Whether the last of them is a phase of a training step."""
+    """The last of them is a phase of a training step."""
 
 
 NO_PROGRESS = Progress(0, 0, in_step=False)
@@ -37,7 +37,7 @@ NO_PROGRESS = Progress(0, 0, in_step=False)
 
 
 class Beat(NamedTuple):
-    """What a rank writes to the store a few times per timeout."""
+    """Record of one rank, which writes it to the store a few times per timeout."""
 
     number: int
     progress: Progress
@@ -95,7 +95,7 @@ def find_hung_ranks(sightings: Mapping[int, Sighting], now: float, limits: Limit
     """Return the ranks that the others wait for; empty if no rank hangs.
 
     Args:
-        sightings: of all ranks.
+        sightings: rank -> last beat, for all ranks.
         now: on the clock of the sightings.
         limits: when to judge.
     """
@@ -114,8 +114,8 @@ def describe_hang(hung: Sequence[int], sightings: Mapping[int, Sighting], now: f
     silent = find_silent_ranks({rank: sightings[rank] for rank in hung}, now, limits)
     if silent:
         parts.append(f"{format_ranks(silent)}: the process is stopped, or its machine is gone")
-    placed = [rank for rank, seen in sightings.items() if rank not in silent and (rank in hung or seen.beat.blocked)]
-    for rank in placed[:MAX_PLACES]:
+    waiting = [rank for rank, seen in sightings.items() if seen.beat.blocked and rank not in hung]
+    for rank in [rank for rank in (*hung, *waiting) if rank not in silent][:MAX_PLACES]:
         beat = sightings[rank].beat
         parts.append(f"rank {rank} waits in step {beat.progress.step + 1} at {beat.place or 'an unknown place'}")
     return "; ".join(parts)

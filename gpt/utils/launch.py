@@ -146,7 +146,7 @@ def choose_gloo_interface(name: str) -> str:
     """Let gloo use a network interface, unless the user has chosen one; return the one that it uses.
 
     Args:
-        name: of the interface; empty leaves the choice to gloo.
+        name: the interface; empty leaves the choice to gloo.
     """
     if name and not _read("GLOO_SOCKET_IFNAME"):
         os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -36,7 +36,7 @@ _n_meetings = itertools.count()
 
 @dataclass(frozen=True)
 class RankIdentity:
-    """What a rank runs, which must be the same on every rank; each part maps names to values that JSON can hold."""
+    """Flags, versions and code of a rank, which must be the same on every rank; each maps names to JSON values."""
 
     flags: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def meet(rank: int, world_size: int, identity: RankIdentity, *, gpu: str, timeou
     """Meet the other ranks and return once all have come and run the same.
 
     Args:
-        rank: of this process.
+        rank: this process's rank.
         world_size: number of ranks.
         identity: compared with that of rank 0.
         gpu: an identifier of this rank's GPU that no other GPU has; empty if it has none.
@@ -70,23 +70,23 @@ def meet(rank: int, world_size: int, identity: RankIdentity, *, gpu: str, timeou
     """
     host, port = launch.store_address()
     deadline = time.monotonic() + timeout
-    meeting = _Meeting(rank, world_size, f"MASTER_ADDR {host}, port {port}", timeout)
-    store = _open_store(meeting, host, port, deadline)
+    roll_call = RollCall(rank, world_size, f"MASTER_ADDR {host}, port {port}", timeout)
+    store = _open_store(roll_call, host, port, deadline)
     if store.add(f"taken/{rank}", 1) > 1:
-        raise OwnError(f"two processes have RANK {rank} at {meeting.place}; give each process a rank of its own")
+        raise OwnError(f"two processes have RANK {rank} at {roll_call.place}; give each process a rank of its own")
     address = find_local_address(host, port)
-    entry = _Entry(address=address, gpu=gpu)
+    entry = Entry(address=address, gpu=gpu)
     if rank == 0:
-        peer_address = meeting.judge_entries(store, identity, entry, deadline)
+        peer_address = roll_call.judge_entries(store, identity, entry, deadline)
     else:
-        peer_address = meeting.write_entry(store, identity, entry, deadline)
+        peer_address = roll_call.write_entry(store, identity, entry, deadline)
     if is_loopback(address) and peer_address:  # this machine holds rank 0, and MASTER_ADDR is its local name
         address = find_local_address(peer_address, port)
     return Meeting(store, find_interface(address))
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """Facts about one rank for rank 0."""
 
     address: str
@@ -97,13 +97,17 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class _Meeting:
+class RollCall:
+    """The exchange of entries and of the verdict over a store."""
+
     rank: int
     world_size: int
     place: str
+    """Address of the store, for messages."""
     timeout: float
+    """Seconds to wait for the other ranks."""
 
-    def judge_entries(self, store: Any, identity: RankIdentity, own: _Entry, deadline: float) -> str:
+    def judge_entries(self, store: Any, identity: RankIdentity, own: Entry, deadline: float) -> str:
         """Wait for the entries of all ranks, on rank 0, and write the verdict; return an address of another machine.
 
         Raises:
@@ -127,7 +131,7 @@ class _Meeting:
                 "(--parallel.start-timeout); start every rank with the same MASTER_ADDR and MASTER_PORT",
             )
         entries = {0: own} | {
-            rank: _Entry(**json.loads(store.get(f"entry/{rank}"))) for rank in range(1, self.world_size)
+            rank: Entry(**json.loads(store.get(f"entry/{rank}"))) for rank in range(1, self.world_size)
         }
         problem = next((entry.difference for entry in entries.values() if entry.difference), "")
         if problem := problem or _find_shared_gpu(entries):
@@ -136,7 +140,7 @@ class _Meeting:
         store.set(VERDICT_KEY, json.dumps({"error": "", "address": address}))
         return address
 
-    def write_entry(self, store: Any, identity: RankIdentity, entry: _Entry, deadline: float) -> str:
+    def write_entry(self, store: Any, identity: RankIdentity, entry: Entry, deadline: float) -> str:
         """Write this rank's entry, wait for the verdict of rank 0, and return an address of another machine.
 
         Raises:
@@ -150,7 +154,7 @@ class _Meeting:
         if (size := expected.pop("world_size")) != self.world_size:
             raise OwnError(f"WORLD_SIZE is {self.world_size} on rank {self.rank} and {size} on rank 0; set one value")
         difference = describe_difference(self.rank, identity, RankIdentity(**expected))
-        entry = _Entry(entry.address, entry.gpu, difference)
+        entry = Entry(entry.address, entry.gpu, difference)
         store.set(f"entry/{self.rank}", json.dumps(asdict(entry)))
         patience = time.monotonic() + self.timeout + VERDICT_GRACE_SECONDS  # rank 0 may have come just now
         if not _poll(lambda: store.check([VERDICT_KEY]), patience):
@@ -192,7 +196,7 @@ def _format_value(value: Any) -> str:
     return "missing" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _find_shared_gpu(entries: Mapping[int, _Entry]) -> str:
+def _find_shared_gpu(entries: Mapping[int, Entry]) -> str:
     """Return an error if two ranks have the same GPU, on which NCCL would refuse them; else an empty text."""
     owners: dict[str, int] = {}
     for rank, entry in entries.items():
@@ -213,7 +217,7 @@ def _poll(condition: Callable[[], bool], deadline: float) -> bool:
     return True
 
 
-def _open_store(meeting: _Meeting, host: str, port: int, deadline: float) -> Any:
+def _open_store(roll_call: RollCall, host: str, port: int, deadline: float) -> Any:
     """Connect to the store where the ranks meet; rank 0 opens it, unless the launcher has.
 
     Under torchrun it outlives the ranks, so each attempt has a prefix: no rank may read what a former group wrote.
@@ -222,8 +226,8 @@ def _open_store(meeting: _Meeting, host: str, port: int, deadline: float) -> Any
         UserError: there is no store.
     """
     number = next(_n_meetings)
-    timeout = timedelta(seconds=meeting.timeout)
-    is_master = meeting.rank == 0 and not launch.keeps_store()
+    timeout = timedelta(seconds=roll_call.timeout)
+    is_master = roll_call.rank == 0 and not launch.keeps_store()
     if is_master:
         if number == 0:
             _require_free_port(port)
@@ -232,11 +236,11 @@ def _open_store(meeting: _Meeting, host: str, port: int, deadline: float) -> Any
     if not connection.wait(deadline):
         if is_master:
             raise UserError(
-                f"rank 0 cannot reach itself at {meeting.place}, in {meeting.timeout:g} s (--parallel.start-timeout): "
-                f"{connection.reason}; set MASTER_ADDR to an address of this machine"
+                f"rank 0 cannot reach itself at {roll_call.place}, in {roll_call.timeout:g} s "
+                f"(--parallel.start-timeout): {connection.reason}; set MASTER_ADDR to an address of this machine"
             )
-        raise meeting.own_error(
-            f"rank {meeting.rank} cannot reach rank 0 at {meeting.place}, in {meeting.timeout:g} s "
+        raise roll_call.own_error(
+            f"rank {roll_call.rank} cannot reach rank 0 at {roll_call.place}, in {roll_call.timeout:g} s "
             f"(--parallel.start-timeout): {connection.reason}; set MASTER_ADDR and MASTER_PORT to where rank 0 runs, "
             "and start it"
         )
