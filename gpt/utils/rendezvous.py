@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +28,8 @@ CONNECT_SECONDS = 5.0
 """Time of one attempt to connect."""
 VERDICT_GRACE_SECONDS = 10.0
 """Time that rank 0 has, after the last rank could have come, to write its verdict."""
+READ_SECONDS = 2.0
+"""Time that the other ranks have to read the verdict before rank 0 ends."""
 LOCALHOST = "127.0.0.1"
 IDENTITY_KEY, VERDICT_KEY = "identity", "start verdict"
 _n_meetings = itertools.count()
@@ -114,31 +116,36 @@ class RollCall:
             UserError: ranks are missing or differ.
         """
         store.set(IDENTITY_KEY, json.dumps(asdict(identity) | {"world_size": self.world_size}))
-        missing = set(range(1, self.world_size))
+        entries = {0: own} | self._read_entries(store, deadline)
+        if missing := sorted(set(range(self.world_size)) - set(entries)):
+            problem = (
+                f"{format_ranks(missing)} did not come to {self.place}, in {self.timeout:g} s "
+                "(--parallel.start-timeout); start every rank with the same MASTER_ADDR and MASTER_PORT"
+            )
+        else:
+            differences = [entry.difference for entry in entries.values() if entry.difference]
+            problem = differences[0] if differences else _find_shared_gpu(entries)
+        address = next((entry.address for entry in entries.values() if not is_loopback(entry.address)), "")
+        store.set(VERDICT_KEY, json.dumps({"error": problem, "address": address}))
+        if problem:  # the store may end with this process, so the others read it first
+            readers = [f"read/{rank}" for rank in entries if rank]
+            _poll(lambda: not readers or store.check(readers), time.monotonic() + READ_SECONDS)
+            raise UserError(problem)
+        return address
+
+    def _read_entries(self, store: Any, deadline: float) -> dict[int, Entry]:
+        """Return the entries of the other ranks that come before the deadline."""
+        missing, entries = set(range(1, self.world_size)), dict[int, Entry]()
 
         def have_all_come() -> bool:
-            for rank in sorted(missing):
-                if not store.check([f"entry/{rank}"]):
-                    return False
-                missing.discard(rank)
-            return True
+            for rank in list(missing):
+                if store.check([f"entry/{rank}"]):
+                    entries[rank] = Entry(**json.loads(store.get(f"entry/{rank}")))
+                    missing.discard(rank)
+            return not missing
 
-        if not _poll(have_all_come, deadline):
-            missing = {rank for rank in missing if not store.check([f"entry/{rank}"])}
-            self._reject(
-                store,
-                f"{format_ranks(sorted(missing))} did not come to {self.place}, in {self.timeout:g} s "
-                "(--parallel.start-timeout); start every rank with the same MASTER_ADDR and MASTER_PORT",
-            )
-        entries = {0: own} | {
-            rank: Entry(**json.loads(store.get(f"entry/{rank}"))) for rank in range(1, self.world_size)
-        }
-        problem = next((entry.difference for entry in entries.values() if entry.difference), "")
-        if problem := problem or _find_shared_gpu(entries):
-            self._reject(store, problem)
-        address = next((entry.address for entry in entries.values() if not is_loopback(entry.address)), "")
-        store.set(VERDICT_KEY, json.dumps({"error": "", "address": address}))
-        return address
+        _poll(have_all_come, deadline)
+        return entries
 
     def write_entry(self, store: Any, identity: RankIdentity, entry: Entry, deadline: float) -> str:
         """Write this rank's entry, wait for the verdict of rank 0, and return an address of another machine.
@@ -146,6 +153,15 @@ class RollCall:
         Raises:
             UserError: rank 0 does not come, or rejects the entries.
         """
+        try:
+            verdict = self._exchange(store, identity, entry, deadline)
+        except RuntimeError as error:  # of the store
+            raise self.own_error(f"rank 0 ended while the ranks met at {self.place}; see its output") from error
+        if verdict["error"]:
+            raise ReportedError(verdict["error"])
+        return verdict["address"]
+
+    def _exchange(self, store: Any, identity: RankIdentity, entry: Entry, deadline: float) -> dict[str, str]:
         if not _poll(lambda: store.check([IDENTITY_KEY]), deadline):
             raise self.own_error(
                 f"rank 0 did not come to {self.place}, in {self.timeout:g} s (--parallel.start-timeout); start rank 0"
@@ -154,19 +170,13 @@ class RollCall:
         if (size := expected.pop("world_size")) != self.world_size:
             raise OwnError(f"WORLD_SIZE is {self.world_size} on rank {self.rank} and {size} on rank 0; set one value")
         difference = describe_difference(self.rank, identity, RankIdentity(**expected))
-        entry = Entry(entry.address, entry.gpu, difference)
-        store.set(f"entry/{self.rank}", json.dumps(asdict(entry)))
+        store.set(f"entry/{self.rank}", json.dumps(asdict(replace(entry, difference=difference))))
         patience = time.monotonic() + self.timeout + VERDICT_GRACE_SECONDS  # rank 0 may have come just now
         if not _poll(lambda: store.check([VERDICT_KEY]), patience):
             raise self.own_error(f"rank 0 came to {self.place}, but did not answer; see its output")
-        verdict = json.loads(store.get(VERDICT_KEY))
-        if verdict["error"]:
-            raise ReportedError(verdict["error"])
-        return str(verdict["address"])
-
-    def _reject(self, store: Any, problem: str) -> None:
-        store.set(VERDICT_KEY, json.dumps({"error": problem}))
-        raise UserError(problem)
+        verdict: dict[str, str] = json.loads(store.get(VERDICT_KEY))
+        store.set(f"read/{self.rank}", "")
+        return verdict
 
     def own_error(self, message: str) -> UserError:
         """Return an error that one rank of this machine reports at once, and the others later."""
