@@ -85,3 +85,41 @@ def test_hung_ranks_are_named_though_no_main_thread_can(
     assert output.count("gpt: error: ") == 1, output
     assert timeout < seconds <= ended_seconds < timeout + MAX_DELAY_SECONDS
     assert re.search(r"exitcode\s*: 2 ", output) or "closing signal SIGTERM" in output, output
+
+
+LONG_WORK_SCRIPT = """
+import sys, time
+from gpt.checkpoint.manager import CheckpointManager
+from gpt.evaluation.val_loss import ValLoss
+from gpt.main import program
+
+def slow_down(kind, name):
+    work = getattr(kind, name)
+
+    def work_slowly(*arguments):
+        time.sleep(8)
+        return work(*arguments)
+
+    setattr(kind, name, work_slowly)
+
+slow_down(ValLoss, "run")
+slow_down(CheckpointManager, "_commit")
+program()
+"""
+
+
+def test_evaluation_and_save_beyond_every_limit_are_no_hangs(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Work for 8 s with a timeout of 1 s, after which a rank is stalled at 3 s and silent at 7 s."""
+    (tmp_path / "script.py").write_text(LONG_WORK_SCRIPT)
+    config = tiny(
+        tmp_path / "run",
+        max_steps=2,
+        eval={"interval": 2},
+        checkpoint={"interval": 2, "asynchronous": False},
+        parallel={"step_timeout": 1},
+    )
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    process = start_torchrun("train", "--config", str(tmp_path / "config.json"), script=tmp_path / "script.py")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "finished at step 2" in output
