@@ -3,7 +3,7 @@
 plan -> loader -> model -> optimizer -> Trainer -> observers
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -25,6 +25,7 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
+from gpt.inference.generate import require_fitting_prompt, require_known_tokens
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cuda_runtime import name_nondeterministic_operator
 from gpt.machine.data_sheet import find_data_sheet_peak
@@ -81,7 +82,7 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     journal = Journal(run.folder.journal, plan.order, run.journal, dist)
     sequences = build_sequences(run.corpus, config.data, plan.batch.block_size, plan.seed)
     loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
-    prompts = encode_prompts(config.sample.prompts, run.corpus.tokenizer)
+    prompts = encode_prompts(config.sample, run.corpus.tokenizer, plan.batch.block_size)
     state = build_state(config, plan, dist)
     targets = find_rollback_targets(run)
     spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal, targets)
@@ -159,9 +160,9 @@ def build_train_step(
         lambda: require_right_arithmetic(dist.device, device_name, plan.dtype, plan.model, rows, cache_dir)
     )
     autocast = build_autocast(plan)
-    compile_mode = config.compile_mode if config.compile else None
-    blocks = state.model.get_submodule("h").children()
-    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode)
+    compile_mode = config.compile_mode if plan.compiles else None
+    blocks, loss = state.model.get_submodule("h").children(), state.model.get_submodule("loss")
+    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode, others=[loss])
     trial = partial(
         trial_loss,
         n_sequences=plan.batch.micro_batch_size,
@@ -271,18 +272,21 @@ def build_evaluation_tasks(run: Run) -> list[EvaluationTask]:
     return [val_loss]
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Return prompt -> token ids; the default prompt becomes the empty one if the tokenizer lacks its characters.
+def encode_prompts(config: TextSampleConfig, tokenizer: Tokenizer, block_size: int) -> dict[str, list[int]]:
+    """Return prompt -> token ids; the default prompt becomes the empty one where it does not fit.
 
     Raises:
-        UserError: a prompt that the user gave cannot be encoded.
+        UserError: a prompt that the user gave cannot be encoded or exceeds the context, or a stop token is unknown.
     """
     ids: dict[str, list[int]] = {}
-    for prompt in prompts:
+    for prompt in config.prompts:
         try:
-            ids[prompt] = tokenizer.encode_prompt(prompt)
+            tokens = tokenizer.encode_prompt(prompt)
+            require_fitting_prompt(tokens, block_size)
         except UserError as error:
-            if tuple(prompts) != TextSampleConfig().prompts:
+            if config.prompts != TextSampleConfig().prompts:
                 raise UserError(f"--sample.prompts {prompt!r}: {error}") from error
-            ids[""] = tokenizer.encode_prompt("")
+            prompt, tokens = "", tokenizer.encode_prompt("")
+        ids[prompt] = tokens
+    require_known_tokens(config.stop_tokens, tokenizer.vocab_size)
     return ids

@@ -26,8 +26,8 @@ from gpt.utils.process_tree import list_descendants
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
 THREAD_NAME = "interrupts"
-SHOW_CURSOR = b"\x1b[?25h"
-"""Control sequence for a terminal whose cursor a progress bar has hidden."""
+ERASE_LINE = b"\x1b[2K"
+"""Control sequence that erases a progress bar, on which the terminal has echoed ^C."""
 
 
 def answer_interrupts() -> None:
@@ -51,7 +51,7 @@ def write_error(line: str) -> None:
     """Write a line to stderr from any thread, whatever the main thread is doing."""
     with contextlib.suppress(OSError):
         if sys.stderr is not None and sys.stderr.isatty():
-            os.write(2, b"\r" + SHOW_CURSOR)
+            os.write(2, b"\r" if launch.has_dumb_terminal() else b"\r" + ERASE_LINE)
         os.write(2, line.encode(errors="backslashreplace") + b"\n")
 
 
