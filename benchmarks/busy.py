@@ -25,7 +25,8 @@ from benchmarks.common import build_step_function, format_spread, format_verdict
 from gpt.configs.presets import PRESETS
 from gpt.machine.resources import usable_cores
 
-DEFAULT, SPINNING, ONE_THREAD = "default", "--runtime.no-sleep-when-busy", "--runtime.threads 1"
+DEFAULT, SPINNING, ONE_THREAD = "default", "no-sleep-when-busy", "threads-1"
+"""Contenders, by the flags of --runtime that they have."""
 BURN = """
 import time
 end = time.perf_counter() + {seconds}
@@ -58,7 +59,8 @@ def main() -> None:
     parser.add_argument("--disturbers", type=int, nargs="+", default=[0, 2, 6], help="0 is needed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of each measurement")
-    parser.add_argument("--contenders", nargs="+", default=[DEFAULT, SPINNING, ONE_THREAD])
+    names = [DEFAULT, SPINNING, ONE_THREAD]
+    parser.add_argument("--contenders", choices=names, nargs="+", default=names)
     parser.add_argument("--serve", metavar="CONTENDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:

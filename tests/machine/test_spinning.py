@@ -55,6 +55,7 @@ def test_waiting_share_is_that_of_the_compute_thread_that_waits_longest() -> Non
         1: ThreadTimes(10**9 + 200_000_000, 10**9 + 50_000_000),
         2: ThreadTimes(100_000_000, 150_000_000),
         3: ThreadTimes(0, 10_000_000),  # nearly idle
+        4: ThreadTimes(1_000_005, 250_000_005),  # waits for its turn, but computes nothing
         5: ThreadTimes(0, 10**9),  # new
     }
     assert find_waiting_share(before, after, 0.25) == 0.6
