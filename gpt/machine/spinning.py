@@ -115,16 +115,19 @@ class SpinPolicy:
         self._sleep_seconds = MIN_SLEEP_SECONDS
         self._wakes_at = 0.0
 
-    def update(self, waiting_share: float, now: float) -> bool:
+    def update(self, waiting_share: float | None, now: float) -> bool:
         """Return whether threads spin from now on.
 
         Whether spinning pays off is judged only while threads spin: sleeping threads leave their cores to others, and
         wait for them longer.
 
         Args:
-            waiting_share: share of the last interval that a compute thread waited for a core.
+            waiting_share: share of the last interval that a compute thread waited for a core; None if nothing computed,
+                which shows neither free nor busy cores.
             now: seconds on a monotonic clock.
         """
+        if waiting_share is None:
+            return self.spins
         if not self.spins:
             self.spins = now >= self._wakes_at
         elif waiting_share > MAX_WAITING_SHARE:
@@ -220,8 +223,10 @@ def read_thread_times() -> dict[int, ThreadTimes]:
     return times
 
 
-def find_waiting_share(before: Mapping[int, ThreadTimes], after: Mapping[int, ThreadTimes], seconds: float) -> float:
-    """Return the largest share of its time that a compute thread waited for a core.
+def find_waiting_share(
+    before: Mapping[int, ThreadTimes], after: Mapping[int, ThreadTimes], seconds: float
+) -> float | None:
+    """Return the largest share of its time that a compute thread waited for a core; None if no thread computed.
 
         share = waited / (run + waited)
 
@@ -240,4 +245,4 @@ def find_waiting_share(before: Mapping[int, ThreadTimes], after: Mapping[int, Th
         for times in spent
         if times.run >= MIN_RUN_SHARE * longest_run and times.run + times.waited > MIN_ACTIVE_SHARE * seconds * 1e9
     ]
-    return max(shares, default=0.0)
+    return max(shares, default=None)

@@ -37,6 +37,13 @@ def test_threads_sleep_on_a_busy_machine_and_spin_again_when_it_is_quiet() -> No
     assert policy.update(QUIET, 10.25 + MIN_SLEEP_SECONDS)
 
 
+def test_intervals_without_computation_change_nothing() -> None:
+    policy = SpinPolicy()
+    assert policy.update(None, 1.0) and not policy.update(BUSY, 2.0)
+    assert not policy.update(None, 100.0)
+    assert policy.update(QUIET, 101.0)
+
+
 def test_threads_of_a_busy_machine_try_spinning_ever_more_rarely() -> None:
     policy, tries = SpinPolicy(), []
     for quarter in range(4 * 120):
@@ -59,7 +66,7 @@ def test_waiting_share_is_that_of_the_compute_thread_that_waits_longest() -> Non
         5: ThreadTimes(0, 10**9),  # new
     }
     assert find_waiting_share(before, after, 0.25) == 0.6
-    assert find_waiting_share(before, before, 0.25) == 0
+    assert find_waiting_share(before, before, 0.25) is None
 
 
 SPIN = """
