@@ -196,9 +196,8 @@ def _serve(contender: str, preset: str, threads: int) -> None:
         while time.perf_counter() - start < float(line):
             take_step()
             steps += 1
-        print(
-            json.dumps([(time.perf_counter() - start) / steps, (time.process_time() - cpu_start) / steps]), flush=True
-        )
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        print(json.dumps({"seconds": seconds / steps, "cpu_seconds": cpu_seconds / steps}), flush=True)
 
 
 if __name__ == "__main__":
