@@ -77,7 +77,7 @@ def _build_step_function(
     preset: str, micro_batches: int, dist: DistContext, *, reproducible: bool
 ) -> Callable[[], None]:
     """Return a function that takes the next step of a run of the preset."""
-    config = PRESETS[preset]()
+    config = PRESETS[preset]().on_device("cpu")
     size, block_size = config.micro_batch_size, config.model.block_size
     assert isinstance(size, int), "presets set a number"
     parallel = config.parallel.model_copy(update={"reproducible": reproducible})

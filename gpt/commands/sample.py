@@ -25,7 +25,7 @@ class SampleCommand(JsonOutput, SampleConfig):
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the sample; the same seed gives the same text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to run the model on; auto: cuda, else mps, else cpu."""
+    """Device to run the model on; auto: cuda, else mps where it computes as the CPU does, else cpu."""
 
 
 def run(argv: Sequence[str]) -> int:

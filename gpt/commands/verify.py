@@ -54,12 +54,11 @@ def verify_checkpoints(run_dir: Path) -> list[Verdict]:
     Raises:
         UserError: `run_dir` is no run.
     """
-    from gpt.checkpoint.run_folder import RunFolder
+    from gpt.checkpoint.run_folder import RunFolder, no_run_error
 
     folder = RunFolder(run_dir)
     if not (folder.config.is_file() or folder.checkpoints.is_dir()):
-        reason = "not a run: it has no config.json" if run_dir.is_dir() else "no such folder"
-        raise UserError(f"RUN_DIR {run_dir}: {reason}; name the --run-dir of a run")
+        raise no_run_error(run_dir)
     paths = list(folder.checkpoints.iterdir()) if folder.checkpoints.is_dir() else []
     paths.sort(key=lambda path: path.name.lstrip("."))
     return [verdict for path in paths if (verdict := _verify_path(path)) is not None]

@@ -266,13 +266,13 @@ def _ran_on_gpu(reference: "RunFolder") -> bool:
 def _print_kills(console: "Console", verdict: ResumeVerdict) -> None:
     from rich.table import Table
 
-    from gpt.verification.plan import Phase
+    from gpt.verification.plan import KillPhase
 
     outline = verdict.outline
     table = Table("killed", "kills", "most steps lost", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for phase in Phase:
+    for phase in KillPhase:
         lost = [kill.lost_steps for kill in verdict.kills if kill.phase is phase]
-        if lost or phase is not Phase.EPOCH_BOUNDARY or outline.epoch_ends:
+        if lost or phase is not KillPhase.EPOCH_BOUNDARY or outline.epoch_ends:
             table.add_row(phase.value, str(len(lost)), str(max(lost, default="")))
     console.print(table)
     interval = outline.checkpoint_interval or outline.last_step

@@ -30,9 +30,13 @@ VERBS = {
     "train": "train a model, or resume a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "generate text with a trained model",
+    "export": "write a model for transformers, and prove that it is equal",
+    "import": "make a run of a model in Hugging Face's format",
+    "parity": "compare a model with the same weights in transformers",
     "data-at": "show the documents that a step of a run was trained on",
     "verify": "compare every checkpoint of a run with its SHA-256 digests",
     "verify-resume": "kill and resume a run again and again; check that it stays bit-exact",
+    "selftest": "check that this device computes as the CPU does, and measure it",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 SHORT_HELP, FULL_HELP = ("-h", "--help"), "--help-all"

@@ -92,6 +92,19 @@ def takes_text(annotation: Any) -> bool:
     return any(kind in (str, Path) for kind in get_alternatives(annotation))
 
 
+def format_default(value: Any) -> str:
+    """Return a default for people, as it is written on a command line.
+
+    >>> format_default(("def ", "class")), format_default(()), format_default(True)
+    ("'def ' class", 'none', 'on')
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(repr(member) if " " in str(member) else str(member) for member in value) or "none"
+    return "none" if value is None else str(value)
+
+
 def format_type(annotation: Any) -> str:
     """Return the placeholder of a field's value in a help text.
 

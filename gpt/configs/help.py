@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.fields import format_flag, format_off_flag, format_type, list_flags, walk_fields
+from gpt.configs.fields import format_default, format_flag, format_off_flag, format_type, list_flags, walk_fields
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
 
@@ -59,7 +59,7 @@ def _format_field(path: str, field: FieldInfo, default: Any, width: int) -> Iter
         if is_switch
         else f"{format_flag(path)} {format_type(field.annotation)}"
     )
-    yield from _wrap(f"{field.description or ''} (default: {_format_default(default)})", width, indent=INDENT)
+    yield from _wrap(f"{field.description or ''} (default: {format_default(default)})", width, indent=INDENT)
 
 
 def _wrap(text: str, width: int, indent: int = 0) -> list[str]:
@@ -71,14 +71,6 @@ def _wrap(text: str, width: int, indent: int = 0) -> list[str]:
         break_on_hyphens=False,
         break_long_words=False,
     )
-
-
-def _format_default(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    if isinstance(default, tuple):
-        return " ".join(map(str, default)) or "none"
-    return "none" if default is None else str(default)
 
 
 def _read_default(values: BaseModel, path: str) -> Any:

@@ -16,7 +16,8 @@ class LogConfig(Config):
     grad_norms: Annotated[bool, SAFE] = False
     """Report the norm of each layer's gradient and weights, too: grad_norm/LAYER and param_norm/LAYER."""
     sink_timeout: Annotated[float, SAFE] = Field(60.0, gt=0)
-    """Seconds that the console, metrics.jsonl or another sink may block the run before it is dropped."""
+    """Seconds that a sink may block the run; then the console or a sink of yours is dropped, and metrics.jsonl is
+    written later."""
 
 
 class EvalConfig(Config):

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gpt.configs.base import MAX_COUNT, Config, FilePath
 from gpt.configs.checkpoint_config import CheckpointConfig
-from gpt.configs.data_config import DataConfig
+from gpt.configs.data_config import HUB_PREFIX, DataConfig
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, SpikeConfig, TextSampleConfig
@@ -56,7 +56,7 @@ class TrainConfig(Config):
     tokens_per_step: int = Field(4096, ge=0, le=MAX_COUNT)
     """Tokens per update over all processes and micro-batches; 0: one micro-batch per process."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], SAFE] = "auto"
-    """Device to train on; auto: cuda, else mps, else cpu."""
+    """Device to train on; auto: cuda, else mps where it computes as the CPU does (gpt selftest), else cpu."""
     # NEEDS_FLAG, not FORBIDDEN: autocast's type changes, the saved tensors' types do not.
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], NEEDS_FLAG] = "auto"
     """Compute type under autocast; auto: bfloat16 if the hardware has it, else float16 on CUDA and float32
@@ -73,7 +73,8 @@ class TrainConfig(Config):
     """Resume although the learning rate, the horizon or another optimization setting has changed."""
     # FORBIDDEN: a run that has begun cannot begin from other weights.
     init_from: FilePath | None = None
-    """Run or checkpoint whose weights to start from, with a fresh optimizer."""
+    """Weights to start from, with a fresh optimizer: a run, a checkpoint, a model in Hugging Face's format, or hf:NAME.
+    Model and tokenizer are then those of the weights, unless a flag sets them."""
     # The quickstart recipe. The sections themselves default to GPT-2 and AdamW, so GPTConfig(n_layer=12) stays a GPT-2
     # and a config.json from before a field existed loads as what it was.
     # The architecture is Qwen 3's, which public runtimes load. docs/EXPERIMENTS.md has the measurements.
@@ -124,7 +125,7 @@ class TrainConfig(Config):
         """Return this configuration with `change` applied to every path in it."""
 
         def map_optional(path: Path | None) -> Path | None:
-            return None if path is None else Path(change(str(path)))
+            return path if path is None or str(path).startswith(HUB_PREFIX) else Path(change(str(path)))
 
         return self.model_copy(
             update={

@@ -199,3 +199,9 @@ class GPT(nn.Module):
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the head; (B, T, C) -> (B, T, V)."""
         return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+
+def shorten_context(weights: dict[str, torch.Tensor], block_size: int) -> dict[str, torch.Tensor]:
+    """Return the weights of the same model with a shorter context: without the learned positions beyond it."""
+    positions = weights.get("wpe.weight")
+    return weights if positions is None else weights | {"wpe.weight": positions[:block_size].contiguous()}

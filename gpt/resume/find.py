@@ -26,6 +26,8 @@ from gpt.configs.load import load_config
 from gpt.configs.train_config import NO_CHECKPOINT, TrainConfig
 from gpt.data.prepare.sources import require_apart
 from gpt.errors import UserError
+from gpt.interop.imported_run import download_model, import_into_cache
+from gpt.interop.model_folder import is_model_folder
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
 from gpt.resume.origin import find_origin
 from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
@@ -207,8 +209,23 @@ def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainCo
     if forked not in NO_CHECKPOINT:  # also a fork that was killed before its first checkpoint
         return _Candidates((locate_checkpoint(Path(forked), "--resume"),), "fork", f"--resume {forked}")
     if config.init_from is not None:
-        return _Candidates((locate_checkpoint(config.init_from, "--init-from"),), "weights", place)
+        return _Candidates((_locate_weights(config.init_from, config.data.cache_dir),), "weights", place)
     return _Candidates(place=place)
+
+
+def _locate_weights(path: Path, cache_dir: Path) -> Path:
+    """Return the checkpoint that `--init-from` names; a model in Hugging Face's format is imported into the cache.
+
+    Raises:
+        UserError: there is none, or the model cannot be imported.
+    """
+    try:
+        folder = download_model(str(path))
+        if is_model_folder(folder):
+            return import_into_cache(folder, cache_dir)
+    except UserError as error:
+        raise UserError(f"--init-from {error}") from error
+    return locate_checkpoint(path, "--init-from")
 
 
 def _require_none_skipped(candidates: _Candidates, skipped: Sequence[tuple[Path, str]]) -> None:

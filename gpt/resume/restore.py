@@ -6,6 +6,7 @@ from gpt.checkpoint.replicate import load_on_all_ranks
 from gpt.checkpoint.store import load_checkpoint
 from gpt.checkpoint.tensor_file import read_tensors
 from gpt.errors import UserError
+from gpt.models.gpt import shorten_context
 from gpt.resume.find import Start
 from gpt.utils.distributed import DistContext
 
@@ -26,7 +27,11 @@ def _load(start: Start, state: AppState) -> None:
     if start.checkpoint is not None:
         load_checkpoint(start.checkpoint, state)
     elif start.init_from is not None:
+        weights = read_tensors(start.init_from / MODEL)
+        positions = state.model.state_dict().get("wpe.weight")
+        if positions is not None:
+            weights = shorten_context(weights, len(positions))
         try:
-            load_model_tensors(state.model, read_tensors(start.init_from / MODEL))
+            load_model_tensors(state.model, weights)
         except UserError as error:
             raise UserError(f"--init-from {start.init_from}: {error}") from error

@@ -9,8 +9,8 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 from rich.segment import Segment, Segments
 
-DUMB_TERMS = frozenset({"dumb", "unknown"})
-"""Values of TERM for terminals that cannot move the cursor."""
+from gpt.utils.launch import has_dumb_terminal
+
 GAP = "  "
 """Between two columns, and between two numbers of a line."""
 
@@ -32,7 +32,7 @@ class RunConsole(Console):
 
     def __init__(self, *, stderr: bool = False, **options: Any):
         stream = options.get("file") or (sys.stderr if stderr else sys.stdout)
-        is_dumb = os.environ.get("TERM", "").lower() in DUMB_TERMS
+        is_dumb = has_dumb_terminal()
         is_terminal = options.setdefault("force_terminal", _is_terminal(stream))  # FORCE_COLOR makes no file a terminal
         options.setdefault("force_interactive", is_terminal and not is_dumb and not os.environ.get("CI"))
         if is_terminal and is_dumb:  # unless it is given both sizes, rich takes 80 columns for granted there

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gpt.commands.train import TrainCommand, parse_train
-from gpt.configs.explain import list_flags
+from gpt.configs.fields import list_flags
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig

@@ -1,6 +1,7 @@
 """Ctrl-C in every phase of the program: it ends at once, with status 130 and one line."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -233,3 +234,13 @@ print("alive")
 """
     with start(["-c", program]) as process:
         assert process.communicate(timeout=60) == ("alive\n", "")
+
+
+@pytest.mark.parametrize(("term", "erase"), [("xterm", b"\x1b[2K"), ("dumb", b"")])
+def test_interrupt_erases_the_line_that_the_terminal_shows(term: str, erase: bytes) -> None:
+    program = "import os; from gpt.utils.interrupts import leave; os.write(2, b'a bar ^C'); leave()"
+    terminal, stderr = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as shown, os.fdopen(stderr):
+        process = subprocess.run([sys.executable, "-c", program], stderr=stderr, env=os.environ | {"TERM": term})
+        assert process.returncode == 130
+        assert shown.read(1000) == b"a bar ^C\r" + erase + b"gpt: interrupted\r\n"
