@@ -67,9 +67,9 @@ def main() -> None:
         "threads": arguments.threads,
         "results": measure(arguments),
     }
-    print(format_busy(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(format_busy(result))
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def format_busy(result: dict[str, Any]) -> str:
         if name == DEFAULT and count:
             verdict = format_verdict(beyond, MAX_BEYOND_SHARE, at_least=False)
             goals.append(f"- Beside {count} disturbers: {beyond:.2f} times as long as its share explains ({verdict}).")
-    if (SPINNING, 0) in rows:
+    if rows.keys() >= {(DEFAULT, 0), (SPINNING, 0)}:
         alone, spinning = (statistics.median(rows[name, 0]["seconds"]) for name in (DEFAULT, SPINNING))
         verdict = format_verdict(alone / spinning, MAX_QUIET_RATIO, at_least=False)
         goals.append(f"- Alone: {alone / spinning:.3f} times as long as with `{SPINNING}` ({verdict}).")
