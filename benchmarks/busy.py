@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of each measurement")
     names = [DEFAULT, SPINNING, ONE_THREAD]
     parser.add_argument("--contenders", choices=names, nargs="+", default=names)
+    parser.add_argument("--note", default="", help="sentence for the report, on the conditions of the measurement")
     parser.add_argument("--json", type=Path, help="file for all measurements")
     parser.add_argument("--serve", metavar="CONTENDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,7 +62,8 @@ def main() -> None:
         return
     result = {
         "benchmark": "busy",
-        "flags": f"--preset {arguments.preset} --repeats {arguments.repeats}",
+        "flags": f"--preset {arguments.preset} --repeats {arguments.repeats} --seconds {arguments.seconds:g}",
+        "note": arguments.note,
         "machine": describe_environment({}),
         "preset": arguments.preset,
         "threads": arguments.threads,
@@ -99,7 +101,7 @@ def format_busy(result: dict[str, Any]) -> str:
         f"Training steps of `{result['preset']}` beside disturbers, processes that only compute. `cores` is what as "
         f"many independent processes get as the contender has threads: {result['threads']}, in `{ONE_THREAD}` 1.",
         "",
-        format_machine(result),
+        f"{format_machine(result)} {result['note']}".rstrip(),
         "",
         "| contender | disturbers | ms per step | CPU ms per step | cores | beyond its share |",
         "| --- | ---: | --- | ---: | ---: | ---: |",

@@ -72,7 +72,9 @@ def test_busy_report_compares_a_slowdown_with_the_share_of_the_cores() -> None:
     alone = {"seconds": [0.2, 0.1, 0.3], "cpu_seconds": [0.4] * 3, "cores": [2.0] * 3, "disturbers": 0}
     beside_two = {"seconds": [0.5] * 3, "cpu_seconds": [0.5] * 3, "cores": [1.0] * 3, "disturbers": 2}
     results = [alone | {"contender": DEFAULT}, beside_two | {"contender": DEFAULT}, alone | {"contender": SPINNING}]
-    report = format_busy({"preset": "quickstart", "threads": 2, "flags": "", "machine": MACHINE, "results": results})
+    facts = {"preset": "quickstart", "threads": 2, "flags": "", "note": "Others were busy.", "machine": MACHINE}
+    report = format_busy(facts | {"results": results})
+    assert "Python 3.11.7. Others were busy.\n" in report
     assert "| default | 2 | 500 (500 to 500, n=3) | 500 | 1.00 | 1.25 |" in report
     assert "- Beside 2 disturbers: 1.25 times as long as its share explains (at most 1.3: met)." in report
     assert "- Alone: 1.000 times as long as with `no-sleep-when-busy` (at most 1.02: met)." in report
