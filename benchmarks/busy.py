@@ -26,6 +26,7 @@ from benchmarks.common import build_step_function, format_machine, format_spread
 from gpt.configs.presets import PRESETS
 from gpt.machine.environment import describe_environment
 from gpt.machine.resources import usable_cores
+from gpt.utils.helper import plural
 
 DEFAULT, SPINNING, ONE_THREAD = "default", "no-sleep-when-busy", "threads-1"
 """Contenders, by the flags of --runtime that they have."""
@@ -116,7 +117,9 @@ def format_busy(result: dict[str, Any]) -> str:
         )
         if name == DEFAULT and count:
             verdict = format_verdict(beyond, MAX_BEYOND_SHARE, at_least=False)
-            goals.append(f"- Beside {count} disturbers: {beyond:.2f} times as long as its share explains ({verdict}).")
+            goals.append(
+                f"- Beside {plural(count, 'disturber')}: {beyond:.2f} times as long as its share explains ({verdict})."
+            )
     if rows.keys() >= {(DEFAULT, 0), (SPINNING, 0)}:
         alone, spinning = (statistics.median(rows[name, 0]["seconds"]) for name in (DEFAULT, SPINNING))
         verdict = format_verdict(alone / spinning, MAX_QUIET_RATIO, at_least=False)
