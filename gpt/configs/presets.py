@@ -118,7 +118,7 @@ def small_text() -> TrainConfig:
         ),
         data=DataConfig(source=(SHAKESPEARE,), vocab_size=1024),
         lr=LRConfig(max_lr=2e-2, warmup_steps=0),
-        optimizer=OptimizerConfig(name="muon", muon_momentum=0.85, weight_decay=0.8),
+        optimizer=OptimizerConfig(name="muon", muon_momentum=0.85, weight_decay=1.6),
         eval=EvalConfig(interval=100),
         checkpoint=CheckpointConfig(),
         sample=TextSampleConfig(prompts=("\n",)),
