@@ -158,9 +158,9 @@ def build_train_step(
         lambda: require_right_arithmetic(dist.device, device_name, plan.dtype, plan.model, rows, cache_dir)
     )
     autocast = build_autocast(plan)
-    compile_mode = config.compile_mode if config.compile else None
-    blocks = state.model.get_submodule("h").children()
-    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode)
+    compile_mode = config.compile_mode if plan.compiles else None
+    blocks, loss = state.model.get_submodule("h").children(), state.model.get_submodule("loss")
+    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode, others=[loss])
     trial = partial(
         trial_loss,
         n_sequences=plan.batch.micro_batch_size,

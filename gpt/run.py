@@ -80,7 +80,9 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
     folder = RunFolder(config.run_dir)
     try:
         with dist.report_lost_ranks():
-            found = dist.on_main(lambda: claim_start(folder, config, dry_run=dry_run).model_dump(mode="json"))
+            found = dist.on_main(
+                lambda: claim_start(folder, config, machine.device, dry_run=dry_run).model_dump(mode="json")
+            )
             start = Start.model_validate(found)
             dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
@@ -149,6 +151,7 @@ def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
         "max_steps": run.plan.max_steps,
         "world_size": run.dist.world_size,
         "torch": environment["libraries"]["torch"],
+        "compiled": run.plan.compiles,
         "threads": environment["threads"],
         "cpu_capability": environment["cpu_capability"],
         "fused_attention": environment["runtime"]["fused_attention"],

@@ -10,7 +10,7 @@ from gpt.configs.train_config import TrainConfig
 from gpt.machine.memory_estimate import MemoryEstimate
 from gpt.training.sinks.console.plan_screen import Memory, Probe, format_plan, print_plan
 from gpt.utils.terminal import RunConsole
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 from tests.utils.screen import Screen
 from tests.utils.test_terminal import WIDTHS
 
@@ -37,6 +37,13 @@ def test_plan_shows_resolved_values() -> None:
 def test_plan_shows_runtime_settings() -> None:
     text = render(replace(PLAN, machine=replace(PLAN.machine, runtime=RUNTIME)))
     assert "runtime        2 threads, keep-freed-memory, no-flush-denormals" in text
+
+
+def test_plan_of_a_known_gpu_names_the_peak_of_its_data_sheet() -> None:
+    h100 = replace(PLAN.machine, device="cuda", device_name="NVIDIA H100 80GB HBM3")
+    rows = format_plan(replace(PLAN, machine=h100, dtype="bfloat16"))
+    assert rows["data sheet"] == "989 TFLOP/s per GPU; MFU is of the measured peak, and of this one"
+    assert "data sheet" not in format_plan(PLAN)
 
 
 def test_plan_shows_sources_of_a_mixture() -> None:
