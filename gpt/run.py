@@ -21,9 +21,10 @@ from gpt.device_check import choose_device
 from gpt.errors import UserError
 from gpt.interop.families import explain_obstacles, find_families
 from gpt.machine.cpu_runtime import set_up_cpu
-from gpt.machine.cuda_runtime import set_up_cuda
+from gpt.machine.cuda_runtime import set_up_cuda, uses_tf32
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine
+from gpt.machine.rank_identity import describe_rank
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
 from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
@@ -80,7 +81,9 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
     folder = RunFolder(config.run_dir)
     try:
         with dist.report_lost_ranks():
-            found = dist.on_main(lambda: claim_start(folder, config, dry_run=dry_run).model_dump(mode="json"))
+            found = dist.on_main(
+                lambda: claim_start(folder, config, machine.device, dry_run=dry_run).model_dump(mode="json")
+            )
             start = Start.model_validate(found)
             dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
@@ -104,7 +107,17 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
     device, notes = choose_device(config.device, config.model, config.data.cache_dir)
     if device == "cuda":
         runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
-    dist = DistContext(device, config.parallel.step_timeout)
+    dist = DistContext(
+        device,
+        config.parallel.step_timeout,
+        start_timeout=config.parallel.start_timeout,
+        identity=describe_rank(config),
+        record_folder=config.run_dir,
+    )
+    if device == "cuda":
+        runtime["tf32"] = uses_tf32()
+    if dist.interface:
+        notes = (*notes, f"the processes meet over {dist.interface} (gloo)")
     facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime, notes=notes)))
     return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 
@@ -147,6 +160,7 @@ def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
         "max_steps": run.plan.max_steps,
         "world_size": run.dist.world_size,
         "torch": environment["libraries"]["torch"],
+        "compiled": run.plan.compiles,
         "threads": environment["threads"],
         "cpu_capability": environment["cpu_capability"],
         "fused_attention": environment["runtime"]["fused_attention"],

@@ -121,8 +121,8 @@ def _check(
 
 
 def _compare_with_cpu(config: TrainConfig, dist: "DistContext") -> Iterator[Check]:
-    """Yield the comparisons with the CPU, and remember a device that passes those that `--device auto` makes."""
-    from gpt.device_check import check_device, compute_reference, find_record, remember_right, shrink_model
+    """Yield the comparisons with the CPU, and remember for `--device auto` whether the device passed."""
+    from gpt.device_check import check_device, compute_reference, find_record, remember, shrink_model
 
     reference = compute_reference(shrink_model(config.model), config.optimizer)
     results: list[CheckResult] = []
@@ -133,8 +133,8 @@ def _compare_with_cpu(config: TrainConfig, dist: "DistContext") -> Iterator[Chec
         state = PASSED if result.is_right else FAILED
         detail = f"error {result.error:.1e} at {result.detail}, at most {result.bound:g}"
         yield Check(result.name, state, detail, seconds)
-    if all(result.is_right for result in results):
-        remember_right(find_record(dist.device, config.model, config.data.cache_dir))
+    is_right = all(result.is_right for result in results)
+    remember(find_record(dist.device, config.model, config.data.cache_dir), is_right=is_right)
 
 
 def _time_check(name: str, check: Callable[[], tuple[str, str]]) -> Check:

@@ -11,6 +11,9 @@ from pydantic.fields import FieldInfo
 POSITIONAL = "positional"
 """`Annotated[..., POSITIONAL]` makes a field of a command an argument without a flag."""
 
+SWITCH = "switch"
+"""`Annotated[Literal["auto", "on", "off"], SWITCH]` makes `--NAME` alone mean on, and `--no-NAME` mean off."""
+
 
 def get_section(field: FieldInfo) -> type[BaseModel] | None:
     """Return the model of a field that is a section, or None for a plain field."""
@@ -64,9 +67,14 @@ def list_flags(model: type[BaseModel]) -> list[str]:
     for path, field in walk_fields(model):
         if POSITIONAL not in field.metadata:
             flags.append(format_flag(path))
-            if field.annotation is bool:
+            if is_switch(field):
                 flags.append(format_off_flag(path))
     return flags
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """Return whether the flag of a field may stand alone and has a `--no-` form."""
+    return field.annotation is bool or SWITCH in field.metadata
 
 
 def get_alternatives(annotation: Any) -> list[Any]:

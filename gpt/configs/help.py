@@ -8,7 +8,15 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.fields import format_default, format_flag, format_off_flag, format_type, list_flags, walk_fields
+from gpt.configs.fields import (
+    format_default,
+    format_flag,
+    format_off_flag,
+    format_type,
+    is_switch,
+    list_flags,
+    walk_fields,
+)
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
 
@@ -53,12 +61,8 @@ def format_short_help(model: type[BaseModel], values: BaseModel, verb: str) -> s
 
 
 def _format_field(path: str, field: FieldInfo, default: Any, width: int) -> Iterator[str]:
-    is_switch = field.annotation is bool
-    yield "  " + (
-        f"{format_flag(path)}, {format_off_flag(path)}"
-        if is_switch
-        else f"{format_flag(path)} {format_type(field.annotation)}"
-    )
+    value = "" if field.annotation is bool else f" {format_type(field.annotation)}"
+    yield f"  {format_flag(path)}{value}" + (f", {format_off_flag(path)}" if is_switch(field) else "")
     yield from _wrap(f"{field.description or ''} (default: {format_default(default)})", width, indent=INDENT)
 
 

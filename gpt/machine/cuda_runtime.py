@@ -23,7 +23,7 @@ NO_DETERMINISTIC_FORM = " does not have a deterministic implementation"
 def set_up_cuda(*, reproducible: bool) -> dict[str, bool]:
     """Apply the settings of the process for CUDA, and return those that are in effect.
 
-    Call it before anything is allocated on the device, because torch reads the allocator's settings then.
+    Call it before CUDA is initialized, because torch reads the allocator's settings then.
 
     Args:
         reproducible: whether the same device must compute the same bits every time.
@@ -35,10 +35,15 @@ def set_up_cuda(*, reproducible: bool) -> dict[str, bool]:
     if reproducible:
         _use_deterministic_kernels()
     return {
-        "tf32": torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0),
         "expandable_segments": _expand_segments(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def uses_tf32() -> bool:
+    """Return whether float32 matmuls on the current device are computed in TF32."""
+    is_allowed = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
+    return is_allowed and torch.cuda.get_device_capability() >= (8, 0)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.models.init import init_weights
 from gpt.ops.activations import ACTIVATIONS
 from gpt.ops.attention import Attend, Cache, DocumentMask, attend, positions_in_documents, repeat_heads
-from gpt.ops.cross_entropy import fused_linear_cross_entropy, soft_cap, summed_cross_entropy
+from gpt.ops.cross_entropy import LinearCrossEntropy, soft_cap, summed_cross_entropy
 from gpt.ops.linear import FusedLinear, Linear, is_plain_linear
 from gpt.ops.norm import build_norm
 from gpt.ops.precision import compute_dtype
@@ -116,6 +116,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = _norm(config, config.n_embd)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss = LinearCrossEntropy(config.logit_softcap)
         init_weights(self, config, seed)
 
     def forward(
@@ -171,7 +172,8 @@ class GPT(nn.Module):
             return soft_cap(self._logits(x), softcap)
         if self.lm_head is None or is_plain_linear(self.lm_head):
             weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
-            return fused_linear_cross_entropy(x, weight, targets, softcap=softcap)
+            loss: torch.Tensor = self.loss(x, weight, targets)
+            return loss
         return summed_cross_entropy(self._logits(x), targets, softcap=softcap)
 
     def compute_rope(self, positions: torch.Tensor) -> Rope:

@@ -234,8 +234,7 @@ def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
 
 
 def _supports_kernel(device: torch.device, dtype: torch.dtype, *, dropout: float, head_dim: int) -> bool:
-    # A compiler cannot trace it: the graph would break there.
-    return dropout == 0 and not torch.compiler.is_compiling() and kernel.supports(device, dtype, head_dim)
+    return dropout == 0 and kernel.supports(device, dtype, head_dim)
 
 
 def _supports_flex(device: torch.device, *, dropout: float, head_dim: int) -> bool:

@@ -10,7 +10,15 @@ from gpt.configs.data_config import TOKENIZER_KINDS
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.resume_rule import RESUME_WITH_CHANGES, ResumeRule, get_resume_rules
-from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, FLOAT16_NOTE, RunPlan, resolve
+from gpt.configs.run_plan import (
+    CONTENT_KEY,
+    CORPUS_KEY,
+    DTYPE_KEY,
+    FLOAT16_NOTE,
+    RunPlan,
+    resolve,
+    resolve_compile,
+)
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 from gpt.utils.custom_scheduler import build_schedule
@@ -70,18 +78,21 @@ def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Differen
     )
 
 
-def require_resumable(config: TrainConfig, saved: TrainConfig, place: str) -> tuple[Difference, ...]:
+def require_resumable(config: TrainConfig, saved: TrainConfig, place: str, device: str) -> tuple[Difference, ...]:
     """Check that `config` may resume what `saved` describes, and return the differences to report.
+
+    The device and compilation are compared as they are on this machine, so auto equals what it stands for.
 
     Args:
         config: configuration of this launch.
         saved: configuration of the saved state.
         place: flag and path of the run, for the message.
+        device: cpu, cuda or mps, which auto stands for.
 
     Raises:
         UserError: names every field in the way, and the flag that allows those it can allow.
     """
-    differences = find_differences(saved, config)
+    differences = find_differences(_resolve_device(saved, device), _resolve_device(config, device))
     require_allowed(differences, place, with_changes=config.resume_with_changes)
     return tuple(item for item in differences if item.name not in PER_LAUNCH)
 
@@ -224,6 +235,11 @@ def keeps_learning_rates(config: TrainConfig, plan: RunPlan, saved: TrainConfig,
         f"{checkpoint} cannot be resumed: its {step} steps had the learning rates of a run of {former.max_steps} "
         f"steps, and a run of {plan.max_steps} steps has others; {remedy}{RESUME_WITH_CHANGES} accepts them"
     )
+
+
+def _resolve_device(config: TrainConfig, device: str) -> TrainConfig:
+    device = device if config.device == "auto" else config.device
+    return config.model_copy(update={"device": device, "compile": "on" if resolve_compile(config, device) else "off"})
 
 
 def _resolve_model(config: TrainConfig) -> TrainConfig:

@@ -44,7 +44,7 @@ def test_report_has_every_check_and_the_speed(cache_dir: Path, capsys: pytest.Ca
     assert str(cache_dir) not in output  # it is pasted into an issue
 
 
-def test_wrong_device_fails_and_is_not_remembered(
+def test_wrong_device_fails_and_is_not_trusted_any_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = torch.nn.functional.linear
@@ -60,13 +60,15 @@ def test_wrong_device_fails_and_is_not_remembered(
     assert status == 1
     assert "FAILED   forward pass in float32: error" in output
     assert output.splitlines()[-1].endswith("of 8 checks failed")
-    assert not list(tmp_path.glob("device-*.json"))
+    (record,) = tmp_path.glob("device-*.json")
+    assert json.loads(record.read_text())["is_right"] is False
 
 
 def test_passed_check_is_remembered_for_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = run(tmp_path, capsys, "--dtype", "float32")
     assert (status, output.splitlines()[-1]) == (0, "this device passed every check")
-    assert len(list(tmp_path.glob("device-*.json"))) == 1
+    (record,) = tmp_path.glob("device-*.json")
+    assert json.loads(record.read_text())["is_right"] is True
 
 
 def test_launch_by_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.machine.cuda_runtime import name_nondeterministic_operator, set_up_cuda
+from gpt.machine.cuda_runtime import name_nondeterministic_operator, set_up_cuda, uses_tf32
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +45,22 @@ def test_allocator_that_is_in_use_keeps_its_segments(monkeypatch: pytest.MonkeyP
 
 
 def test_tf32_is_used_where_the_card_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set_up_cuda(reproducible=False)["tf32"] is True
+    set_up_cuda(reproducible=False)
     assert torch.get_float32_matmul_precision() == "high"
+    assert uses_tf32()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert set_up_cuda(reproducible=False)["tf32"] is False
+    assert not uses_tf32()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    torch.set_float32_matmul_precision("highest")
+    assert not uses_tf32()
+
+
+def test_set_up_does_not_initialize_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA is initialized before the allocator is set")
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: torch.cuda._lazy_init())
+    set_up_cuda(reproducible=True)
 
 
 def test_reproducible_mode_restricts_torch_to_deterministic_kernels() -> None:

@@ -186,14 +186,20 @@ def test_bfloat16_trains(tiny: Configure, record: Callable[..., tuple[list[float
     assert bfloat16 == pytest.approx(float32, abs=0.05)
 
 
-def test_compiled_run_equals_the_eager_run(
-    tiny: Configure, record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]], tmp_path: Path
+def test_compiled_run_equals_the_eager_run_and_compiles_before_its_first_step(
+    tiny: Callable[..., TrainConfig],
+    record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]],
+    tmp_path: Path,
 ) -> None:
-    settings = {"max_steps": 3, "model": {"n_layer": 1}, "data": {"val_fraction": 0.0}}
+    settings = {"max_steps": 3, "model": {"n_layer": 1}, "eval": {"interval": 2, "batches": 1}}
     plain, _ = record(tiny(tmp_path / "plain", **settings))
-    compiled, weights = record(tiny(tmp_path / "compiled", compile=True, **settings))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, weights = record(tiny(tmp_path / "compiled", compile="on", **settings))
     assert compiled == pytest.approx(plain, abs=1e-4)
     assert not [name for name in weights if "_orig_mod" in name]
+    # A block and the loss, in training and in evaluation: the trial's graphs, and no others.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 class RaisingSink(Sink):

@@ -98,7 +98,7 @@ def cut_into_parts(
             try:
                 parts += _cut_file(file, records.text_field, max_bytes, val_fraction, file_role, tokenizer)
             except BadFileError as error:
-                records.refuse(str(error))
+                records.refuse_file(error)
     for open_role in list(open_groups):
         close(open_role)
     return parts

@@ -83,6 +83,18 @@ class Records:
         if len(self.reasons) < MAX_REASONS:
             self.reasons.append(message)
 
+    def refuse_file(self, error: BadFileError) -> None:
+        """Count a damaged file as a bad record.
+
+        Raises:
+            UserError: bad records are not skipped, or the system cannot read a file now that was read to fingerprint
+                it. Without that file, the corpus would not be the one of the fingerprint.
+        """
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise UserError(f"{error}; run the same command again") from error
+        self.refuse(str(error))
+
     @contextmanager
     def refuse_bad_file(self, path: PathLike[str]) -> Iterator[None]:
         """Count a file that turns out to be damaged as a bad record; what was read before stays.
@@ -94,7 +106,7 @@ class Records:
             with reraise_as_user_error(path):
                 yield
         except BadFileError as error:
-            self.refuse(str(error))
+            self.refuse_file(error)
 
 
 class NotUtf8:

@@ -1,7 +1,9 @@
+import errno
 import gzip
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 
 from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import open_corpus, prepare_corpus
-from gpt.data.prepare import parts
+from gpt.data.prepare import formats, parts, token_files
 from gpt.data.prepare.part_worker import PartWorker
 from gpt.data.prepare.records import Records
 from gpt.data.prepare.sources import File, find_source
+from gpt.data.prepare.workers import WorkerPool
 from gpt.errors import UserError
 from tests.data.prepare.prepared import decode_documents, prepare
 
@@ -139,6 +142,22 @@ def test_only_file_of_a_folder_that_is_no_text_is_named_with_its_remedy(tmp_path
         find_source(str(folder))
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "saved"])
+def test_records_without_the_column_are_left_out_beside_text_alone(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    rows = datasets.Dataset.from_dict({"body": ["a", "b"]})
+    rows.save_to_disk(str(folder / name)) if name == "saved" else rows.to_parquet(str(folder / name))
+    write_texts(folder, "a.jsonl")
+    (folder / "a.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(UserError, match=rf"{name}: no column 'text'; set --data.text-field to one of: body"):
+        prepare(tmp_path / "out", [folder])
+    write_texts(folder, "a.py")
+    source = find_source(str(folder))
+    assert [file.name for file in source.files] == ["a.jsonl", "a.py"]
+    assert source.left_out == (f"{name} (no column 'text'; set --data.text-field to one of: body)",)
+
+
 def test_tokens_beside_text_are_read_with_their_tokenizer(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "both", "a.txt")
     np.array([104, 255, 106], np.uint16).tofile(folder / "t.bin")
@@ -159,6 +178,35 @@ def test_bad_files_of_a_folder_are_skipped_and_counted(tmp_path: Path, caplog: p
     assert "text of a.txt" in decode_documents(tmp_path / "out", "train")
     assert "texts: left out 4 bad records" in caplog.messages
     assert any(message.startswith("texts: first bad record: ") for message in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.npy"])
+def test_file_that_the_system_cannot_read_for_a_while_is_not_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = write_texts(tmp_path / "texts", "a.txt")
+    if name == "b.npy":
+        np.save(folder / name, np.array([104, 105], np.uint16))
+    else:
+        (folder / name).write_text('{"text": "b"}')
+    broken = folder / name
+
+    def fail_on(path: Path, *rest: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    def start(pool: WorkerPool, *rest: Any) -> None:
+        for owner, function in ((formats, "open_bytes"), (token_files, "_read_head")):
+            original = getattr(owner, function)
+            monkeypatch.setattr(
+                owner, function, lambda path, read=original: fail_on(path) if path == broken else read(path)
+            )
+        original_run(pool, *rest)
+
+    original_run = WorkerPool.run
+    monkeypatch.setattr(WorkerPool, "run", start)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: Stale file handle; run the same command again"):
+        prepare(tmp_path / "out", [folder], on_error="skip")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_are_cut_into_parts_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
