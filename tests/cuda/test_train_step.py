@@ -37,6 +37,15 @@ def test_step_with_triton_and_shared_heads_does_no_host_sync_and_no_copy(fake_cu
             assert launches["flex_attention"] == (6 if mode == "block" else 3), variant
 
 
+@pytest.mark.parametrize(("dtype", "optimizer"), [("bfloat16", "adamw"), ("float16", "muon")])
+def test_reproducible_step_does_no_host_sync_and_uses_no_flex_attention(
+    fake_cuda: FakeCudaProcess, dtype: str, optimizer: str
+) -> None:
+    record = fake_cuda.run("reproducible_step", dtype=dtype, optimizer=optimizer)
+    assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], [])
+    assert not [name for name in record["launches_by_op"] if "flex" in name]
+
+
 def test_report_has_one_host_sync(fake_cuda: FakeCudaProcess) -> None:
     record = fake_cuda.run("report")
     assert len(record["syncs"]) == 1, record
