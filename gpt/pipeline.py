@@ -190,7 +190,7 @@ def build_train_step(
 
 
 def require_deterministic_operators(model: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> None:
-    """Check by one forward and backward pass that every operator has a deterministic form.
+    """Check by one eager forward and backward pass that every operator has a deterministic form.
 
     Args:
         model: the bare model.
@@ -199,7 +199,7 @@ def require_deterministic_operators(model: nn.Module, trial: Callable[[nn.Module
     Raises:
         UserError: one has none; names it.
     """
-    with name_nondeterministic_operator():
+    with name_nondeterministic_operator(), torch.compiler.set_stance("force_eager"):
         trial(model).backward()
     model.zero_grad(set_to_none=True)
 
