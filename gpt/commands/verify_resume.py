@@ -197,8 +197,8 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     verdict = ResumeVerdict(outline, kills, compare(reference, resumed))
     _print_kills(console, verdict)
     _print_comparison(console, verdict)
-    if not verdict.bit_exact and not config.parallel.reproducible and _ran_on_gpu(reference):
-        console.print("a GPU's kernels may add in any order; with --parallel.reproducible they add in one order")
+    if not verdict.bit_exact and (hint := suggest_flag(config, reference)):
+        console.print(hint)
     return verdict
 
 
@@ -256,10 +256,14 @@ def _outline_run(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     )
 
 
-def _ran_on_gpu(reference: "RunFolder") -> bool:
+def suggest_flag(config: TrainConfig, reference: "RunFolder") -> str:
+    """Return a hint for runs that differ although nothing is wrong with them; empty if they should not."""
     from gpt.checkpoint.manifest import read_checkpoint_manifest
 
-    return "gpu" in read_checkpoint_manifest(reference.list_checkpoints()[-1]).environment
+    ran_on_gpu = "gpu" in read_checkpoint_manifest(reference.list_checkpoints()[-1]).environment
+    if config.parallel.reproducible or not ran_on_gpu:
+        return ""
+    return "a GPU's kernels may add in any order; with --parallel.reproducible they add in one order"
 
 
 def _print_kills(console: "RunConsole", verdict: ResumeVerdict) -> None:
