@@ -66,7 +66,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python appends the address
         raise UserError(f"--host {host} --port {port}: {reason}; choose another port, or 0 for any free one") from error
 
 

@@ -49,9 +49,9 @@ class TokenLogprobs:
     """Log-probabilities at one position, in nats, before temperature and filters."""
 
     logprob: float
-    """Of the sampled token."""
+    """Value of the sampled token."""
     top: dict[int, float]
-    """Of the most likely tokens, by their ids."""
+    """Values of the most likely tokens, by their ids."""
 
 
 @dataclass(eq=False)

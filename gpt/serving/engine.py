@@ -102,7 +102,7 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests are served."""
+        """True while requests are served."""
         return self._thread.is_alive() and not self._is_stopping
 
     def submit(self, *jobs: Job) -> None:

@@ -86,14 +86,14 @@ def test_openai_client_gets_the_text_that_python_gets(client: Any) -> None:
 def test_stream_is_the_whole_answer_in_pieces(client: Any) -> None:
     request = {"model": "tiny", "prompt": "the", "max_tokens": 30, "seed": 5, "logprobs": 2}
     chunks = list(client.completions.create(stream=True, stream_options={"include_usage": True}, **request))
-    whole = client.completions.create(**request)
+    answer = client.completions.create(**request)
     pieces = [chunk.choices[0] for chunk in chunks[:-1]]
-    assert "".join(piece.text for piece in pieces) == whole.choices[0].text
+    assert "".join(piece.text for piece in pieces) == answer.choices[0].text
     assert len(pieces) > 5
-    assert pieces[-1].finish_reason == whole.choices[0].finish_reason in ("stop", "length")
-    assert chunks[-1].usage == whole.usage
-    logprobs = whole.choices[0].logprobs
-    assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == whole.usage.completion_tokens
+    assert pieces[-1].finish_reason == answer.choices[0].finish_reason in ("stop", "length")
+    assert chunks[-1].usage == answer.usage
+    logprobs = answer.choices[0].logprobs
+    assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == answer.usage.completion_tokens
     assert [value for piece in pieces for value in piece.logprobs.token_logprobs] == logprobs.token_logprobs
     assert all(len(top) <= 2 for top in logprobs.top_logprobs)
 
