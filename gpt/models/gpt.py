@@ -178,15 +178,8 @@ class GPT(nn.Module):
 
     def compute_rope(self, positions: torch.Tensor) -> Rope:
         """Return the rotary embeddings of positions, (T,) or (B, T) int64."""
-        config, scaling = self.config, None
-        if config.rope_scaling == "llama3":
-            scaling = RopeScaling(
-                config.rope_factor,
-                config.rope_low_freq_factor,
-                config.rope_high_freq_factor,
-                config.rope_original_block_size,
-            )
-        return rope_cos_sin(positions, config.head_dim, config.rope_theta, scaling)
+        config = self.config
+        return rope_cos_sin(positions, config.head_dim, config.rope_theta, build_rope_scaling(config))
 
     def hidden_matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         """Return the weights of the blocks' linear layers, each with the rows of every matrix that is fused in it."""
@@ -201,6 +194,18 @@ class GPT(nn.Module):
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the head; (B, T, C) -> (B, T, V)."""
         return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+
+def build_rope_scaling(config: GPTConfig) -> RopeScaling | None:
+    """Return the scaling of the rotary embeddings; None if they are not scaled."""
+    if config.rope_scaling == "none":
+        return None
+    return RopeScaling(
+        config.rope_factor,
+        config.rope_low_freq_factor,
+        config.rope_high_freq_factor,
+        config.rope_original_block_size,
+    )
 
 
 def shorten_context(weights: dict[str, torch.Tensor], block_size: int) -> dict[str, torch.Tensor]:

@@ -21,12 +21,13 @@ from gpt.ops import attention
 from gpt.optim.build import build_optimizer
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.parallel.gradient_sync import AveragedGradients
+from gpt.parallel.reproducible import TreeGradients
 from gpt.training.metrics import Meter
 from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep
 from gpt.utils.distributed import DistContext
 from tests.cuda.recorder import Recorder
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 DEVICE = torch.device("cuda", 0)
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=64, vocab_size=512)
@@ -88,7 +89,13 @@ def make_batch(config: GPTConfig, *, sequences: int, micro_batches: int, masked:
 
 
 def make_step(
-    config: GPTConfig, batch: StepBatch, *, dtype: str = "bfloat16", optimizer: str = "adamw", mode: str = "none"
+    config: GPTConfig,
+    batch: StepBatch,
+    *,
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    mode: str = "none",
+    reproducible: bool = False,
 ) -> tuple[TrainStep, AppState]:
     with DEVICE:
         model = GPT(config, seed=0)
@@ -111,7 +118,9 @@ def make_step(
         loader=RepeatedBatch(batch),
         schedule=lambda step: 1.0,
         autocast=partial(torch.autocast, "cuda", getattr(torch, dtype), enabled=dtype != "float32"),
-        gradients=AveragedGradients(model, world_size=1),
+        gradients=(
+            TreeGradients(model.parameters(), DistContext("cpu")) if reproducible else AveragedGradients(model, 1)
+        ),
         grad_clip=1.0,
         timer=StepTimer(DEVICE),
     )
@@ -137,6 +146,21 @@ def train_step(
         with Recorder() as recorder:
             stats = step(1)
         assert stats.loss_sum.device == stats.grad_norm.device == DEVICE
+    return recorder.to_json()
+
+
+def reproducible_step(*, dtype: str, optimizer: str) -> dict[str, Any]:
+    """Record the second step of a reproducible run with document masks, where Triton is installed."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with fake_cuda(), mock.patch.object(attention, "HAS_TRITON", True):
+            batch = make_batch(TINY, sequences=2, micro_batches=4, masked=True)
+            step, _ = make_step(TINY, batch, dtype=dtype, optimizer=optimizer, reproducible=True)
+            step(0)
+            with Recorder() as recorder:
+                step(1)
+    finally:
+        torch.use_deterministic_algorithms(False)
     return recorder.to_json()
 
 

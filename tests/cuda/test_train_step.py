@@ -25,6 +25,15 @@ def test_step_does_no_host_sync_and_no_copy(fake_cuda: FakeCudaProcess, dtype: s
         assert record["launches"] > 100
 
 
+@pytest.mark.parametrize(("dtype", "optimizer"), [("bfloat16", "adamw"), ("float16", "muon")])
+def test_reproducible_step_does_no_host_sync_and_uses_no_flex_attention(
+    fake_cuda: FakeCudaProcess, dtype: str, optimizer: str
+) -> None:
+    record = fake_cuda.run("reproducible_step", dtype=dtype, optimizer=optimizer)
+    assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], [])
+    assert not [name for name in record["launches_by_op"] if "flex" in name]
+
+
 def test_report_has_one_host_sync(fake_cuda: FakeCudaProcess) -> None:
     record = fake_cuda.run("report")
     assert len(record["syncs"]) == 1, record

@@ -45,7 +45,7 @@ EXPECTED_RUNS = {
     "docs/run-folder.md": {"debug"},
     "docs/sampling.md": {"debug"},
     "docs/serve.md": {"debug"},
-    "docs/training.md": {"debug", "wide", "debug-again"},
+    "docs/training.md": {"debug", "wide", "debug-again", "small"},
 }
 """Document -> names of the folders below runs/ that its commands leave."""
 MAX_README_BYTES = 9 * 1024

@@ -98,9 +98,11 @@ def test_plan_names_the_source_that_is_repeated() -> None:
     config = TrainConfig(max_steps=2000, tokens_per_step=2048, data=data)
     corpus = CorpusFacts(300, (StreamFacts("large", 10**7), StreamFacts("small", 10**5)))
     notes = resolve(config, PLAN.machine, corpus).notes
-    assert [note for note in notes if "epochs" in note] == [
-        "small is read 20.5 times: beyond 4 epochs a text teaches less and less; add text or lower --max-steps"
-    ]
+    repeated = "small is read 20.5 times: beyond 4 epochs a text teaches less and less; "
+    assert [note for note in notes if "epochs" in note] == [repeated + "add text, or train the preset small-text"]
+    with_dropout = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.2})})
+    notes = resolve(with_dropout, PLAN.machine, corpus).notes
+    assert [note for note in notes if "epochs" in note] == [repeated + "add text or lower --max-steps"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
