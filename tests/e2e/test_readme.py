@@ -43,7 +43,7 @@ EXPECTED_RUNS = {
     "docs/resume.md": {"debug", "fork", "tuned"},
     "docs/run-folder.md": {"debug"},
     "docs/sampling.md": {"debug"},
-    "docs/training.md": {"debug", "wide", "debug-again"},
+    "docs/training.md": {"debug", "wide", "debug-again", "small"},
 }
 """Document -> names of the folders below runs/ that its commands leave."""
 MAX_README_BYTES = 9 * 1024
