@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     checkpoint = locate_checkpoint(command.run_dir, "RUN_DIR")
     _require_exportable(command.to, load_config(checkpoint / "config.json").model.resolve())
     require_writable(command.out.absolute().parent, "--out")
-    loaded = load_for_inference(checkpoint, "cpu")
+    loaded = load_for_inference(checkpoint, "cpu", "float32")
     facts = export(command, checkpoint, loaded.model, loaded.tokenizer)
     if command.as_json:
         print_json(facts)
