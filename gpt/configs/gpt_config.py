@@ -10,6 +10,9 @@ from gpt.configs.resume_rule import NEEDS_FLAG
 NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
 """Defaults of `norm_eps`: as in GPT-2, and as in Llama and Qwen 3."""
 
+INIT_STD = 0.02
+"""Standard deviation of the initial matrices, as in the released code of GPT-2, Llama and Qwen."""
+
 
 class GPTConfig(Config):
     """A GPT: names as in the GPT-2 report and its released code, which the defaults of all but the sizes follow."""
@@ -46,6 +49,18 @@ class GPTConfig(Config):
     """Position information: a learned embedding (GPT-2), or rotary embeddings of queries and keys (RoPE)."""
     rope_theta: float = Field(10_000.0, gt=0, le=1e12)
     """Base of the rotary embeddings' wavelengths."""
+    rope_scaling: Literal["none", "llama3"] = "none"
+    """Scaling of the rotary embeddings to a longer context; llama3: long wavelengths grow, as in Llama 3.1 to 3.3."""
+    rope_factor: float = Field(8.0, ge=1, le=1e6)
+    """Factor of the long wavelengths with rope_scaling llama3."""
+    rope_low_freq_factor: float = Field(1.0, gt=0, le=1e6)
+    """Wavelengths above rope_original_block_size / rope_low_freq_factor tokens grow by the whole rope_factor."""
+    rope_high_freq_factor: float = Field(4.0, gt=0, le=1e6)
+    """Wavelengths below rope_original_block_size / rope_high_freq_factor tokens stay as they are."""
+    rope_original_block_size: int = Field(8192, ge=1, le=2**26)
+    """Context in tokens that the model was first trained with; used by rope_scaling llama3."""
+    sliding_window: int = Field(0, ge=0, le=2**26)
+    """Tokens that each token attends to, itself included, as in Mistral 7B; 0: its whole past."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Norm before each branch of a block and before the head."""
     norm_eps: float = Field(0.0, ge=0, le=1)
@@ -59,6 +74,10 @@ class GPTConfig(Config):
     """Share one matrix between the token embedding and the head, as in GPT-2."""
     logit_softcap: float = Field(0.0, ge=0, le=1e6)
     """Smooth bound of the logits, cap * tanh(logits / cap); 0: none."""
+    init: Literal["gpt2", "llama"] = "gpt2"
+    """Initial weights: gpt2 scales the residual projections by 1 / sqrt(2 n_layer); llama does not, as Qwen."""
+    init_std: float = Field(INIT_STD, gt=0, le=10)
+    """Standard deviation of the initial matrices and embeddings."""
 
     def resolve(self) -> "GPTConfig":
         """Return a copy in which every derived field has its value; `vocab_size` 0 stays, only a tokenizer knows it."""
@@ -118,6 +137,19 @@ class GPTConfig(Config):
             raise ValueError(f"n_kv_head={n_kv_head} does not divide n_head={self.n_head} (nearest: {divisor})")
         if self.position == "rotary" and self.resolve().head_dim % 2:
             raise ValueError(f"position=rotary needs an even head_dim: {self._odd_head_dim()}")
+        return self
+
+    @model_validator(mode="after")
+    def _require_usable_rope_scaling(self) -> Self:
+        if self.rope_scaling == "none":
+            return self
+        if self.position != "rotary":
+            raise ValueError(f"rope_scaling={self.rope_scaling} needs position=rotary; set it, or rope_scaling=none")
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"rope_low_freq_factor={self.rope_low_freq_factor} is not below "
+                f"rope_high_freq_factor={self.rope_high_freq_factor}; Llama 3.1 has 1 and 4"
+            )
         return self
 
     def _odd_head_dim(self) -> str:

@@ -85,20 +85,14 @@ def speedrun_char() -> TrainConfig:
     )
 
 
-def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> TrainConfig:
-    """Return a model of the GPT-2 report (table 2) with GPT-3's learning rate and batch of 0.5M tokens (table 2.1)."""
+def _pretraining(name: str, model: GPTConfig, max_steps: int, max_lr: float) -> TrainConfig:
+    """Return a run of `max_steps` batches of 0.5M tokens with AdamW and a cosine schedule."""
     return TrainConfig(
         run_dir=Path("runs") / name,
-        max_steps=19_073,  # 10 billion tokens
+        max_steps=max_steps,
         micro_batch_size="auto-cuda",
         tokens_per_step=2**19,
-        model=GPTConfig(
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
-            block_size=1024,
-            vocab_size=50_304,  # 50,257 rounded up to a multiple of 128, for faster matmuls
-        ),
+        model=model,
         data=DataConfig(tokenizer="gpt2"),
         lr=LRConfig(schedule="cosine", max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=715),
         optimizer=OptimizerConfig(),
@@ -106,6 +100,18 @@ def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> T
         checkpoint=CheckpointConfig(interval=500),
         sample=TextSampleConfig(),
     )
+
+
+def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> TrainConfig:
+    """Return a model of the GPT-2 report (table 2) with GPT-3's learning rate and batch of 0.5M tokens (table 2.1)."""
+    model = GPTConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        block_size=1024,
+        vocab_size=50_304,  # 50,257 rounded up to a multiple of 128, for faster matmuls
+    )
+    return _pretraining(name, model, max_steps=19_073, max_lr=max_lr)  # 10 billion tokens
 
 
 def gpt2_124m() -> TrainConfig:
@@ -128,6 +134,58 @@ def gpt2_1558m() -> TrainConfig:
     return _gpt2("gpt2-1558m", n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4)
 
 
+def _llama(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
+    """Return a model of Llama 2's architecture (Touvron et al. 2023) with a tied head, for GPT-2's vocabulary."""
+    return GPTConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        # two thirds of 4 * n_embd, up to a multiple of 256: `multiple_of` of Llama's released code
+        intermediate_size=-(-8 * n_embd // 768) * 256,
+        block_size=1024,
+        vocab_size=50_304,
+        bias=False,
+        position="rotary",
+        norm="rmsnorm",
+        norm_eps=1e-5,
+        mlp="swiglu",
+        init="llama",
+    )
+
+
+def llama_30m() -> TrainConfig:
+    """Return a Llama of 29.9 M parameters, on 0.6 billion tokens: 20 for each parameter."""
+    return _pretraining("llama-30m", _llama(n_layer=6, n_head=6, n_embd=384), max_steps=1_144, max_lr=1e-3)
+
+
+def llama_124m() -> TrainConfig:
+    """Return a Llama of 123.6 M parameters, with GPT-2 small's depth and width, on 10 billion tokens."""
+    return _pretraining("llama-124m", _llama(n_layer=12, n_head=12, n_embd=768), max_steps=19_073, max_lr=6e-4)
+
+
+def qwen3_0_6b() -> TrainConfig:
+    """Return Qwen3-0.6B: the released config.json (Yang et al. 2025), at the 4,096 tokens of its first stage."""
+    model = GPTConfig(
+        n_layer=28,
+        n_head=16,
+        n_kv_head=8,
+        n_embd=1024,
+        head_dim=128,
+        intermediate_size=3072,
+        block_size=4096,
+        vocab_size=151_936,
+        bias=False,
+        position="rotary",
+        rope_theta=1e6,
+        norm="rmsnorm",
+        norm_eps=1e-6,
+        mlp="swiglu",
+        qk_norm=True,
+        init="llama",
+    )
+    return _pretraining("qwen3-0.6b", model, max_steps=19_073, max_lr=6e-4)
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "quickstart": TrainConfig,
@@ -137,4 +195,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "gpt2-355m": gpt2_355m,
     "gpt2-774m": gpt2_774m,
     "gpt2-1558m": gpt2_1558m,
+    "llama-30m": llama_30m,
+    "llama-124m": llama_124m,
+    "qwen3-0.6b": qwen3_0_6b,
 }

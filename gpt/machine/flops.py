@@ -1,7 +1,7 @@
 """Floating-point operations (FLOPs) of a training step.
 
     N = sum of n_in * n_out over all linear layers    (`linear_layers`; the head counts, embeddings do not)
-    FLOPs per token = 6 N + 6 L T H D                 (`flops_per_token`)
+    FLOPs per token = 6 N + 6 L T H D                 (`flops_per_token`; less with a sliding window)
     MFU = FLOPs per token * tokens_per_second / peak_flops
 
 L = n_layer, T = block_size, H = n_head, D = head_dim.
@@ -44,7 +44,8 @@ def flops_per_token(model: GPTConfig) -> int:
     6 N: a multiplication and an addition per weight forward, twice that backward (Kaplan et al. 2020, "Scaling Laws for
     Neural Language Models", section 2.1). 6 L T H D: attention needs 12 T H D per layer (Chowdhery et al. 2022, "PaLM",
     appendix B), and half of that with a causal mask (Dao 2023, "FlashAttention-2", section 4.1). Grouped-query
-    attention has fewer weights, but as many scores.
+    attention has fewer weights, but as many scores. In a sliding window of W < T tokens, T * T / 2 scores of a head
+    become W * T - W * W / 2.
 
     These are the FLOPs that the model needs, not those that are executed: masked scores, recomputed activations, norms,
     activation functions and the optimizer do not count. The savings of a document mask are ignored.
@@ -53,4 +54,6 @@ def flops_per_token(model: GPTConfig) -> int:
         model: resolved configuration, vocab_size included.
     """
     weights = sum(linear.n_in * linear.n_out * linear.layers for linear in linear_layers(model))
-    return 6 * weights + 6 * model.n_layer * model.qkv_sizes[0] * model.block_size
+    length = model.block_size
+    window = min(model.sliding_window or length, length)
+    return 6 * weights + 6 * model.n_layer * model.qkv_sizes[0] * window * (2 * length - window) // length

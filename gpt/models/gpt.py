@@ -17,7 +17,7 @@ from gpt.ops.cross_entropy import fused_linear_cross_entropy, soft_cap, summed_c
 from gpt.ops.linear import FusedLinear, Linear, is_plain_linear
 from gpt.ops.norm import build_norm
 from gpt.ops.precision import compute_dtype
-from gpt.ops.rope import Rope, apply_rope, rope_cos_sin
+from gpt.ops.rope import Rope, RopeScaling, apply_rope, rope_cos_sin
 
 
 def _norm(config: GPTConfig, width: int, *, rounds: bool = False) -> nn.Module:
@@ -111,7 +111,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = _norm(config, config.n_embd)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
-        init_weights(self, config.n_layer, seed)
+        init_weights(self, config, seed)
 
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor | None = None, documents: torch.Tensor | None = None
@@ -134,13 +134,19 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
         x = self.wte(tokens)  # (B, T, C)
         if documents is not None:
-            dropout = self.config.dropout if self.training else 0.0
-            mask = DocumentMask(documents, dropout=dropout, head_dim=self.config.head_dim, dtype=compute_dtype(x))
             positions = positions_in_documents(documents)  # (B, T)
+        if documents is not None or 0 < self.config.sliding_window < tokens.shape[1]:
+            mask = DocumentMask(
+                torch.zeros_like(tokens) if documents is None else documents,
+                dropout=self.config.dropout if self.training else 0.0,
+                head_dim=self.config.head_dim,
+                dtype=compute_dtype(x),
+                window=self.config.sliding_window,
+            )
         if self.wpe is not None:
             x = x + self.wpe(positions)  # (B, T, C)
         else:
-            rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+            rope = self.compute_rope(positions)
         x = self.drop(x)
         for block in self.h:
             x = block(x, mask, rope)
@@ -152,6 +158,18 @@ class GPT(nn.Module):
             weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
             return fused_linear_cross_entropy(x, weight, targets, softcap=softcap)
         return summed_cross_entropy(self._logits(x), targets, softcap=softcap)
+
+    def compute_rope(self, positions: torch.Tensor) -> Rope:
+        """Return the rotary embeddings of positions, (T,) or (B, T) int64."""
+        config, scaling = self.config, None
+        if config.rope_scaling == "llama3":
+            scaling = RopeScaling(
+                config.rope_factor,
+                config.rope_low_freq_factor,
+                config.rope_high_freq_factor,
+                config.rope_original_block_size,
+            )
+        return rope_cos_sin(positions, config.head_dim, config.rope_theta, scaling)
 
     def hidden_matrices(self) -> dict[torch.Tensor, tuple[int, ...]]:
         """Return the weights of the blocks' linear layers, each with the rows of every matrix that is fused in it."""

@@ -1,4 +1,4 @@
-"""The initialisation of a GPT, as a table: parameter -> distribution, with its source."""
+"""The initialisation of each family, as a table: parameter -> distribution, with its source."""
 
 import math
 from collections.abc import Callable
@@ -7,26 +7,25 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-INIT_STD = 0.02
-"""Standard deviation of every matrix and embedding, as in Hugging Face's and nanoGPT's GPT-2."""
+from gpt.configs.gpt_config import GPTConfig
 
-Distribution = Callable[[torch.Tensor, torch.Generator, int], object]
-"""Fills a parameter in place, given the generator and n_layer."""
-
-
-def _normal(parameter: torch.Tensor, generator: torch.Generator, n_layer: int) -> None:
-    nn.init.normal_(parameter, std=INIT_STD, generator=generator)
+Distribution = Callable[[torch.Tensor, torch.Generator, GPTConfig], object]
+"""Fills a parameter in place, given the generator and the configuration."""
 
 
-def _scaled_normal(parameter: torch.Tensor, generator: torch.Generator, n_layer: int) -> None:
-    nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * n_layer), generator=generator)
+def _normal(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
+    nn.init.normal_(parameter, std=config.init_std, generator=generator)
 
 
-def _ones(parameter: torch.Tensor, generator: torch.Generator, n_layer: int) -> None:
+def _scaled_normal(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
+    nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.n_layer), generator=generator)
+
+
+def _ones(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
     nn.init.ones_(parameter)
 
 
-def _zeros(parameter: torch.Tensor, generator: torch.Generator, n_layer: int) -> None:
+def _zeros(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
     nn.init.zeros_(parameter)
 
 
@@ -45,18 +44,27 @@ INITIALISATION: dict[str, Distribution] = {
     # Zeros: the released GPT-2 code.
     "*.bias": _zeros,
 }
-"""Name pattern -> distribution; every parameter matches exactly one pattern."""
+"""Initialisation of GPT-2: name pattern -> distribution; every parameter matches exactly one pattern."""
+
+INITIALISATIONS: dict[str, dict[str, Distribution]] = {
+    "gpt2": INITIALISATION,
+    # N(0, initializer_range^2) for every matrix, residual projections included: `_init_weights` of transformers'
+    # modeling_llama.py, modeling_mistral.py, modeling_qwen2.py and modeling_qwen3.py.
+    "llama": INITIALISATION | {"h.*.c_proj.weight": _normal},
+}
+"""Value of `GPTConfig.init` -> its table."""
 
 
-def init_weights(model: nn.Module, n_layer: int, seed: int) -> None:
-    """Fill every parameter of `model` from the table; they draw from one generator in the order of their names.
+def init_weights(model: nn.Module, config: GPTConfig, seed: int) -> None:
+    """Fill every parameter of `model` from its table; they draw from one generator in the order of their names.
 
     Args:
         model: a GPT on the CPU.
-        n_layer: its number of blocks.
+        config: its configuration.
         seed: generator's seed, which alone decides the weights of a configuration.
     """
     generator = torch.Generator().manual_seed(seed)
+    table = INITIALISATIONS[config.init]
     for name, parameter in model.named_parameters():
-        distribution = next(fill for pattern, fill in INITIALISATION.items() if fnmatchcase(name, pattern))
-        distribution(parameter, generator, n_layer)
+        distribution = next(fill for pattern, fill in table.items() if fnmatchcase(name, pattern))
+        distribution(parameter, generator, config)

@@ -33,11 +33,11 @@ FLEX_MIN_HEAD_DIM = 16
 
 
 class DocumentMask:
-    """Attention mask of rows that hold several documents; built once per forward pass, for all layers.
+    """Attention mask of rows that hold several documents, or of a sliding window; built once per forward pass.
 
     On CUDA it holds FlexAttention's block mask (Dong et al. 2024, "Flex Attention"), which skips blocks that are masked
     completely; no layer holds a T x T tensor. The same is true of `gpt.ops.attention_cpu`, for which it holds the start
-    of each position's document. Elsewhere, and where neither is supported, it holds a boolean for each pair of
+    of what each position attends to. Elsewhere, and where neither is supported, it holds a boolean for each pair of
     positions. With all three, documents are isolated bit-exactly: a masked position has the weight exp(-inf) = 0, and
     adding 0 times a finite number changes no sum, forward or backward.
 
@@ -50,20 +50,25 @@ class DocumentMask:
         dropout: probability that a layer drops an attention weight in this pass.
         head_dim: D.
         dtype: dtype of queries, keys and values.
+        window: number of tokens that each token attends to, itself included (Beltagy et al. 2020, "Longformer",
+            section 3.1); 0: its document's past.
     """
 
-    def __init__(self, documents: torch.Tensor, *, dropout: float, head_dim: int, dtype: torch.dtype):
+    def __init__(self, documents: torch.Tensor, *, dropout: float, head_dim: int, dtype: torch.dtype, window: int = 0):
+        window = window or documents.shape[1]
         self.blocks: BlockMask | None = None
-        self.doc_starts: torch.Tensor | None = None  # (B, T) int32, the first position of each position's document
+        self.doc_starts: torch.Tensor | None = None  # (B, T) int32, the first position that each position attends to
         self.allowed: torch.Tensor | None = None  # (B, 1, T, T) bool, the same for every head
         self.masked: torch.Tensor | None = None  # ~allowed
         if _supports_flex(documents.device, dropout=dropout, head_dim=head_dim):
-            self.blocks = _build_block_mask(documents)
+            self.blocks = _build_block_mask(documents, window)
         elif _supports_kernel(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
-            self.doc_starts = (index - positions_in_documents(documents)).int()
+            self.doc_starts = (index - positions_in_documents(documents).clamp(max=window - 1)).int()
         else:
             self.allowed = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+            if window < documents.shape[1]:
+                self.allowed = self.allowed.triu(1 - window)
             self.masked = ~self.allowed
 
 
@@ -213,11 +218,13 @@ def _supports_flex(device: torch.device, *, dropout: float, head_dim: int) -> bo
     return device.type == "cuda" and HAS_TRITON and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
 
 
-def _build_block_mask(documents: torch.Tensor) -> BlockMask:
-    def is_allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (q >= k) & (documents[b, q] == documents[b, k])
-
+def _build_block_mask(documents: torch.Tensor, window: int) -> BlockMask:
     B, T = documents.shape
+
+    def is_allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        allowed = (q >= k) & (documents[b, q] == documents[b, k])
+        return allowed & (q - k < window) if window < T else allowed
+
     blocks: BlockMask = _compile_if_eager(create_block_mask)(is_allowed, B, None, T, T, device=documents.device)
     return blocks
 

@@ -15,8 +15,8 @@ from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 from gpt.utils.custom_scheduler import build_schedule
 
-WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout"})
-"""Fields of a model that its weights do not depend on; the vocabulary is compared through the tokenizer."""
+WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout", "init", "init_std"})
+"""Fields of a model that loaded weights do not depend on; the vocabulary is compared through the tokenizer."""
 PER_LAUNCH = frozenset({"run_dir", "resume", "resume_with_changes", "init_from"})
 """Fields that say where and how one launch starts; a change of them is not reported."""
 

@@ -61,6 +61,11 @@ def test_zero_and_the_value_it_stands_for_resolve_to_the_same() -> None:
             {"position": "rotary", "head_dim": 9},
             r"position=rotary needs an even head_dim: head_dim=9 is odd \(nearest: 8 or 10\)",
         ),
+        ({"rope_scaling": "llama3"}, "rope_scaling=llama3 needs position=rotary"),
+        (
+            {"position": "rotary", "rope_scaling": "llama3", "rope_low_freq_factor": 4},
+            r"rope_low_freq_factor=4.0 is not below rope_high_freq_factor=4.0",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_name_the_nearest(changes: dict[str, Any], message: str) -> None:

@@ -39,6 +39,14 @@ def test_preset_keeps_its_released_values_whatever_the_defaults_are(name: str) -
     assert {field: values[field] for field in released} == released
 
 
+@pytest.mark.parametrize(
+    ("name", "n_parameters"), [("llama-30m", 29_938_560), ("llama-124m", 123_587_328), ("qwen3-0.6b", 596_049_920)]
+)
+def test_presets_of_other_families_have_the_parameters_of_their_names(name: str, n_parameters: int) -> None:
+    """Qwen3-0.6B's is that of the released weights; its tied head counts once."""
+    assert PRESETS[name]().model.n_parameters == n_parameters
+
+
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m"])
 def test_gpt2_presets_leave_the_micro_batch_to_a_gpu(name: str) -> None:
     config = PRESETS[name]()

@@ -38,7 +38,9 @@ FIELDS = {
         model.n_layer model.n_head model.n_kv_head model.n_embd model.block_size model.vocab_size model.bias
         model.position model.norm model.mlp model.qk_norm model.logit_softcap model.head_dim
         model.intermediate_size model.norm_eps model.rope_theta model.tie_embeddings model.qkv_bias
-        model.attn_out_bias model.mlp_bias optimizer.name
+        model.attn_out_bias model.mlp_bias model.rope_scaling model.rope_factor model.rope_low_freq_factor
+        model.rope_high_freq_factor model.rope_original_block_size model.sliding_window model.init model.init_std
+        optimizer.name
         data.weights data.val_fraction data.text_field data.on_error data.deduplicate
         data.end_of_text data.vocab_size data.packing data.document_mask seed tokens_per_step init_from
     """,

@@ -42,3 +42,14 @@ def test_linear_layers_are_those_of_the_model(name: str) -> None:
     for n_in, n_out, layers in linear_layers(config):
         found[n_in, n_out] += layers
     assert found == expected
+
+
+def test_a_sliding_window_leaves_out_the_scores_outside_it() -> None:
+    config = GPTConfig(**SIZES).resolve()
+    scores = [min(query, 5) for query in range(1, config.block_size + 1)]
+    outside = sum(range(1, config.block_size + 1)) - sum(scores)
+    saved = (flops_per_token(config) - flops_per_token(config.with_(sliding_window=5))) * config.block_size
+    per_score = 12 * config.n_layer * config.n_head * config.head_dim
+    # A triangle of n scores a side counts n * n / 2, without half of its diagonal.
+    assert saved == per_score * (outside - (config.block_size - 5) / 2)
+    assert flops_per_token(config.with_(sliding_window=16)) == flops_per_token(config)

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.gpt_config import INIT_STD, GPTConfig
 from gpt.models.gpt import GPT
-from gpt.models.init import INIT_STD
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50)
 MODERN = CONFIG.model_copy(

@@ -1,5 +1,6 @@
 import hashlib
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.presets import PRESETS
 from gpt.models.gpt import GPT
-from gpt.models.init import INITIALISATION
+from gpt.models.init import INITIALISATIONS
 
 LLAMA = {"n_head": 4, "n_kv_head": 2, "n_embd": 32, "bias": False, "position": "rotary", "norm": "rmsnorm"}
 MODELS = {
@@ -46,11 +47,17 @@ def test_initial_weights_keep_every_bit(name: str) -> None:
 def test_every_parameter_matches_one_row_of_the_table(changes: dict[str, Any]) -> None:
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11).model_copy(update=changes)
     for name, _ in GPT(config, seed=0).named_parameters():
-        assert sum(fnmatchcase(name, pattern) for pattern in INITIALISATION) == 1, name
+        for table in INITIALISATIONS.values():
+            assert sum(fnmatchcase(name, pattern) for pattern in table) == 1, name
 
 
-def test_every_row_of_the_table_is_used() -> None:
+def test_init_std_scales_the_matrices() -> None:
+    weights = GPT(GPTConfig(vocab_size=300, n_layer=1, init_std=0.5), seed=0).state_dict()
+    assert weights["wte.weight"].std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_every_row_of_the_tables_is_used() -> None:
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 11}
     names = [name for name, _ in GPT(GPTConfig(**sizes, qk_norm=True, tie_embeddings=False), seed=0).named_parameters()]
-    for pattern in INITIALISATION:
+    for pattern in chain(*INITIALISATIONS.values()):
         assert any(fnmatchcase(name, pattern) for name in names), pattern

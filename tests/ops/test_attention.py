@@ -132,11 +132,14 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_compile", lambda function: torch.compile(function, backend="eager"))
 
 
-def test_block_mask_equals_the_boolean_mask(flex_on_cpu: None) -> None:
+@pytest.mark.parametrize("window", [0, 40])
+def test_block_mask_equals_the_boolean_mask(flex_on_cpu: None, window: int) -> None:
     documents = make_documents(300)
-    blocks = DocumentMask(documents, dropout=0, head_dim=16, dtype=torch.float32).blocks
+    blocks = DocumentMask(documents, dropout=0, head_dim=16, dtype=torch.float32, window=window).blocks
     assert blocks is not None
     allowed = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    if window:
+        allowed = allowed.triu(1 - window)
     assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 300, 300, device="cpu"), allowed)
     # At block granularity, which is all that the kernels read.
     padded = F.pad(allowed, (0, 84, 0, 84)).view(2, 1, 3, 128, 3, 128)
@@ -204,6 +207,42 @@ def test_bfloat16_attention_matches_float32_sdpa_within_rounding(length: int, ma
     for expected, found in zip(*results, strict=True):
         assert found.dtype == torch.bfloat16
         assert (expected - found.float()).norm() <= 0.02 * expected.norm() + 1e-6
+
+
+@pytest.mark.parametrize("window", [1, 6, 100, 299])
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 32)])
+def test_a_sliding_window_limits_what_each_token_attends_to(
+    window: int, has_documents: bool, dtype: torch.dtype, width: int
+) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 300, width, requires_grad=True) for _ in range(3)]
+    tensors = [x.detach().to(dtype).requires_grad_() for x in exact]
+    documents = make_documents(300) if has_documents else torch.zeros(2, 300, dtype=torch.int64)
+    distances = torch.arange(300)[:, None] - torch.arange(300)
+    allowed = (distances >= 0) & (distances < window) & (documents[:, None, :, None] == documents[:, None, None, :])
+    mask = DocumentMask(documents, dropout=0.0, head_dim=width, dtype=dtype, window=window)
+    outs = F.scaled_dot_product_attention(*exact, attn_mask=allowed), attend(*tensors, mask, dropout=0.0)
+    weight = torch.linspace(-1, 1, width)
+    results = [
+        [out, *torch.autograd.grad((out.float() * weight).sum(), inputs)]
+        for out, inputs in zip(outs, (exact, tensors), strict=True)
+    ]
+    for expected, found in zip(*results, strict=True):
+        assert (expected - found.float()).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * expected.norm() + 1e-4
+
+
+def test_a_model_with_a_sliding_window_sees_no_further() -> None:
+    config = CONFIG.model_copy(update={"n_layer": 1, "sliding_window": 10})
+    model = large_model(config)
+    tokens = random_tokens(rows([64], [64]))
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % CONFIG.vocab_size
+    differs = (model(tokens) != model(changed)).any(dim=-1)
+    assert differs[:, 20:30].all()
+    assert not differs[:, :20].any() and not differs[:, 30:].any()
+    short = tokens[:, :10]
+    assert torch.equal(model(short), large_model(config.model_copy(update={"sliding_window": 0}))(short))
 
 
 @pytest.mark.skipif(not kernel.is_enabled(), reason="no compiler at installation, or no AVX512_BF16")

@@ -1,6 +1,8 @@
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gpt.ops.rope import apply_rope, rope_cos_sin
+from gpt.ops.rope import RopeScaling, apply_rope, rope_cos_sin, scale_frequencies
 
 THETA = 10_000.0
 
@@ -35,3 +37,15 @@ def test_theta_is_the_base_of_the_wavelengths() -> None:
     cos, sin = rope_cos_sin(torch.tensor([3]), 4, 100.0)
     angles = torch.tensor([[3.0, 0.3, 3.0, 0.3]])
     torch.testing.assert_close((cos, sin), (angles.cos(), angles.sin()))
+
+
+def test_scaled_frequencies_are_those_of_llama_3() -> None:
+    parameters = {"rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    parameters |= {"rope_type": "llama3", "original_max_position_embeddings": 8192}
+    config = LlamaConfig(head_dim=128, max_position_embeddings=131_072, rope_parameters=parameters)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    frequencies = 500_000.0 ** (-torch.arange(0, 128, 2) / 128)
+    scaled = scale_frequencies(frequencies, RopeScaling(8.0, 1.0, 4.0, 8192))
+    torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=0)
+    assert (scaled == frequencies).sum() > 20  # the high ones
+    torch.testing.assert_close(scaled[-20:], frequencies[-20:] / 8)

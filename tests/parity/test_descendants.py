@@ -1,4 +1,4 @@
-"""The same weights in transformers' Llama, Qwen 2 and Qwen 3 and here: same logits, same loss, same gradients."""
+"""The same weights here and in transformers' descendants of GPT-2: same logits, same loss, same gradients."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -26,6 +28,13 @@ SIZES = {"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}
 Pair = tuple[GPT, nn.Module]
 Tensors = dict[str, torch.Tensor]
 
+ROPE_SCALING = {
+    "rope_scaling": "llama3",
+    "rope_factor": 4.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 3.0,
+    "rope_original_block_size": 16,
+}
 EVERY_BIAS = {"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True}
 FAMILIES: dict[str, tuple[dict[str, object], type, type, dict[str, object]]] = {
     "llama": ({"n_kv_head": 4, "n_embd": 48}, LlamaForCausalLM, LlamaConfig, {}),
@@ -47,6 +56,27 @@ FAMILIES: dict[str, tuple[dict[str, object], type, type, dict[str, object]]] = {
         LlamaForCausalLM,
         LlamaConfig,
         {},
+    ),
+    "llama 3, scaled rotary embeddings": (
+        {"n_kv_head": 2, "n_embd": 48, "rope_theta": 1000.0, "tie_embeddings": False, **ROPE_SCALING},
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0}
+            | {"high_freq_factor": 3.0, "original_max_position_embeddings": 16}
+        },
+    ),
+    "mistral, sliding window": (
+        {"n_kv_head": 2, "n_embd": 32, "head_dim": 12, "sliding_window": 5, "tie_embeddings": False},
+        MistralForCausalLM,
+        MistralConfig,
+        {"sliding_window": 5},
+    ),
+    "qwen3, sliding window": (
+        {"n_kv_head": 2, "n_embd": 48, "qk_norm": True, "sliding_window": 7},
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0},
     ),
     "qwen2": (
         {"n_kv_head": 2, "n_embd": 48, "qkv_bias": True, "rope_theta": 1e6, "tie_embeddings": False},
@@ -81,10 +111,9 @@ def make_pair(family: str) -> Pair:
             num_key_value_heads=config.n_kv_head,
             head_dim=config.head_dim,
             rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
             tie_word_embeddings=config.tie_embeddings,
             attn_implementation="eager",
-            **their_changes,
+            **({"rope_theta": config.rope_theta} | their_changes),
         )
     )
     with torch.no_grad():  # larger than at init, so that every path matters
