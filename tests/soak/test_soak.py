@@ -44,6 +44,8 @@ pytestmark = pytest.mark.soak
 KILLS_PER_RUN = 50
 N_RUNS = 20
 """Runs of `gpt verify-resume`, one in four of them with two ranks: 1,000 kills in all."""
+STEPS_PER_KILL = 15
+"""Steps of a run for each of its kills; on a busy machine a kill comes some steps late."""
 N_FLIPS = 10_000
 N_MUTATIONS = 20_000
 N_MUTATED_RUN_FOLDERS = 400
@@ -90,6 +92,7 @@ def test_killed_run_is_bit_exact(
             *("--data.source", str(tmp_path / "text.txt"), "--data.cache-dir", str(cache_dir)),
             *("--run-dir", str(tmp_path / "run"), "--ranks", str(ranks), "--kills", str(n_kills)),
             *("--kill-seed", str(seed), "--seed", str(seed), *settings),
+            *("--max-steps", str(STEPS_PER_KILL * n_kills)),
         ]
     )
     output = capfd.readouterr().out
