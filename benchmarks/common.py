@@ -8,14 +8,21 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
+from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
+from gpt.configs.train_config import TrainConfig
 from gpt.data.manifest import CORPUS_FORMAT_VERSION, CorpusManifest, SourceEntry
 from gpt.data.shards import ShardInfo
 from gpt.data.tokenizer import TOKENIZER_FILE
 from gpt.data.tokenizer_builders import build_byte_tokenizer
 
+if TYPE_CHECKING:
+    from gpt.utils.distributed import DistContext
+
+SYNTHETIC_VOCAB_SIZE = 4096
 Name = TypeVar("Name")
 Measurement = TypeVar("Measurement")
 """Result of one repeat: seconds, or a record."""
@@ -81,6 +88,28 @@ def write_manifest(folder: Path, shards: Sequence[ShardInfo]) -> None:
         sources=(SourceEntry(name="synthetic", sha256="0" * 64, train=tuple(shards), val=()),),
         xz_bits_per_byte=None,
     ).write(folder)
+
+
+def build_step_function(config: TrainConfig, dist: "DistContext") -> Callable[[], None]:
+    """Return a function that takes the next training step of a run on synthetic tokens."""
+    from gpt.data.data_loader import DataLoader
+    from gpt.data.synthetic import SyntheticTokens
+    from gpt.machine.hardware import detect_machine
+    from gpt.pipeline import build_state, build_train_step
+    from gpt.training.step_timer import StepTimer
+
+    machine = detect_machine(dist.device.type, dist.world_size)
+    plan = resolve(config, machine, CorpusFacts(SYNTHETIC_VOCAB_SIZE, (StreamFacts("synthetic tokens", 10**12),)))
+    tokens = SyntheticTokens(SYNTHETIC_VOCAB_SIZE, plan.batch.block_size, document_mask=False)
+    loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
+    state, timer = build_state(config, plan, dist), StepTimer(dist.device)
+    train_step = build_train_step(config, plan, dist, state, loader, timer)
+    steps = count()
+
+    def take_step() -> None:
+        train_step(next(steps))
+
+    return take_step
 
 
 @dataclass(frozen=True)

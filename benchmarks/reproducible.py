@@ -14,20 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 
 import torch
 
-from benchmarks.common import format_spread, run_interleaved
+from benchmarks.common import build_step_function, format_spread, run_interleaved
 from gpt.configs.presets import PRESETS
-from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
-from gpt.data.data_loader import DataLoader
-from gpt.data.synthetic import SyntheticTokens
-from gpt.pipeline import build_state, build_train_step
-from gpt.training.step_timer import StepTimer
 from gpt.utils.distributed import DistContext
 
-VOCAB_SIZE = 4096
 DDP, TREE = "DDP", "--parallel.reproducible"
 WARMUP_STEPS = 3
 
@@ -84,24 +77,13 @@ def _build_step_function(
     preset: str, micro_batches: int, dist: DistContext, *, reproducible: bool
 ) -> Callable[[], None]:
     """Return a function that takes the next step of a run of the preset."""
-    config = PRESETS[preset]()
+    config = PRESETS[preset]().on_device("cpu")
     size, block_size = config.micro_batch_size, config.model.block_size
     assert isinstance(size, int), "presets set a number"
     parallel = config.parallel.model_copy(update={"reproducible": reproducible})
     tokens_per_step = size * block_size * micro_batches * dist.world_size
-    config = config.model_copy(update={"parallel": parallel, "tokens_per_step": tokens_per_step})
-    machine = MachineFacts("cpu", "", has_bfloat16=False, world_size=dist.world_size)
-    plan = resolve(config, machine, CorpusFacts(VOCAB_SIZE, (StreamFacts("synthetic tokens", 10**12),)))
-    tokens = SyntheticTokens(VOCAB_SIZE, block_size, document_mask=False)
-    loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
-    state, timer = build_state(config, plan, dist), StepTimer(dist.device)
-    train_step = build_train_step(config, plan, dist, state, loader, timer)
-    steps = count()
-
-    def take_step() -> None:
-        train_step(next(steps))
-
-    return take_step
+    config = config.model_copy(update={"parallel": parallel, "tokens_per_step": tokens_per_step, "dtype": "float32"})
+    return build_step_function(config, dist)
 
 
 def _time(step_function: Callable[[], None], dist: DistContext) -> float:

@@ -35,10 +35,13 @@ def build_autocast(plan: RunPlan) -> Autocast:
 def trial_loss(
     model: nn.Module, n_sequences: int, *, block_size: int, masked: bool, device: torch.device, autocast: Autocast
 ) -> torch.Tensor:
-    """Compute the loss of `n_sequences` of one token id, with its autograd graph, as a training step does."""
-    tokens = torch.zeros((n_sequences, block_size), dtype=torch.int64, device=device)
+    """Compute the loss of `n_sequences` of one token id, as a training step does.
+
+    The tensors are distinct, because compiled code is guarded by which of its inputs are the same.
+    """
+    tokens, targets, documents = torch.zeros((3, n_sequences, block_size), dtype=torch.int64, device=device)
     with autocast():
-        loss: torch.Tensor = model(tokens, tokens, tokens if masked else None)
+        loss: torch.Tensor = model(tokens, targets, documents if masked else None)
     return loss
 
 

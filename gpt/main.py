@@ -52,9 +52,11 @@ examples:
   gpt train --data.source examples/texts --run-dir runs/texts
   gpt prepare examples/texts --vocab-size 1024 --out data/texts
   gpt sample runs/quickstart --prompt "def main("
+  gpt export runs/quickstart --to hf --out exported/quickstart
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit
+  gpt selftest                             compare this device with the CPU; a report for an issue
   gpt bench quickstart                     tokens per second, and the time of each part of a step
 
 gpt VERB --help lists its flags; of a flag given twice the last counts.
@@ -63,6 +65,7 @@ With --json, a command prints its result as JSON."""
 
 SHORTAGE_REMEDIES = {
     "train": "lower --micro-batch-size or the sizes of the model",
+    "selftest": "lower --micro-batch-size or the sizes of the model",
     "bench": "lower --micro-batch-size or the sizes of the model",
     "verify-resume": "lower --micro-batch-size or the sizes of the model",
     "prepare": "lower --workers, or give the process more memory",
@@ -111,7 +114,8 @@ def _run_command(arguments: list[str]) -> int:
         print(INFO_FLAGS[arguments[0]])
         return 0
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "train"
-    status: int = importlib.import_module(f"gpt.commands.{verb.replace('-', '_')}").run(arguments)
+    module = {"import": "import_model"}.get(verb, verb.replace("-", "_"))  # `import` is no name of a module
+    status: int = importlib.import_module(f"gpt.commands.{module}").run(arguments)
     return status
 
 

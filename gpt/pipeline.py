@@ -3,11 +3,12 @@
 plan -> loader -> model -> optimizer -> Trainer -> observers
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
 import torch
+from torch import nn
 
 from gpt.auto_batch import build_autocast, trial_loss
 from gpt.checkpoint.app_state import AppState
@@ -24,7 +25,9 @@ from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.evaluation.task import EvaluationTask
 from gpt.evaluation.val_loss import ValLoss
+from gpt.inference.generate import require_fitting_prompt, require_known_tokens
 from gpt.machine.arithmetic_check import require_right_arithmetic
+from gpt.machine.cuda_runtime import name_nondeterministic_operator
 from gpt.machine.data_sheet import find_data_sheet_peak
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import find_free_memory, peak_memory
@@ -78,7 +81,7 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     journal = Journal(run.folder.journal, plan.order, run.journal, dist)
     sequences = build_sequences(run.corpus, config.data, plan.batch.block_size, plan.seed)
     loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
-    prompts = encode_prompts(config.sample.prompts, run.corpus.tokenizer)
+    prompts = encode_prompts(config.sample, run.corpus.tokenizer, plan.batch.block_size)
     state = build_state(config, plan, dist)
     targets = find_rollback_targets(run)
     spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal, targets)
@@ -147,7 +150,7 @@ def build_train_step(
     """Build the step that updates `state`: check the machine's matmuls, parallelize the model, and compile it.
 
     Raises:
-        UserError: the machine multiplies wrongly.
+        UserError: the machine multiplies wrongly, or a reproducible run needs an operator that is not deterministic.
     """
     rows, cache_dir = plan.batch.micro_batch_size * plan.batch.block_size, config.data.cache_dir
     device_name = plan.machine.device_name
@@ -155,18 +158,20 @@ def build_train_step(
         lambda: require_right_arithmetic(dist.device, device_name, plan.dtype, plan.model, rows, cache_dir)
     )
     autocast = build_autocast(plan)
-    compile_mode = config.compile_mode if config.compile else None
-    blocks = state.model.get_submodule("h").children()
-    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode)
+    compile_mode = config.compile_mode if plan.compiles else None
+    blocks, loss = state.model.get_submodule("h").children(), state.model.get_submodule("loss")
+    model = parallelize(state.model, blocks, dist, config.parallel, compile_mode=compile_mode, others=[loss])
+    trial = partial(
+        trial_loss,
+        n_sequences=plan.batch.micro_batch_size,
+        block_size=plan.batch.block_size,
+        masked=config.data.document_mask,
+        device=dist.device,
+        autocast=autocast,
+    )
+    if torch.are_deterministic_algorithms_enabled():
+        dist.on_every_rank(lambda: require_deterministic_operators(state.model, trial))
     if compile_mode is not None:
-        trial = partial(
-            trial_loss,
-            n_sequences=plan.batch.micro_batch_size,
-            block_size=plan.batch.block_size,
-            masked=config.data.document_mask,
-            device=dist.device,
-            autocast=autocast,
-        )
         with work_line("compiling the model", is_shown=dist.is_main):
             compile_or_fall_back(state.model, model, trial)
     return TrainStep(
@@ -180,6 +185,21 @@ def build_train_step(
         grad_clip=config.grad_clip,
         timer=timer,
     )
+
+
+def require_deterministic_operators(model: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> None:
+    """Check by one forward and backward pass that every operator has a deterministic form.
+
+    Args:
+        model: the bare model.
+        trial: maps it to a loss.
+
+    Raises:
+        UserError: one has none; names it.
+    """
+    with name_nondeterministic_operator():
+        trial(model).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def build_loop(
@@ -250,18 +270,21 @@ def build_evaluation_tasks(run: Run) -> list[EvaluationTask]:
     return [val_loss]
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Return prompt -> token ids; the default prompt becomes the empty one if the tokenizer lacks its characters.
+def encode_prompts(config: TextSampleConfig, tokenizer: Tokenizer, block_size: int) -> dict[str, list[int]]:
+    """Return prompt -> token ids; the default prompt becomes the empty one where it does not fit.
 
     Raises:
-        UserError: a prompt that the user gave cannot be encoded.
+        UserError: a prompt that the user gave cannot be encoded or exceeds the context, or a stop token is unknown.
     """
     ids: dict[str, list[int]] = {}
-    for prompt in prompts:
+    for prompt in config.prompts:
         try:
-            ids[prompt] = tokenizer.encode_prompt(prompt)
+            tokens = tokenizer.encode_prompt(prompt)
+            require_fitting_prompt(tokens, block_size)
         except UserError as error:
-            if tuple(prompts) != TextSampleConfig().prompts:
+            if config.prompts != TextSampleConfig().prompts:
                 raise UserError(f"--sample.prompts {prompt!r}: {error}") from error
-            ids[""] = tokenizer.encode_prompt("")
+            prompt, tokens = "", tokenizer.encode_prompt("")
+        ids[prompt] = tokens
+    require_known_tokens(config.stop_tokens, tokenizer.vocab_size)
     return ids

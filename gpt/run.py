@@ -12,15 +12,18 @@ from typing import Any, Self
 from gpt.auto_batch import resolve_auto_micro_batch
 from gpt.checkpoint.run_folder import RunFolder, find_run
 from gpt.configs.batch_plan import plan_batch
+from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.configs.user_folders import temporary_folder
 from gpt.data.corpus import Corpus, load_corpus
+from gpt.device_check import choose_device
 from gpt.errors import UserError
+from gpt.interop.families import explain_obstacles, find_families
 from gpt.machine.cpu_runtime import set_up_cpu
-from gpt.machine.cuda_runtime import set_up_cuda
+from gpt.machine.cuda_runtime import set_up_cuda, uses_tf32
 from gpt.machine.environment import describe_environment
-from gpt.machine.hardware import detect_machine, find_device
+from gpt.machine.hardware import detect_machine
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
 from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
@@ -77,12 +80,14 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
     folder = RunFolder(config.run_dir)
     try:
         with dist.report_lost_ranks():
-            found = dist.on_main(lambda: claim_start(folder, config, dry_run=dry_run).model_dump(mode="json"))
+            found = dist.on_main(
+                lambda: claim_start(folder, config, machine.device, dry_run=dry_run).model_dump(mode="json")
+            )
             start = Start.model_validate(found)
             dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
             plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
-            plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config)])
+            plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config), *_note_no_export(plan.model)])
             plan = _resume_plan(config, plan, start, has_validation=bool(corpus.val))
             records = dist.on_main(lambda: collect_records(folder, start, plan.order, config.spike.journal))
     except BaseException:
@@ -98,11 +103,13 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
         UserError: the device is missing, or the ranks do not meet.
     """
     runtime = set_up_cpu(config.runtime, reproducible=config.parallel.reproducible)
-    device = find_device(config.device)
+    device, notes = choose_device(config.device, config.model, config.data.cache_dir)
     if device == "cuda":
         runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
     dist = DistContext(device, config.parallel.step_timeout)
-    facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime)))
+    if device == "cuda":
+        runtime["tf32"] = uses_tf32()
+    facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime, notes=notes)))
     return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 
 
@@ -144,9 +151,11 @@ def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:
         "max_steps": run.plan.max_steps,
         "world_size": run.dist.world_size,
         "torch": environment["libraries"]["torch"],
+        "compiled": run.plan.compiles,
         "threads": environment["threads"],
         "cpu_capability": environment["cpu_capability"],
         "fused_attention": environment["runtime"]["fused_attention"],
+        "sleep_when_busy": environment["runtime"]["sleep_when_busy"],
         "git_commit": environment["git_commit"],
         "device": run.plan.machine.device_name,
         "dtype": run.plan.dtype,
@@ -201,6 +210,13 @@ def _note_temporary_cache(config: TrainConfig) -> list[str]:
     if cache_dir != temporary_folder():
         return []
     return [f"there is no home folder, so prepared tokens are in {cache_dir}; --data.cache-dir names another folder"]
+
+
+def _note_no_export(model: GPTConfig) -> list[str]:
+    """Return a note for the user if no other program can load a model of this architecture."""
+    if find_families(model):
+        return []
+    return [f"gpt export cannot write this model: {explain_obstacles(model)}"]
 
 
 def _with_notes(plan: RunPlan, notes: Sequence[str]) -> RunPlan:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt import run
 from gpt.checkpoint import manifest
 from gpt.configs.observer_config import TextSampleConfig
+from gpt.configs.run_plan import MachineFacts
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.inference.load import load_for_inference
@@ -19,6 +21,7 @@ from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import Event, StepEnd, Stop
 from gpt.training.observer import Observer
+from gpt.utils.distributed import DistContext
 from tests.conftest import read_files
 
 Configure = Callable[..., TrainConfig]
@@ -218,9 +221,9 @@ def test_corpus_without_validation_set_trains_without_evaluation(tiny: Configure
 
 def test_padded_vocabulary_trains_and_samples_only_tokenizer_ids(tiny: Configure, tmp_path: Path) -> None:
     build_trainer(open_run(tiny(tmp_path, model={"vocab_size": 320}, max_steps=1))).train()
-    model, tokenizer = load_for_inference(tmp_path, "cpu")
-    assert (model.config.vocab_size, tokenizer.vocab_size) == (320, 257)
-    assert not model.training
+    model = load_for_inference(tmp_path, "cpu")
+    assert (model.model.config.vocab_size, model.tokenizer.vocab_size) == (320, 257)
+    assert not model.model.training
 
 
 def test_prompt_that_cannot_be_tokenized_is_refused_before_training(tiny: Configure, tmp_path: Path) -> None:
@@ -277,3 +280,28 @@ def test_resumed_start_reads_config_and_manifest_once_and_verifies_once(
     assert reads[checkpoint / "config.json"] == 1
     assert reads[checkpoint / "manifest.json"] == 1
     assert hashed == Counter({checkpoint / name: 1 for name in manifest.FILES})
+
+
+def test_gpu_is_set_up_before_ranks_meet_and_described_afterwards(
+    tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Ranks(DistContext):
+        def __init__(self, device: str, step_timeout: float):
+            calls.append(f"join with {device}")
+            super().__init__("cpu", step_timeout)
+
+    def set_up(*, reproducible: bool) -> dict[str, bool]:
+        calls.append("set up")
+        return {"deterministic": reproducible}
+
+    monkeypatch.setattr(run, "choose_device", lambda *arguments: ("cuda", ("a remark",)))
+    monkeypatch.setattr(run, "set_up_cuda", set_up)
+    monkeypatch.setattr(run, "DistContext", Ranks)
+    monkeypatch.setattr(run, "uses_tf32", lambda: calls.append("describe") is None)
+    monkeypatch.setattr(run, "detect_machine", lambda *arguments: MachineFacts("cuda", "Tesla T4", False, gpu_count=2))
+    _, machine = run.open_machine(tiny(tmp_path, parallel={"reproducible": True}))
+    assert calls == ["set up", "join with cuda", "describe"]
+    assert machine.runtime["deterministic"] is machine.runtime["tf32"] is True
+    assert machine.notes == ("a remark",)

@@ -13,11 +13,12 @@ from types import MappingProxyType
 from gpt.checkpoint.app_state import AppState
 from gpt.checkpoint.manifest import VAL_LOSS, read_checkpoint_manifest, verify
 from gpt.checkpoint.newest import find_newest_valid
+from gpt.checkpoint.replicate import load_on_all_ranks
 from gpt.checkpoint.retention import steps_to_keep
 from gpt.checkpoint.rollback import RollbackTargets
 from gpt.checkpoint.run_folder import RunFolder, parse_step
 from gpt.checkpoint.staging import Staging
-from gpt.checkpoint.store import Snapshot, load_checkpoint, take_snapshot, verify_and_load, write_checkpoint
+from gpt.checkpoint.store import Snapshot, load_checkpoint, take_snapshot, write_checkpoint
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync, make_folder, remove_folder
@@ -135,8 +136,7 @@ class CheckpointManager:
         if found is None:
             return None
         path = Path(found)
-        load = load_checkpoint if self._dist.is_main else verify_and_load  # rank 0 has just verified it
-        self._dist.on_every_rank(lambda: load(path, state))
+        load_on_all_ranks(lambda: load_checkpoint(path, state), state, self._dist)  # rank 0 has just verified it
         step = state.progress.step
         self._dist.on_main(lambda: self._remove_later_than(step))
         self._resumed_at = step

@@ -1,5 +1,6 @@
 """manifest.json: the files of a checkpoint with their digests, the environment that wrote them, and its own digest."""
 
+import errno
 import hashlib
 import math
 import stat
@@ -15,6 +16,7 @@ import torch
 from gpt.checkpoint.tensor_file import FileRecord
 from gpt.errors import UserError
 from gpt.machine.arithmetic_check import SUSPECTS, digest_matmuls, read_variables
+from gpt.machine.cuda_runtime import describe_gpu
 from gpt.machine.resources import usable_cores
 from gpt.ops import attention_cpu
 from gpt.utils.atomic_io import parse_json_object
@@ -31,6 +33,8 @@ VAL_LOSS = "val/loss"
 """Metric that decides which checkpoint is the best."""
 
 _MAX_MANIFEST_BYTES = 2**20
+_DAMAGE_ERRORS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO})
+"""Errors of a file that is missing, is a link, or lies on a block that the disk has lost; any other may pass."""
 _SHA256_DIGITS = 64
 _LEGACY_SEAL_KEY = "manifest_sha256"
 """Key of the manifest's digest in version 2, which was taken with 64 zeros in its place."""
@@ -40,6 +44,8 @@ _BITS_DEPEND_ON = {
     "cpu_capability": "CPU capability",
     "fused_attention": "fused attention",
     "matmuls": "the bits of matmuls",
+    "gpu": "GPU",
+    "cuda": "CUDA",
 }
 
 
@@ -89,6 +95,7 @@ def verify(checkpoint: Path) -> CheckpointManifest:
 
     Raises:
         UserError: a file differs; the message names the first one.
+        OSError: a file cannot be read now, and may be readable later.
     """
     manifest = read_checkpoint_manifest(checkpoint)
     expected = manifest.files
@@ -111,18 +118,19 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     Raises:
         NewerFormatError: a newer version of this program wrote it.
         UserError: it is damaged.
+        OSError: it cannot be read now, and may be readable later.
     """
     file = checkpoint / CHECKPOINT_MANIFEST
-    if checkpoint.is_symlink():
-        raise UserError(f"{checkpoint}: a symbolic link, not a folder; use the folder that it points to")
-    if _size_of(file) > _MAX_MANIFEST_BYTES:
-        raise _damage_error(file, f"it is longer than {_MAX_MANIFEST_BYTES} bytes")
     try:
+        if checkpoint.is_symlink():
+            raise UserError(f"{checkpoint}: a symbolic link, not a folder; use the folder that it points to")
+        if _size_of(file) > _MAX_MANIFEST_BYTES:
+            raise _damage_error(file, f"it is longer than {_MAX_MANIFEST_BYTES} bytes")
         data = file.read_bytes()
         content = parse_json_object(text := data.decode())
         _verify_format(content, text, checkpoint)
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
+        raise _read_error(file, error) from error
     except ValueError as error:
         raise _damage_error(file, str(error)) from error
     return CheckpointManifest(
@@ -142,9 +150,9 @@ def environment_mismatch(checkpoint: Path, manifest: CheckpointManifest) -> str 
     """Return one line on why this process may not continue `checkpoint` bit-exactly; None if it does."""
     saved, current = manifest.environment, _current_environment()
     differences = [
-        f"{name} {saved[key]!r:.60} (now {current[key]!r})"
+        f"{name} {saved[key]!r:.60} (now {current.get(key)!r})"
         for key, name in _BITS_DEPEND_ON.items()
-        if key in saved and saved[key] != current[key]
+        if key in saved and saved[key] != current.get(key)
     ]
     if (
         saved.get("matmuls", current["matmuls"]) != current["matmuls"]
@@ -201,6 +209,7 @@ def _current_environment() -> dict[str, Any]:
         "fused_attention": attention_cpu.is_enabled(),
         "matmuls": digest_matmuls(),
         "variables": ", ".join(f"{name}={value}" for name, value in read_variables(SUSPECTS).items()),
+        **describe_gpu(),
     }
 
 
@@ -227,11 +236,13 @@ def _size_of(file: Path) -> int:
     """Return the bytes of a regular file; links, devices and pipes are refused before anything opens them."""
     try:
         found = file.lstat()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{file}: missing from the checkpoint ({error.strerror}); delete {file.parent} to resume from an earlier "
             "checkpoint"
         ) from error
+    except OSError as error:
+        raise _read_error(file, error) from error
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{file}: not a regular file, as all files of a checkpoint must be; delete {file.parent}")
     return found.st_size
@@ -241,7 +252,14 @@ def _sha256(file: Path) -> str:
     try:
         return sha256_of_file(file, follow_links=False)  # the file that `_size_of` saw may have been replaced by a link
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+        raise _read_error(file, error) from error
+
+
+def _read_error(file: Path, error: OSError) -> UserError | OSError:
+    """Return the error for a file that cannot be read: a UserError if it is damaged, an OSError if it may not be."""
+    if error.errno in _DAMAGE_ERRORS:
+        return UserError(f"{file}: cannot be read: {error.strerror}")
+    return OSError(error.errno, error.strerror, str(file))
 
 
 def _damage_error(file: Path, what: str) -> UserError:

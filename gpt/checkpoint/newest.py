@@ -1,6 +1,5 @@
 """Find the newest checkpoint that is valid."""
 
-import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,4 @@ def find_newest_valid(checkpoints: Sequence[Path]) -> NewestValid:
             raise
         except UserError as error:
             skipped.append((checkpoint, str(error)))
-        except OSError as error:
-            if error.errno != errno.EIO:  # EIO: the disk lost a block; anything else may pass
-                raise
-            skipped.append((checkpoint, f"{error.filename or checkpoint}: {error.strerror}"))
     return NewestValid(None, None, tuple(skipped))

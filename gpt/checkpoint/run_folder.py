@@ -122,6 +122,12 @@ def find_run(checkpoint: Path) -> RunFolder:
     return next((run for run in runs if run.config.exists()), runs[-1])
 
 
+def no_run_error(path: Path) -> UserError:
+    """Return the error for a RUN_DIR on the command line that is no folder of a run."""
+    reason = "not a run: it has no config.json" if path.is_dir() else "no such folder"
+    return UserError(f"RUN_DIR {path}: {reason}; name the --run-dir of a run")
+
+
 def _make_absolute(path: Path) -> Path:
     """Return the absolute path without `..`, and with its links."""
     return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve follows links

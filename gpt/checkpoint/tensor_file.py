@@ -52,17 +52,20 @@ class FileRecord:
     sha256: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
-    """Write contiguous tensors in host memory to a new file.
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> FileRecord:
+    """Write contiguous tensors in host memory to a new file, with free-form strings in its header.
 
     Raises:
         OSError: the disk refused; the error names the file.
     """
     names = sorted(tensors, key=lambda name: (_DTYPE_ORDER[tensors[name].dtype], name))
-    header = encode_header(
+    entries = [
         TensorEntry(name, _DTYPES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes)
         for name in names
-    )
+    ]
+    header = encode_header(entries, metadata)
     return write_bytes(path, [header, *(_view_bytes(tensors[name]) for name in names)])
 
 

@@ -1,6 +1,5 @@
 """`gpt bench [PRESET] [--flags]`: measure a training step; `gpt bench speedrun`: measure a whole run."""
 
-import json
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,8 @@ from gpt.configs.run_plan import MachineFacts, RunPlan
 from gpt.configs.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from gpt.training.step_timer import Phase
+    from gpt.training.step_timer import Phase, StepTimer
+    from gpt.training.train_step import TrainStep
     from gpt.utils.distributed import DistContext
 
 WARMUP_STEPS = 3
@@ -73,7 +73,7 @@ def _bench_step(command: BenchCommand) -> int:
     dist, machine = open_machine(config)
     figures = measure_step(config.on_device(machine.device), machine, dist, command.steps)
     if dist.is_main:
-        _print_figures(_format_rows(figures), figures, as_json=command.as_json)
+        _print_figures(format_rows(figures), figures, as_json=command.as_json)
     dist.close()
     return 0
 
@@ -87,15 +87,11 @@ def measure_step(config: TrainConfig, machine: MachineFacts, dist: "DistContext"
         dist: the ranks.
         steps: steps to measure, twice.
     """
-    from gpt.auto_batch import resolve_auto_micro_batch
-    from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
     from gpt.machine.data_sheet import find_data_sheet_peak
     from gpt.machine.flops import flops_per_token
     from gpt.machine.peak_flops import load_or_measure_peak_flops
 
-    config = _drop_source_weights(config)
-    corpus = CorpusFacts(_choose_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
-    plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
+    plan = plan_synthetic_run(config, machine, dist)
     measured = _measure(config, plan, dist, steps)
     peak = dist.world_size * dist.on_main(
         lambda: load_or_measure_peak_flops(dist.device, machine.device_name, plan.dtype, config.data.cache_dir)
@@ -126,6 +122,27 @@ def measure_step(config: TrainConfig, machine: MachineFacts, dist: "DistContext"
     }
 
 
+def plan_synthetic_run(config: TrainConfig, machine: MachineFacts, dist: "DistContext") -> RunPlan:
+    """Return the plan of a run on synthetic tokens."""
+    from gpt.auto_batch import resolve_auto_micro_batch
+    from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
+
+    config = _drop_source_weights(config)
+    corpus = CorpusFacts(_choose_vocab_size(config), (StreamFacts("synthetic tokens", 10**12),))
+    return resolve_auto_micro_batch(config, resolve(config, machine, corpus), dist)
+
+
+def build_synthetic_step(config: TrainConfig, plan: RunPlan, dist: "DistContext", timer: "StepTimer") -> "TrainStep":
+    """Build a training step, as a run has it, on synthetic tokens."""
+    from gpt.data.data_loader import DataLoader
+    from gpt.data.synthetic import SyntheticTokens
+    from gpt.pipeline import build_state, build_train_step
+
+    tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, document_mask=config.data.document_mask)
+    loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
+    return build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)
+
+
 def _drop_source_weights(config: TrainConfig) -> TrainConfig:
     """Return `config` without weights of sources: there is one source, the synthetic tokens."""
     return config.model_copy(update={"data": config.data.model_copy(update={"weights": ()})})
@@ -153,17 +170,12 @@ class _Measurements:
 def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int) -> _Measurements:
     import torch
 
-    from gpt.data.data_loader import DataLoader
-    from gpt.data.synthetic import SyntheticTokens
     from gpt.machine.hardware import peak_memory
     from gpt.machine.peak_flops import measure_model_flops, synchronize
-    from gpt.pipeline import build_state, build_train_step
     from gpt.training.step_timer import StepTimer
 
     timer = StepTimer(dist.device)
-    tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, document_mask=config.data.document_mask)
-    loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
-    train_step = build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)
+    train_step = build_synthetic_step(config, plan, dist, timer)
     rows = plan.batch.micro_batch_size * plan.batch.block_size
 
     def time_step(step: int) -> float:
@@ -193,7 +205,7 @@ def _measure(config: TrainConfig, plan: RunPlan, dist: "DistContext", steps: int
     return _Measurements(step_seconds, matmul_rates, phases, memory)
 
 
-def _format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
+def format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
     """Return the rows of the table of a step's figures."""
     from gpt.utils.helper import format_count, format_percent, format_si, plural
 
@@ -223,6 +235,10 @@ def _format_rows(figures: Mapping[str, Any]) -> dict[str, str]:
 
 def _bench_speedrun(command: SpeedrunCommand, *flags: str) -> int:
     """Train in a new process with an empty cache; `flags` are added to its command line."""
+    from gpt.checkpoint.manifest import VAL_LOSS
+    from gpt.checkpoint.run_folder import RunFolder
+    from gpt.utils.atomic_io import read_jsonl
+
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         program = [sys.executable, str(MAIN), "train", "speedrun-char", "--run-dir", str(run_dir)]
@@ -232,8 +248,8 @@ def _bench_speedrun(command: SpeedrunCommand, *flags: str) -> int:
         seconds = time.perf_counter() - start
         if process.returncode:
             return process.returncode  # its error is on stderr
-        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    loss = next(record["val/loss"] for record in reversed(records) if "val/loss" in record)
+        losses = [record[VAL_LOSS] for record in read_jsonl(RunFolder(run_dir).metrics) if VAL_LOSS in record]
+    loss = losses[-1]
     reached = loss is not None and loss <= SPEEDRUN_LOSS
     rows = {
         "seconds": f"{seconds:.1f}, from the start of the process to its end, including data preparation",

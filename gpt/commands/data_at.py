@@ -55,10 +55,13 @@ def describe_batch(folder: "RunFolder", step: int) -> dict[str, Any]:
     Raises:
         UserError: the folder is no run, or its corpus has changed.
     """
+    from gpt.checkpoint.run_folder import no_run_error
     from gpt.data.corpus import build_sequences
     from gpt.data.provenance import find_excerpts
     from gpt.resume.journal import build_quarantine, read_journal
 
+    if not folder.config.is_file():
+        raise no_run_error(folder.path)
     config = load_config(folder.config)
     corpus, plan = _open_corpus_and_plan(folder, config)
     if step > plan.max_steps:

@@ -1,6 +1,8 @@
 """`gpt prepare SOURCE... --out DIR`: turn texts into tokens; `gpt prepare --inspect DIR`: show a prepared folder."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,10 +42,8 @@ def run(argv: Sequence[str]) -> int:
 
     from gpt.utils.helper import printable
 
-    try:
+    with _name_own_flags():
         facts = _inspect(command.inspect) if command.inspect is not None else _prepare(command)
-    except UserError as error:  # messages name the flags of gpt train's section `data`
-        raise UserError(str(error).replace("--data.source ", "").replace("--data.", "--")) from error
     if command.as_json:
         print_json(facts)
         return 0
@@ -52,6 +52,29 @@ def run(argv: Sequence[str]) -> int:
     if "excerpt" in facts:
         console.write_text(printable(facts["excerpt"]))
     return 0
+
+
+@contextmanager
+def _name_own_flags() -> Iterator[None]:
+    """Replace the flags of gpt train's section `data` in errors and log messages by those of this command."""
+
+    def rename(message: str) -> str:
+        return message.replace("--data.source ", "").replace("--data.", "--")
+
+    def rename_in_record(record: logging.LogRecord) -> bool:
+        record.msg, record.args = rename(record.getMessage()), ()
+        return True
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(rename_in_record)
+    try:
+        yield
+    except UserError as error:
+        raise UserError(rename(str(error))) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(rename_in_record)
 
 
 def _prepare(command: PrepareCommand) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """`gpt train [PRESET] [--flags]`: train a model, resume a run, or only print its plan."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import model_validator
 
 from gpt.configs.cli import JsonOutput, PresetOverrides, parse_over_preset
+
+if TYPE_CHECKING:
+    from gpt.configs.gpt_config import GPTConfig
 
 INCOMPLETE_RECORD = "incomplete record"
 EXIT_STATUSES = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
@@ -32,7 +35,13 @@ class TrainCommand(JsonOutput, PresetOverrides):
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
     """Parse `[PRESET] [--flags]`."""
-    return parse_over_preset(TrainCommand, argv, verb="train")
+    return parse_over_preset(TrainCommand, argv, verb="train", describe_weights=_describe_weights)
+
+
+def _describe_weights(source: str) -> "tuple[GPTConfig, str] | None":
+    from gpt.interop.weights import describe_weights
+
+    return describe_weights(source)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -42,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
     from gpt.commands.dry_run import describe_dry_run, probe_steps
     from gpt.commands.output import print_json
+    from gpt.machine.cuda_runtime import name_nondeterministic_operator
     from gpt.pipeline import build_trainer, compare_memory
     from gpt.run import open_run
     from gpt.training.sinks.console.lines import one_line
@@ -62,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
             elif console:
                 print_plan(console, opened.plan, memory, probe)
         else:
-            with opened.dist.report_lost_ranks():
+            with opened.dist.report_lost_ranks(), name_nondeterministic_operator():
                 trainer = build_trainer(opened, console)
                 reason = trainer.train()
                 if trainer.is_record_incomplete:

@@ -1,5 +1,6 @@
 """`gpt verify RUN_DIR`: compare every checkpoint of a run with its SHA-256 digests."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,36 +54,43 @@ def verify_checkpoints(run_dir: Path) -> list[Verdict]:
     Raises:
         UserError: `run_dir` is no run.
     """
-    from gpt.checkpoint.run_folder import RunFolder
+    from gpt.checkpoint.run_folder import RunFolder, no_run_error
 
     folder = RunFolder(run_dir)
     if not (folder.config.is_file() or folder.checkpoints.is_dir()):
-        reason = "not a run: it has no config.json" if run_dir.is_dir() else "no such folder"
-        raise UserError(f"RUN_DIR {run_dir}: {reason}; name the --run-dir of a run")
+        raise no_run_error(run_dir)
     paths = list(folder.checkpoints.iterdir()) if folder.checkpoints.is_dir() else []
     paths.sort(key=lambda path: path.name.lstrip("."))
     return [verdict for path in paths if (verdict := _verify_path(path)) is not None]
 
 
 def _verify_path(path: Path) -> Verdict | None:
-    """Return the verdict on a path among the checkpoints, or None if it is not a checkpoint."""
+    """Return the verdict on a path among the checkpoints; None if it is none, or its run has just removed it."""
     from gpt.checkpoint.manifest import VAL_LOSS, verify
     from gpt.utils.atomic_io import is_leftover
 
     if is_leftover(path):
         reason = "being written or removed, or left over from a killed run"
-        return Verdict(path.name, _measure_size(path), None, UNFINISHED, reason)
-    if not path.name.startswith("step_"):
+        verdict = Verdict(path.name, _measure_size(path), None, UNFINISHED, reason)
+    elif path.name.startswith("step_"):
+        try:
+            val_loss = verify(path).metrics.get(VAL_LOSS)
+            verdict = Verdict(path.name, _measure_size(path), val_loss, OK)
+        except UserError as error:
+            verdict = Verdict(path.name, _measure_size(path), None, DAMAGED, str(error))
+    else:
         return None
-    try:
-        manifest = verify(path)
-    except UserError as error:
-        return Verdict(path.name, _measure_size(path), None, DAMAGED, str(error))
-    return Verdict(path.name, _measure_size(path), manifest.metrics.get(VAL_LOSS), OK)
+    return verdict if os.path.lexists(path) else None
 
 
 def _measure_size(path: Path) -> int:
-    return sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() and not path.is_symlink() else 0
+    """Return the bytes of the files in a folder; 0 for a link or a file, and for a folder that is removed meanwhile."""
+    if path.is_symlink() or not path.is_dir():
+        return 0
+    try:
+        return sum(file.lstat().st_size for file in path.iterdir())
+    except FileNotFoundError:
+        return 0
 
 
 def _print_table(verdicts: Sequence[Verdict], counts: dict[str, int]) -> None:

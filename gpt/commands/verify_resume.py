@@ -198,6 +198,8 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     verdict = ResumeVerdict(outline, kills, compare(reference, resumed))
     _print_kills(console, verdict)
     _print_comparison(console, verdict)
+    if not verdict.bit_exact and not config.parallel.reproducible and _ran_on_gpu(reference):
+        console.print("a GPU's kernels may add in any order; with --parallel.reproducible they add in one order")
     return verdict
 
 
@@ -255,16 +257,22 @@ def _outline_run(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     )
 
 
+def _ran_on_gpu(reference: "RunFolder") -> bool:
+    from gpt.checkpoint.manifest import read_checkpoint_manifest
+
+    return "gpu" in read_checkpoint_manifest(reference.list_checkpoints()[-1]).environment
+
+
 def _print_kills(console: "Console", verdict: ResumeVerdict) -> None:
     from rich.table import Table
 
-    from gpt.verification.plan import Phase
+    from gpt.verification.plan import KillPhase
 
     outline = verdict.outline
     table = Table("killed", "kills", "most steps lost", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for phase in Phase:
+    for phase in KillPhase:
         lost = [kill.lost_steps for kill in verdict.kills if kill.phase is phase]
-        if lost or phase is not Phase.EPOCH_BOUNDARY or outline.epoch_ends:
+        if lost or phase is not KillPhase.EPOCH_BOUNDARY or outline.epoch_ends:
             table.add_row(phase.value, str(len(lost)), str(max(lost, default="")))
     console.print(table)
     interval = outline.checkpoint_interval or outline.last_step

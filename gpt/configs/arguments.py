@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from gpt.configs.fields import (
     POSITIONAL,
+    SWITCH,
     format_flag,
     format_off_flag,
     is_list,
@@ -30,9 +31,13 @@ VERBS = {
     "train": "train a model, or resume a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "generate text with a trained model",
+    "export": "write a model for transformers, and prove that it is equal",
+    "import": "make a run of a model in Hugging Face's format",
+    "parity": "compare a model with the same weights in transformers",
     "data-at": "show the documents that a step of a run was trained on",
     "verify": "compare every checkpoint of a run with its SHA-256 digests",
     "verify-resume": "kill and resume a run again and again; check that it stays bit-exact",
+    "selftest": "check that this device computes as the CPU does, and measure it",
     "bench": "measure the speed of a training step, or of a whole run",
 }
 SHORT_HELP, FULL_HELP = ("-h", "--help"), "--help-all"
@@ -43,11 +48,16 @@ class Flag:
     """A flag of a command."""
 
     name: str
-    kind: Literal["switch", "value", "list"]
+    kind: Literal["switch", "value", "optional", "list"]
+    """optional: its value may be left out."""
     opposite: str = ""
     """Flag that sets a switch the other way."""
     is_text: bool = False
     """Its value is any text, also one that begins with a hyphen."""
+    implied: str = ""
+    """Its value where it is left out."""
+    stands_for: str = ""
+    """Word that it is replaced by; empty: none."""
 
 
 def read_words(argv: Sequence[str], model: type[BaseModel], prog: str) -> list[str]:
@@ -84,8 +94,8 @@ def read_words(argv: Sequence[str], model: type[BaseModel], prog: str) -> list[s
         if flag.kind == "switch":
             if equals:
                 raise UserError(_explain_switch_value(flag))
-            words.append(flag.name)
-        elif flag.kind == "value":
+            words.append(flag.stands_for or flag.name)
+        elif flag.kind in ("value", "optional"):
             words.append(f"{flag.name}={value if equals else _take_value(flag, queue, flags)}")
         else:
             words += _take_members(flag, [value] if equals else [], queue)
@@ -126,7 +136,9 @@ def _list_known_flags(model: type[BaseModel]) -> Iterator[Flag]:
         if POSITIONAL in field.metadata:
             continue
         on, off = format_flag(path), format_off_flag(path)
-        if field.annotation is bool:
+        if SWITCH in field.metadata:
+            yield from (Flag(on, "optional", implied="on"), Flag(off, "switch", on, stands_for=f"{on}=off"))
+        elif field.annotation is bool:
             yield from (Flag(on, "switch", off), Flag(off, "switch", on))
         elif is_list(field.annotation):
             yield Flag(on, "list", is_text=True)
@@ -144,9 +156,11 @@ def _take_value(flag: Flag, queue: deque[str], flags: dict[str, Flag]) -> str:
     """Take the next word as the value of `flag`; one that begins with a single hyphen may be a text, such as a prompt.
 
     Raises:
-        UserError: there is none, or it is a flag.
+        UserError: there is none, or it is a flag, and the flag implies none.
     """
     following = queue[0] if queue else ""
+    if flag.implied and (not queue or looks_like_flag(following)):
+        return flag.implied
     name = following.partition("=")[0].replace("_", "-")
     is_flag = following.startswith("--") or name in flags or f"-{name}" in flags
     if queue and not (looks_like_flag(following) and is_flag):

@@ -62,6 +62,8 @@ class Config(BaseModel):
             if get_section(field) and isinstance(value, Mapping):
                 pending += [(f"{path}.{name}", member) for name, member in value.items()]
                 continue
+            if isinstance(value, Config):
+                value = value.model_dump(by_alias=True)  # a later change may name one of its fields
             *sections, name = path.split(".")
             section = values
             for part in sections:

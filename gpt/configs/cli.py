@@ -6,13 +6,14 @@ once: its errors then carry the full path of a field, and the same code checks a
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar
 
 import tyro
 from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
@@ -26,6 +27,7 @@ from gpt.configs.arguments import FULL_HELP, SHORT_HELP, explain_unknown_word, h
 from gpt.configs.base import Config, FilePath
 from gpt.configs.explain import explain_validation_error
 from gpt.configs.fields import POSITIONAL, format_type, get_alternatives, get_choices, get_section, is_list
+from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.help import format_short_help
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
@@ -34,6 +36,10 @@ from gpt.configs.user_folders import expand_home
 from gpt.errors import UserError
 
 C = TypeVar("C", bound=Config)
+
+
+DescribeWeights = Callable[[str], tuple[GPTConfig, str] | None]
+"""Returns architecture and tokenizer of the weights that --init-from names; None if there are none."""
 
 
 class JsonOutput(Config):
@@ -57,8 +63,16 @@ class PresetOverrides(TrainConfig):
 P = TypeVar("P", bound=PresetOverrides)
 
 
-def parse_over_preset(model: type[P], argv: Sequence[str], *, verb: str) -> P:
+def parse_over_preset(
+    model: type[P], argv: Sequence[str], *, verb: str, describe_weights: DescribeWeights | None = None
+) -> P:
     """Parse `[PRESET] [--flags]`: the flags of `model` over the values of the preset or of a saved configuration.
+
+    Args:
+        model: the command.
+        argv: command line after the verb.
+        verb: the verb.
+        describe_weights: finds architecture and tokenizer of --init-from, which replace those of the preset.
 
     Raises:
         UserError: an unknown preset, or anything that `parse` rejects.
@@ -70,23 +84,30 @@ def parse_over_preset(model: type[P], argv: Sequence[str], *, verb: str) -> P:
     prog = f"gpt {verb} {preset or ''}".strip()
     words = read_words(words, model, prog)
     base = _load_base_values(_read_flag(words, "--config"), preset)
+    init_from = _read_flag(words, "--init-from")
+    if describe_weights is not None and init_from not in (None, "", "none"):
+        base |= _adopt_weights(base, describe_weights(expand_home(init_from)))
     if not {*SHORT_HELP}.isdisjoint(words):
         print(format_short_help(model, model.model_construct(**base), verb))
         raise SystemExit(0)
     given = {name for name in HORIZON if has_flag(words, name)}
     if given:  # a horizon on the command line replaces the preset's, whichever of the three the preset sets
         base |= {name: 0 for name in HORIZON if name not in given}
-    return parse(model, words, prog=prog, default=base)
+    return _parse_words(model, words, prog, base)
 
 
-def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[str, Any] | None = None) -> C:
-    """Parse the flags of `model` over the values in `default` and the model's own defaults.
+def parse(model: type[C], argv: Sequence[str], *, prog: str) -> C:
+    """Parse the flags of `model` over its defaults.
 
     Raises:
         UserError: an unknown flag, a missing value, or a value that `model` rejects.
         SystemExit: after `--help`.
     """
-    words = read_words(argv, model, prog)
+    return _parse_words(model, read_words(argv, model, prog), prog, {})
+
+
+def _parse_words(model: type[C], words: list[str], prog: str, base: Mapping[str, Any]) -> C:
+    """Parse words that `read_words` has checked, over the values in `base` and the model's own defaults."""
     if not {*SHORT_HELP, FULL_HELP}.isdisjoint(words):
         words = ["--help"]
     message = io.StringIO()
@@ -97,7 +118,7 @@ def parse(model: type[C], argv: Sequence[str], *, prog: str, default: Mapping[st
                 args=words,
                 prog=prog,
                 description=_join_lines(model.__doc__),
-                default=model.model_construct(**(default or {})),
+                default=model.model_construct(**base),
                 return_unknown_args=True,
                 registry=_registry,
             )
@@ -122,17 +143,19 @@ def _build_section_spec(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Read a section of the configuration as a plain dict, which pydantic checks later with the whole tree."""
     if not (isinstance(info.type, type) and issubclass(info.type, Config)):
         return None
-    fields = tuple(
-        StructFieldSpec(
-            name=field.alias or name,
-            type=_mark_positional(kind, name) if POSITIONAL in field.metadata else kind,
-            default=_format_members(getattr(info.default, name, tyro.MISSING)),
-            helptext=_join_lines(field.description or getattr(get_section(field), "__doc__", None)),
-        )
-        for name, field in info.type.model_fields.items()
-        for kind in [_replace_member_type(field.annotation)]
-    )
+    fields = tuple(_build_field_spec(name, field, info.default) for name, field in info.type.model_fields.items())
     return StructConstructorSpec(instantiate=dict, fields=fields)
+
+
+def _build_field_spec(name: str, field: FieldInfo, defaults: Any) -> StructFieldSpec:
+    kind: Any = tuple[str, ...] if is_list(field.annotation) else field.annotation
+    default = getattr(defaults, name, tyro.MISSING)
+    return StructFieldSpec(
+        name=field.alias or name,
+        type=_mark_positional(kind, name) if POSITIONAL in field.metadata else kind,
+        default=tuple(map(str, default)) if isinstance(default, tuple) else default,
+        helptext=_join_lines(field.description or getattr(get_section(field), "__doc__", None)),
+    )
 
 
 @_registry.primitive_rule
@@ -161,14 +184,6 @@ def _mark_positional(annotation: Any, name: str) -> Any:
     return Annotated[annotation, tyro.conf.Positional, tyro.conf.arg(metavar=metavar)]
 
 
-def _replace_member_type(annotation: Any) -> Any:
-    return tuple[str, ...] if is_list(annotation) else annotation
-
-
-def _format_members(default: Any) -> Any:
-    return tuple(str(member) for member in default) if isinstance(default, tuple) else default
-
-
 def _format_usage(model: type[Config], prog: str) -> str:
     """Return one line for a command line that lacks an argument."""
     required = [
@@ -193,6 +208,17 @@ def _load_base_values(saved: str | None, preset: str | None) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"--config {saved}: {error}") from error
     return {name: getattr(config, name) for name in type(config).model_fields}
+
+
+def _adopt_weights(base: Mapping[str, Any], weights: tuple[GPTConfig, str] | None) -> dict[str, Any]:
+    """Return the sections that change if a run starts from weights: architecture, except for dropout, and tokenizer."""
+    if weights is None:
+        return {}
+    model, tokenizer = weights
+    return {
+        "model": model.model_copy(update={"dropout": base["model"].dropout}),
+        "data": base["data"].model_copy(update={"tokenizer": tokenizer}),
+    }
 
 
 def _read_flag(words: Sequence[str], flag: str) -> str | None:

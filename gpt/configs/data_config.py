@@ -45,9 +45,10 @@ class PreparationConfig(Config):
     val_fraction: float = Field(0.1, ge=0, le=0.5)
     """Fraction of each source held out for validation: whole documents, or the tail of a single large text."""
     text_field: str = Field("text", min_length=1)
-    """Key or column that holds the text of a record (JSON lines, Parquet, datasets)."""
+    """Key or column that holds the text of a record (JSON, CSV, Parquet, datasets)."""
     on_error: Literal["raise", "skip"] = "raise"
-    """Unreadable records: raise stops at the first one and names it; skip leaves them out and reports how many."""
+    """Files and records that cannot be read: raise stops at the first one and names it; skip leaves them out and
+    reports how many."""
     deduplicate: bool = False
     """Leave out documents that repeat an earlier one byte for byte."""
     tokenizer: Annotated[str, AfterValidator(expand_home), SAFE_IF_SAME_CONTENT] = Field("bpe", min_length=1)

@@ -11,6 +11,9 @@ from pydantic.fields import FieldInfo
 POSITIONAL = "positional"
 """`Annotated[..., POSITIONAL]` makes a field of a command an argument without a flag."""
 
+SWITCH = "switch"
+"""`Annotated[Literal["auto", "on", "off"], SWITCH]` makes `--NAME` alone mean on, and `--no-NAME` mean off."""
+
 
 def get_section(field: FieldInfo) -> type[BaseModel] | None:
     """Return the model of a field that is a section, or None for a plain field."""
@@ -64,9 +67,14 @@ def list_flags(model: type[BaseModel]) -> list[str]:
     for path, field in walk_fields(model):
         if POSITIONAL not in field.metadata:
             flags.append(format_flag(path))
-            if field.annotation is bool:
+            if is_switch(field):
                 flags.append(format_off_flag(path))
     return flags
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """Return whether the flag of a field may stand alone and has a `--no-` form."""
+    return field.annotation is bool or SWITCH in field.metadata
 
 
 def get_alternatives(annotation: Any) -> list[Any]:
@@ -90,6 +98,19 @@ def is_list(annotation: Any) -> bool:
 def takes_text(annotation: Any) -> bool:
     """Return whether a field takes any text: a path, a name or a prompt."""
     return any(kind in (str, Path) for kind in get_alternatives(annotation))
+
+
+def format_default(value: Any) -> str:
+    """Return a default for people, as it is written on a command line.
+
+    >>> format_default(("def ", "class")), format_default(()), format_default(True)
+    ("'def ' class", 'none', 'on')
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(repr(member) if " " in str(member) else str(member) for member in value) or "none"
+    return "none" if value is None else str(value)
 
 
 def format_type(annotation: Any) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.fields import format_flag, format_off_flag, format_type, list_flags, walk_fields
+from gpt.configs.fields import (
+    format_default,
+    format_flag,
+    format_off_flag,
+    format_type,
+    is_switch,
+    list_flags,
+    walk_fields,
+)
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
 
@@ -53,13 +61,9 @@ def format_short_help(model: type[BaseModel], values: BaseModel, verb: str) -> s
 
 
 def _format_field(path: str, field: FieldInfo, default: Any, width: int) -> Iterator[str]:
-    is_switch = field.annotation is bool
-    yield "  " + (
-        f"{format_flag(path)}, {format_off_flag(path)}"
-        if is_switch
-        else f"{format_flag(path)} {format_type(field.annotation)}"
-    )
-    yield from _wrap(f"{field.description or ''} (default: {_format_default(default)})", width, indent=INDENT)
+    value = "" if field.annotation is bool else f" {format_type(field.annotation)}"
+    yield f"  {format_flag(path)}{value}" + (f", {format_off_flag(path)}" if is_switch(field) else "")
+    yield from _wrap(f"{field.description or ''} (default: {format_default(default)})", width, indent=INDENT)
 
 
 def _wrap(text: str, width: int, indent: int = 0) -> list[str]:
@@ -71,14 +75,6 @@ def _wrap(text: str, width: int, indent: int = 0) -> list[str]:
         break_on_hyphens=False,
         break_long_words=False,
     )
-
-
-def _format_default(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    if isinstance(default, tuple):
-        return " ".join(map(str, default)) or "none"
-    return "none" if default is None else str(default)
 
 
 def _read_default(values: BaseModel, path: str) -> Any:

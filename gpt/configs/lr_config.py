@@ -14,7 +14,7 @@ class LRConfig(Config):
     schedule: Annotated[Literal["cosine", "linear", "wsd", "inverse-sqrt", "constant"], NEEDS_FLAG] = "linear"
     """Shape after warmup; wsd (warmup, stable, decay) holds max_lr and decays at the end of the run."""
     max_lr: Annotated[float, NEEDS_FLAG] = Field(2e-3, gt=0)
-    """Highest learning rate."""
+    """Highest learning rate; with muon, that of the weights outside the blocks' matrices."""
     min_lr: Annotated[float, NEEDS_FLAG] = Field(0.0, ge=0)
     """Lowest learning rate of the decay."""
     warmup_steps: Annotated[int, NEEDS_FLAG] = Field(40, ge=0, le=MAX_COUNT)

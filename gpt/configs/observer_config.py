@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gpt.configs.base import MAX_COUNT, Config, FilePath
 from gpt.configs.resume_rule import SAFE
@@ -16,7 +16,8 @@ class LogConfig(Config):
     grad_norms: Annotated[bool, SAFE] = False
     """Report the norm of each layer's gradient and weights, too: grad_norm/LAYER and param_norm/LAYER."""
     sink_timeout: Annotated[float, SAFE] = Field(60.0, gt=0)
-    """Seconds that the console, metrics.jsonl or another sink may block the run before it is dropped."""
+    """Seconds that a sink may block the run; then the console or a sink of yours is dropped, and metrics.jsonl is
+    written later."""
 
 
 class EvalConfig(Config):
@@ -32,13 +33,29 @@ class SampleConfig(Config):
     """Sampling from the model, during training and by `gpt sample`."""
 
     max_new_tokens: Annotated[int, SAFE] = Field(200, ge=1, le=MAX_COUNT)
-    """Maximum number of tokens to generate; an end-of-text token ends the sample earlier."""
+    """Maximum number of tokens to generate; an end-of-text token or a full context ends the sample earlier."""
     temperature: Annotated[float, SAFE] = Field(0.8, ge=0)
     """Divides the logits; 0: always take the most likely token."""
     top_k: Annotated[int, SAFE] = Field(0, ge=0, le=MAX_COUNT)
     """Sample from the k most likely tokens; 0: from all."""
     top_p: Annotated[float, SAFE] = Field(1.0, gt=0, le=1)
     """Sample from the fewest most likely tokens whose probabilities add up to at least this (nucleus sampling)."""
+    min_p: Annotated[float, SAFE] = Field(0.0, ge=0, le=1)
+    """Sample only from tokens at least this fraction as likely as the most likely one; 0: from all."""
+    repetition_penalty: Annotated[float, SAFE] = Field(1.0, gt=0, le=1000)
+    """Makes tokens that the text already has less likely: divides their positive logits and multiplies negative ones;
+    1: none."""
+    stop: Annotated[tuple[str, ...], SAFE] = ()
+    """Texts before the first of which the sample ends."""
+    stop_tokens: Annotated[tuple[int, ...], SAFE] = ()
+    """Token ids before the first of which the sample ends, besides end-of-text."""
+
+    @field_validator("stop")
+    @classmethod
+    def _require_text(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("an empty text would end every sample at once")
+        return stop
 
 
 class TextSampleConfig(SampleConfig):

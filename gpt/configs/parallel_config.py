@@ -16,7 +16,8 @@ class ParallelConfig(Config):
     the matmul results and recomputes the rest."""
     reproducible: Annotated[bool, NEEDS_FLAG] = False
     """Add gradients in a fixed order, so that on CPUs a run is bit-exact with 1, 2, 4, ... processes; each computes
-    with one thread unless --runtime.threads sets another number."""
+    with one thread unless --runtime.threads sets another number. On CUDA also use deterministic kernels
+    (docs/gpu.md)."""
     check_replicas: Annotated[int, SAFE] = Field(100, ge=0, le=MAX_COUNT)
     """Steps between checks that every process holds the same weights; also checked before a checkpoint; 0: never."""
     step_timeout: Annotated[float, SAFE] = Field(600, ge=1, le=86_400)

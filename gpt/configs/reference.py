@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gpt.configs.fields import get_section
+from gpt.configs.fields import format_default, format_flag, get_section
 from gpt.configs.resume_rule import ResumeRule, get_resume_rule
 from gpt.configs.train_config import TrainConfig
 
@@ -56,11 +56,10 @@ def _format_section(title: str, description: str, defaults: BaseModel, prefix: s
     yield "| --- | --- | --- | --- |"
     for name, field in type(defaults).model_fields.items():
         if get_section(field) is None:
-            flag = f"--{prefix}{name}".replace("_", "-")
             choices = _format_choices(field)
             text = " ".join((field.description or "").split())
             cells = [
-                f"`{flag}`{choices}",
+                f"`{format_flag(prefix + name)}`{choices}",
                 f"`{_format_default(getattr(defaults, name))}`",
                 text,
                 get_resume_rule(field).value,
@@ -75,13 +74,9 @@ def _format_choices(field: FieldInfo) -> str:
 
 
 def _format_default(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
     if isinstance(value, Path) and value.is_absolute():  # data.cache_dir, which differs between machines
         return f"(user cache)/{value.name}"
-    if isinstance(value, tuple):
-        return " ".join(repr(member) if " " in str(member) else str(member) for member in value) or "none"
-    return "none" if value is None else str(value)
+    return format_default(value)
 
 
 if __name__ == "__main__":

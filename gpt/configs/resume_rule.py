@@ -7,7 +7,7 @@ from pydantic.fields import FieldInfo
 
 from gpt.configs.fields import walk_fields
 
-FLAG = "--resume-with-changes"
+RESUME_WITH_CHANGES = "--resume-with-changes"
 
 
 class ResumeRule(Enum):
@@ -18,14 +18,14 @@ class ResumeRule(Enum):
     most."""
     SAFE_IF_LR_UNCHANGED = "safe where the steps taken keep their learning rates"
     """Accepted if the steps already taken had the learning rates that the new value gives them; else as NEEDS_FLAG.
-    Only the resolved plan can decide this: see `gpt.run`."""
+    Only the resolved plan can decide this: see `keeps_learning_rates` in gpt/resume/compatibility.py."""
     SAFE_WITHOUT_DROPOUT = "safe without dropout"
     """Accepted without dropout, where it changes rounding alone; with dropout as NEEDS_FLAG, because dropout masks are
     addressed by micro-batch."""
     SAFE_IF_SAME_CONTENT = "safe where the content is the same"
     """Accepted: the field names a file or a source, and the prepared corpus's digest decides whether it is the same.
     Two kinds of tokenizer, which no file names, differ in any case."""
-    NEEDS_FLAG = f"needs {FLAG}"
+    NEEDS_FLAG = f"needs {RESUME_WITH_CHANGES}"
     """Accepted with the flag: the run resumes as another experiment, so the user has to ask for it."""
     FORBIDDEN = "never changes within a run"
     """Rejected: under another value the saved state, or a step's place in the data, would mean something else."""

@@ -21,6 +21,8 @@ FLOAT16_NOTE = "--dtype auto is float16 with a loss scaler: this GPU has no bflo
 MAX_USEFUL_EPOCHS = 4
 """Passes over a text up to which it teaches almost as much as new text (Muennighoff et al. 2023, "Scaling
 Data-Constrained Language Models")."""
+HIGH_ADAMW_LR = 0.01
+"""Highest learning rate above which a plan warns if AdamW updates all weights; docs/EXPERIMENTS.md has a comparison."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class RunPlan:
     seed: int
     dtype: str
     """float32, bfloat16 or float16."""
+    compiles: bool
+    """The blocks and the loss are compiled."""
     model: GPTConfig
     """Resolved architecture: every derived size is filled in; `vocab_size` is the tokenizer's or more."""
     max_steps: int
@@ -221,9 +225,16 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         )
     notes += _note_device(config, machine, dtype)
     if config.lr.warmup_steps >= max_steps:
-        notes.append(f"warmup of {config.lr.warmup_steps} steps lasts for all {max_steps} steps of the run")
+        length = f"all {max_steps} steps" if max_steps > 1 else "the only step"
+        warmup = f"{config.lr.warmup_steps} step{'' if config.lr.warmup_steps == 1 else 's'}"
+        notes.append(f"warmup of {warmup} lasts for {length} of the run")
     if config.spike.rollback and not config.checkpoint.interval:
         notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
+    if config.optimizer.name == "adamw" and config.lr.max_lr > HIGH_ADAMW_LR:
+        notes.append(
+            f"--lr.max-lr {config.lr.max_lr:g} suits the few weights that muon leaves to adamw; adamw alone usually "
+            "needs 1e-4 to 3e-3"
+        )
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
     sources = _plan_sources(config, sequences, max_steps * batch.sequences_per_step)
@@ -240,6 +251,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=dtype,
+        compiles=resolve_compile(config, machine.device),
         model=model,
         max_steps=max_steps,
         windows_per_epoch=per_epoch,
@@ -304,6 +316,11 @@ def _resolve_decay_steps(lr: LRConfig, max_steps: int) -> int:
     if lr.schedule == "wsd":
         return max(1, max_steps // 5)
     return max(1, max_steps - lr.warmup_steps)
+
+
+def resolve_compile(config: TrainConfig, device: str) -> bool:
+    """Return whether a run on `device`, cpu, cuda or mps, is compiled."""
+    return device == "cuda" if config.compile == "auto" else config.compile == "on"
 
 
 def _resolve_dtype(config: TrainConfig, machine: MachineFacts) -> str:

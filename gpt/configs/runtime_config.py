@@ -20,3 +20,5 @@ class RuntimeConfig(Config):
     """Treat numbers below the smallest normal one as zero, for CPUs that are slow with them."""
     fused_attention: Annotated[bool, SAFE] = True
     """Use the C kernel for bfloat16 attention, on CPUs with AVX512_BF16 where the installation found a C compiler."""
+    sleep_when_busy: Annotated[bool, SAFE] = True
+    """Let threads that wait for each other sleep instead of spin while other programs use the cores (Linux)."""

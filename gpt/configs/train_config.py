@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from gpt.configs.base import MAX_COUNT, Config, FilePath
 from gpt.configs.checkpoint_config import CheckpointConfig
-from gpt.configs.data_config import DataConfig
+from gpt.configs.data_config import HUB_PREFIX, DataConfig
+from gpt.configs.fields import SWITCH
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, LogConfig, ProfileConfig, SpikeConfig, TextSampleConfig
@@ -31,6 +32,11 @@ NO_CHECKPOINT = frozenset({"auto", "never"})
 """Values of `resume` that name no checkpoint."""
 HORIZON = ("max_steps", "max_tokens", "epochs")
 """Fields that set the length of a run."""
+
+
+def _parse_switch(value: object) -> object:
+    # A config.json from before `auto` existed has true or false.
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class TrainConfig(Config):
@@ -55,14 +61,18 @@ class TrainConfig(Config):
     auto-cuda: auto on CUDA, 4 elsewhere."""
     tokens_per_step: int = Field(4096, ge=0, le=MAX_COUNT)
     """Tokens per update over all processes and micro-batches; 0: one micro-batch per process."""
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], SAFE] = "auto"
-    """Device to train on; auto: cuda, else mps, else cpu."""
+    # SAFE_WITHOUT_DROPOUT, like compile: each device and the compiler draw dropout masks of their own.
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], SAFE_WITHOUT_DROPOUT] = "auto"
+    """Device to train on; auto: cuda, else mps where it computes as the CPU does (gpt selftest), else cpu."""
     # NEEDS_FLAG, not FORBIDDEN: autocast's type changes, the saved tensors' types do not.
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], NEEDS_FLAG] = "auto"
     """Compute type under autocast; auto: bfloat16 if the hardware has it, else float16 on CUDA and float32
     elsewhere."""
-    compile: Annotated[bool, SAFE] = False
-    """Compile the model with torch.compile; falls back to eager with a warning where that is not possible."""
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_parse_switch), SWITCH, SAFE_WITHOUT_DROPOUT] = (
+        "auto"
+    )
+    """Compile each block and the loss with torch.compile; falls back to eager with a warning where that is not
+    possible. auto: on for cuda; --compile alone: on; --no-compile: off."""
     compile_mode: Annotated[Literal["default", "max-autotune"], SAFE] = "default"
     """max-autotune times several kernels for each matmul; it takes long to compile."""
     grad_clip: Annotated[float, NEEDS_FLAG] = Field(1.0, ge=0)
@@ -73,7 +83,8 @@ class TrainConfig(Config):
     """Resume although the learning rate, the horizon or another optimization setting has changed."""
     # FORBIDDEN: a run that has begun cannot begin from other weights.
     init_from: FilePath | None = None
-    """Run or checkpoint whose weights to start from, with a fresh optimizer."""
+    """Weights to start from, with a fresh optimizer: a run, a checkpoint, a model in Hugging Face's format, or hf:NAME.
+    Model and tokenizer are then those of the weights, unless a flag sets them."""
     # The quickstart recipe. The sections themselves default to GPT-2 and AdamW, so GPTConfig(n_layer=12) stays a GPT-2
     # and a config.json from before a field existed loads as what it was.
     # The architecture is Qwen 3's, which public runtimes load. docs/EXPERIMENTS.md has the measurements.
@@ -124,7 +135,7 @@ class TrainConfig(Config):
         """Return this configuration with `change` applied to every path in it."""
 
         def map_optional(path: Path | None) -> Path | None:
-            return None if path is None else Path(change(str(path)))
+            return path if path is None or str(path).startswith(HUB_PREFIX) else Path(change(str(path)))
 
         return self.model_copy(
             update={

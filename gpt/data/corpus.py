@@ -13,9 +13,11 @@ from gpt.data.end_of_text import take_id
 from gpt.data.manifest import CORPUS_MANIFEST, CorpusManifest, read_corpus_manifest
 from gpt.data.order import Mixture
 from gpt.data.packing import Packing, load_or_pack
+from gpt.data.prepare.compression import require_complete_zstd
 from gpt.data.prepare.folders import find_prepared_folders
+from gpt.data.prepare.formats import COMPRESSIBLE_KINDS
 from gpt.data.prepare.preparation import prepare_folder
-from gpt.data.prepare.preparation_plan import plan_preparation
+from gpt.data.prepare.preparation_plan import PreparationPlan, plan_preparation
 from gpt.data.prepare.sources import require_apart
 from gpt.data.sequences import MixedSources, PackedDocuments, TraceableSequences, Windows
 from gpt.data.shards import ShardInfo, TokenStream
@@ -83,7 +85,21 @@ def prepare_corpus(config: DataConfig) -> list[Path]:
     if not (folder / CORPUS_MANIFEST).is_file():  # a prepared corpus needs no lock, and may be in a read-only cache
         require_writable(config.cache_dir, "--data.cache-dir")
         prepare_folder(folder, plan, "--data.cache-dir")
+    elif plan.on_error == "raise":
+        _require_complete_files(plan)
     return [folder]
+
+
+def _require_complete_files(plan: PreparationPlan) -> None:
+    """Check the compressed files that a cached corpus was made of.
+
+    A corpus of an earlier version may lack the rest of a zstd file that was cut short.
+
+    Raises:
+        UserError: a file ends in the middle of a frame.
+    """
+    for file in (file for source in plan.sources for file in source.files if file.kind in COMPRESSIBLE_KINDS):
+        require_complete_zstd(file.path)
 
 
 def open_corpus(folders: Sequence[Path], config: DataConfig, block_size: int) -> Corpus:

@@ -12,7 +12,9 @@ from gpt.data.byte_level import END_OF_TEXT
 TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 """File beside a tokenizer.json that names its end-of-text token, as in Hugging Face repositories."""
 
-KNOWN_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+END_OF_TURN = "<|im_end|>"
+"""Name of ChatML's token after each turn of a conversation, which separates documents where no token ends a text."""
+KNOWN_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", END_OF_TURN)
 """Names that published tokenizers give to the token that separates documents."""
 
 _TEXT = r"(text|txt|doc|document|sentence|sequence|seq|string|str|file|stream|passage|article)"
@@ -21,6 +23,7 @@ NAME_PATTERNS = tuple(
     for pattern in (
         rf"/s|/{_TEXT}|eos(_?(token|id))?|eod|eof|end_?(of_?)?{_TEXT}",
         rf"(.*_)?(eos|end_?of_?{_TEXT})(_.*)?",
+        r"im_end",
         r"sep(arator)?(_?token)?|doc(ument)?(_?(sep|separator|boundary|break))?",
         rf"s|bos(_?(token|id))?|(begin|beginning|start)_?(of_?)?{_TEXT}",
         r"end|eot",
@@ -136,7 +139,7 @@ def describe_settings(name: str | None) -> dict[str, Any]:
 
 def _order_by_name(names: tuple[str, ...]) -> Iterator[str]:
     """Yield the names that may say end of text, best first."""
-    yield from (known for known in KNOWN_NAMES if known in names)
+    yield from (known for known in KNOWN_NAMES if known in names and known != END_OF_TURN)
     words = {name: re.sub("[^a-z/]+", "_", name.casefold()).strip("_") for name in names}
     for pattern in NAME_PATTERNS:
         yield from (name for name in names if pattern.fullmatch(words[name]))

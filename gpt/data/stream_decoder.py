@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizers import decoders
 
@@ -10,41 +10,43 @@ REPLACEMENT = "\ufffd"
 """Character that stands for bytes that are not UTF-8, and for an unfinished character at the end."""
 
 
-def decode_stream(
-    decode: Callable[[list[int]], str],
-    ids: Iterable[int],
-    prompt: Sequence[int],
-    is_deferred: Callable[[int], bool],
-) -> Iterator[str]:
-    """Yield text as ids come; all pieces together are `decode(prompt + ids)` without `decode(prompt)`.
+class StreamDecoder:
+    """Text of ids that come one by one; all pieces together are `decode(prompt + ids)` without `decode(prompt)`.
 
     A piece is held back while the next ids can change it: an unfinished character, and bytes in a row under byte
-    fallback, which become text or replacement characters together. The end of the ids releases it.
+    fallback, which become text or replacement characters together. `finish` releases it.
 
     Args:
         decode: decodes ids at once.
-        ids: new ids.
         prompt: ids before them, which decide the space at the join.
         is_deferred: returns whether a token becomes text only together with the next one.
     """
-    context, pending = list(prompt), list[int]()
-    shown = decode(context)
-    for index in ids:
-        pending.append(index)
-        if is_deferred(index):
-            continue
-        text = decode(context + pending)
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], prompt: Sequence[int], is_deferred: Callable[[int], bool]
+    ) -> None:
+        self._decode, self._is_deferred = decode, is_deferred
+        self._context, self._pending = list(prompt), list[int]()
+        self._shown = decode(self._context)
+
+    def push(self, index: int) -> str:
+        """Return the text that is settled with the next id, often none."""
+        self._pending.append(index)
+        if self._is_deferred(index):
+            return ""
+        text = self._decode(self._context + self._pending)
         settled = text.removesuffix(REPLACEMENT)
-        piece, shown = _split_new(shown, settled)
-        if piece:
-            yield piece
-        if settled == text and shown == text and decode(pending).strip():
+        piece, self._shown = _split_new(self._shown, settled)
+        if settled == text and self._shown == text and self._decode(self._pending).strip():
             # Whatever comes next joins these ids alone, so decoding all ids again is not needed.
-            context, pending = pending, []
-            shown = decode(context)
-    piece, _ = _split_new(shown, decode(context + pending))
-    if piece:
-        yield piece
+            self._context, self._pending = self._pending, []
+            self._shown = self._decode(self._context)
+        return piece
+
+    def finish(self) -> str:
+        """Return the text that was held back."""
+        piece, self._shown = _split_new(self._shown, self._decode(self._context + self._pending))
+        return piece
 
 
 def keep_ends(decoder: decoders.Decoder) -> decoders.Decoder:

@@ -26,7 +26,7 @@ class SyntheticTokens:
         tokens = np.random.default_rng(first).integers(self._vocab_size, size=(count, size + 1))
         numbers = np.arange(size) * DOCUMENTS_PER_SEQUENCE // size
         documents = np.tile(numbers, (count, 1)) if self._document_mask else None
-        return SequenceArrays(tokens[:, :-1], tokens[:, 1:], documents)
+        return SequenceArrays(tokens[:, :-1].copy(), tokens[:, 1:].copy(), documents)
 
     def count_targets(self, first: int, count: int) -> int:
         """Count one target for every position."""

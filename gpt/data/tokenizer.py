@@ -25,7 +25,7 @@ from gpt.data.end_of_text import (
     find_recorded_rule,
 )
 from gpt.data.special_tokens import hide_special_tokens
-from gpt.data.stream_decoder import decode_stream, keep_ends
+from gpt.data.stream_decoder import StreamDecoder, keep_ends
 from gpt.data.tokenizer_files import explain_unreadable_file, find_renumbered_token
 from gpt.data.unrepresented import Finder, Unrepresented, build_finder
 from gpt.errors import UserError
@@ -137,6 +137,7 @@ class Tokenizer:
         An empty prompt becomes end-of-text, which begins every document, or id 0 if there is no such token.
         """
         first = 0 if self.end_of_text is None else self.end_of_text
+        _encode_or_user_error(text.encode)  # the library's own error does not name a lone surrogate
         if self._is_byte_level:  # a prompt is short: building the fast encoder would take longer than this
             return _encode_or_user_error(lambda: self._text_library.encode(text, add_special_tokens=False).ids) or [
                 first
@@ -156,7 +157,13 @@ class Tokenizer:
             ids: new ids.
             prompt: ids of the same document before them.
         """
-        return decode_stream(self.decode, ids, prompt, self._is_deferred)
+        decoder = self.build_stream_decoder(prompt)
+        yield from filter(None, map(decoder.push, ids))
+        yield from filter(None, [decoder.finish()])
+
+    def build_stream_decoder(self, prompt: Sequence[int] = ()) -> StreamDecoder:
+        """Return a decoder of new ids after a prompt; `decode_stream` is its loop."""
+        return StreamDecoder(self.decode, prompt, self._is_deferred)
 
     def find_renumbered_token(self) -> str | None:
         """Return what the library changes in the ids of added tokens; None if it keeps them."""
@@ -262,4 +269,6 @@ def _encode_or_user_error(encode: Callable[[], T]) -> T:
     except BaseException as error:  # the library raises bare Exceptions, and a panic in it is not even an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"the tokenizer cannot encode the text: {first_line(error)}") from error
+        raise UserError(
+            f"the tokenizer cannot encode the text: {first_line(error)}; use another one, such as bpe or gpt2"
+        ) from error

@@ -82,17 +82,27 @@ class ValLoss:
         n_windows = math.ceil((len(stream) - 1) / self._block_size)
         total = math.ceil(n_windows / self._batch_size)
         n_batches = min(self._n_batches or total, total)
-        own = range(self._dist.rank, n_batches, self._dist.world_size)
+        rank, world_size = self._dist.rank, self._dist.world_size
+        # Every rank calls the model equally often, because a model may be sharded over them. What a rank evaluates past
+        # the last batch does not count.
+        own = range(rank, rank + math.ceil(n_batches / world_size) * world_size, world_size)
         losses, n_tokens = [], 0
         for position in own:
-            tensors = self._get_batch(stream, position * total // n_batches)
-            n_tokens += int((tensors[1] != IGNORED).sum())
+            tensors = self._get_batch(stream, min(position, n_batches - 1) * total // n_batches)
             with self._autocast():
-                losses.append(model(*(tensor.to(self._dist.device) for tensor in tensors)))
+                loss = model(*(self._to_device(tensor) for tensor in tensors))
+            if position < n_batches:
+                n_tokens += int((tensors[1] != IGNORED).sum())
+                losses.append(loss)
         numbers = [0.0] * n_batches + [float(n_tokens)]
         if losses:
             numbers[own.start : n_batches : own.step] = torch.stack(losses).tolist()  # float64 on the host from here on
         return numbers
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a batch's tensor; a GPU copies it from pinned memory while the host prepares the next batch."""
+        device = self._dist.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _get_batch(self, stream: TokenStream, index: int) -> tuple[torch.Tensor, ...]:
         """Return batch `index` of a set: inputs, targets and, with a document mask, document numbers; each (B, T)."""

@@ -1,5 +1,6 @@
 """Loading of a trained model for inference."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,15 +10,20 @@ from gpt.checkpoint.run_folder import find_run, locate_checkpoint
 from gpt.checkpoint.store import read_weights
 from gpt.configs.load import load_config
 from gpt.data.tokenizer import Tokenizer
+from gpt.device_check import choose_device
 from gpt.errors import UserError
+from gpt.inference.language_model import LanguageModel
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cpu_runtime import match_openmp_team
-from gpt.machine.hardware import detect_machine, find_device
+from gpt.machine.hardware import detect_machine
+from gpt.machine.spinning import sleep_when_busy
 from gpt.models.gpt import GPT
 from gpt.utils.helper import format_count
 
+log = logging.getLogger(__name__)
 
-def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
+
+def load_for_inference(path: Path, device: str) -> LanguageModel:
     """Load a trained model and its tokenizer from a run folder (its newest checkpoint) or a checkpoint.
 
     Args:
@@ -28,6 +34,7 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
         UserError: there is no checkpoint, it is damaged, or this machine multiplies wrongly.
     """
     match_openmp_team()
+    sleep_when_busy(torch.get_num_threads())
     checkpoint = locate_checkpoint(path, "RUN_DIR")
     tokenizer = Tokenizer.from_folder(find_run(checkpoint).path)
     weights = read_weights(checkpoint)
@@ -41,9 +48,12 @@ def load_for_inference(path: Path, device: str) -> tuple[GPT, Tokenizer]:
             f"{checkpoint}: config.json describes a model of {format_count(config.n_parameters)} parameters, but the "
             f"weights have {format_count(n_weights)}; use a checkpoint as it was saved"
         )
-    model = GPT(config, seed=0).to(find_device(device))
+    used_device, notes = choose_device(device, saved.model, saved.data.cache_dir)
+    for note in notes:
+        log.warning("%s", note)
+    model = GPT(config, seed=0).to(used_device)
     load_model_tensors(model, weights)
     used = next(model.parameters()).device
     name = detect_machine(used.type, world_size=1).device_name
     require_right_arithmetic(used, name, "float32", model.config, config.block_size, saved.data.cache_dir)
-    return model.eval(), tokenizer
+    return LanguageModel(model.eval(), tokenizer)

@@ -1,32 +1,44 @@
-"""Sampling of the next token from logits: temperature, then top-k, then top-p."""
+"""Sampling of the next token from logits: repetition penalty, temperature, then top-k, top-p and min-p."""
+
+from collections.abc import Sequence
 
 import torch
+
+from gpt.configs.observer_config import SampleConfig
 
 MIN_TEMPERATURE = 1e-30
 """Smallest divisor of logits that float32 can divide by."""
 
 
 def sample_next_token(
-    logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Sample one token per row.
+    logits: torch.Tensor, config: SampleConfig, generator: torch.Generator, previous: Sequence[int] = ()
+) -> int:
+    """Sample one token.
 
     Args:
-        logits: (B, V).
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: number of most likely tokens to keep; 0 keeps all.
-        top_p: probability that the most likely tokens to keep reach together (Holtzman et al. 2020).
+        logits: (V,) float32.
+        config: temperature, filters and repetition penalty.
         generator: a generator on the logits' device.
-
-    Returns:
-        (B,) int64.
+        previous: the tokens before it, for the repetition penalty.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
+    if config.repetition_penalty != 1:
+        logits = penalize_repetition(logits, previous, config.repetition_penalty)
+    if config.temperature == 0:
+        return int(logits.argmax())
     # Subtracting the maximum first keeps every quotient finite or -inf at the smallest temperatures.
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, MIN_TEMPERATURE)
-    logits = keep_top_p(keep_top_k(logits, top_k), top_p)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(-1)
+    logits = (logits - logits.max()) / max(config.temperature, MIN_TEMPERATURE)
+    logits = keep_min_p(keep_top_p(keep_top_k(logits, config.top_k), config.top_p), config.min_p)
+    return int(torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator))
+
+
+def penalize_repetition(logits: torch.Tensor, previous: Sequence[int], penalty: float) -> torch.Tensor:
+    """Lower the logits of previous tokens: divide those above 0 by the penalty and multiply those below.
+
+    Keskar et al. 2019, "CTRL", section 4.1; the sign is treated as in transformers.
+    """
+    ids = torch.tensor(sorted(set(previous)), dtype=torch.int64, device=logits.device)
+    scores = logits[..., ids]
+    return logits.index_copy(-1, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -37,14 +49,38 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set all but the smallest set of most likely tokens whose probability reaches p to -inf; 1 keeps all."""
+    """Set all but the smallest set of most likely tokens whose probability reaches p to -inf; 1 keeps all.
+
+    Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+    """
     if p >= 1:
         return logits
     ordered, indices = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
-    dropped = probabilities.cumsum(dim=-1) - probabilities >= p
+    dropped = _sum_up(probabilities) - probabilities >= p
     dropped[..., 0] = False  # the most likely token stays, even if p rounds to 0 in float32
     return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered.masked_fill(dropped, -torch.inf))
+
+
+def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Set the logits of tokens less likely than p times the most likely one to -inf; 0 keeps all.
+
+    Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling".
+    """
+    if p == 0:
+        return logits
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def _sum_up(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return cumulative sums along the last dimension; on the CPU where CUDA's kernel may not be used.
+
+    It is not deterministic, so `torch.use_deterministic_algorithms` refuses it.
+    """
+    if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return probabilities.cpu().cumsum(dim=-1).to(probabilities.device)
+    return probabilities.cumsum(dim=-1)
 
 
 def _keep_only(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

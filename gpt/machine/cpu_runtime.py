@@ -10,6 +10,7 @@ import torch
 from gpt.configs.runtime_config import RuntimeConfig
 from gpt.machine.arithmetic_check import digest_matmuls
 from gpt.machine.resources import usable_cores
+from gpt.machine.spinning import sleep_when_busy
 from gpt.ops import attention_cpu
 
 log = logging.getLogger(__name__)
@@ -94,4 +95,5 @@ def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str
         "keep_freed_memory": keeps_freed_memory,
         "flush_denormals": flushes_denormals,
         "fused_attention": attention_cpu.set_enabled(config.fused_attention),
+        "sleep_when_busy": sleep_when_busy(torch.get_num_threads(), enabled=config.sleep_when_busy),
     }

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,11 +16,14 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 """Workspaces with which cuBLAS computes the same bits every time (cuBLAS documentation, "Results Reproducibility")."""
 
+NO_DETERMINISTIC_FORM = " does not have a deterministic implementation"
+"""Part of torch's message after the name of the operator (aten/src/ATen/Context.cpp)."""
+
 
 def set_up_cuda(*, reproducible: bool) -> dict[str, bool]:
     """Apply the settings of the process for CUDA, and return those that are in effect.
 
-    Call it before anything is allocated on the device, because torch reads the allocator's settings then.
+    Call it before CUDA is initialized, because torch reads the allocator's settings then.
 
     Args:
         reproducible: whether the same device must compute the same bits every time.
@@ -30,9 +35,45 @@ def set_up_cuda(*, reproducible: bool) -> dict[str, bool]:
     if reproducible:
         _use_deterministic_kernels()
     return {
-        "tf32": torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0),
         "expandable_segments": _expand_segments(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def uses_tf32() -> bool:
+    """Return whether float32 matmuls on the current device are computed in TF32."""
+    is_allowed = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
+    return is_allowed and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@contextmanager
+def name_nondeterministic_operator() -> Iterator[None]:
+    """Replace torch's error about an operator that has no deterministic form on this device by one line.
+
+    Raises:
+        UserError: instead of that error; names the operator.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        operator, found, _ = str(error).partition(NO_DETERMINISTIC_FORM)
+        if not found:
+            raise
+        raise UserError(
+            f"--parallel.reproducible: {operator.split()[-1]} has no deterministic form on this device; change the "
+            "model so that it does without, or add --parallel.no-reproducible"
+        ) from error
+
+
+def describe_gpu() -> dict[str, str]:
+    """Return the facts on which the bits of a GPU's results depend; empty in a process that uses no GPU."""
+    if not torch.cuda.is_initialized():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    kernels = "deterministic kernels" if torch.are_deterministic_algorithms_enabled() else "fastest kernels"
+    return {
+        "gpu": f"{torch.cuda.get_device_name()}, capability {major}.{minor}",
+        "cuda": f"{torch.version.cuda or torch.version.hip}, cuDNN {torch.backends.cudnn.version()}, {kernels}",
     }
 
 
@@ -43,7 +84,7 @@ def _expand_segments() -> bool:
     Windows lacks the calls that it needs.
     """
     given = next((os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), "")
-    if not given and sys.platform.startswith("linux"):
+    if not given and sys.platform.startswith("linux") and not torch.cuda.is_initialized():
         given = os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE_SEGMENTS
     return EXPANDABLE_SEGMENTS in given
 

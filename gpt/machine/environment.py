@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 import gpt
+from gpt.machine.arithmetic_check import SUSPECTS, read_variables
 from gpt.machine.hardware import cpu_name
 
 PACKAGE = Path(gpt.__file__).parent
+DRIVER = Path("/proc/driver/nvidia/version")
 LIBRARIES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
 
 
@@ -34,10 +36,20 @@ def describe_environment(runtime: Mapping[str, int | bool]) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "runtime": dict(runtime),
+        "variables": read_variables(SUSPECTS),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
+        "driver": read_gpu_driver(),
         "command": sys.argv,
     }
+
+
+def read_gpu_driver() -> str | None:
+    """Return the line in which NVIDIA's driver names its version; None without one, or where there is no /proc."""
+    try:
+        return DRIVER.read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def find_git_commit() -> str | None:

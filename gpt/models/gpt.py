@@ -12,8 +12,8 @@ from torch import nn
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.init import init_weights
 from gpt.ops.activations import ACTIVATIONS
-from gpt.ops.attention import DocumentMask, attend, positions_in_documents
-from gpt.ops.cross_entropy import fused_linear_cross_entropy, soft_cap, summed_cross_entropy
+from gpt.ops.attention import Attend, Cache, DocumentMask, attend, positions_in_documents, repeat_heads
+from gpt.ops.cross_entropy import LinearCrossEntropy, soft_cap, summed_cross_entropy
 from gpt.ops.linear import FusedLinear, Linear, is_plain_linear
 from gpt.ops.norm import build_norm
 from gpt.ops.precision import compute_dtype
@@ -39,7 +39,9 @@ class Attention(nn.Module):
         self.k_norm = _norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: DocumentMask | None, rope: Rope | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: DocumentMask | None, rope: Rope | None, attend_cached: Attend | None = None
+    ) -> torch.Tensor:
         """Attend to each token's past; (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         D = self.head_dim
@@ -50,10 +52,11 @@ class Attention(nn.Module):
         v = v.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if self.group_size > 1:  # heads of a group share keys and values (Ainslie et al. 2023, "GQA")
-            k = k.repeat_interleave(self.group_size, dim=1)  # (B, H, T, D)
-            v = v.repeat_interleave(self.group_size, dim=1)  # (B, H, T, D)
-        y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        if attend_cached is not None:
+            y = attend_cached(q, k, v, mask)  # (B, H, T, D)
+        else:
+            k, v = repeat_heads(k, self.group_size), repeat_heads(v, self.group_size)  # (B, H, T, D)
+            y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         out: torch.Tensor = self.resid_dropout(self.c_proj(y))
         return out
@@ -85,9 +88,11 @@ class Block(nn.Module):
         self.ln_2 = _norm(config, config.n_embd, rounds=True)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: DocumentMask | None, rope: Rope | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: DocumentMask | None, rope: Rope | None, attend_cached: Attend | None = None
+    ) -> torch.Tensor:
         """Add both branches to the residual stream; (B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask, rope)
+        x = x + self.attn(self.ln_1(x), mask, rope, attend_cached)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -111,10 +116,15 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = _norm(config, config.n_embd)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss = LinearCrossEntropy(config.logit_softcap)
         init_weights(self, config, seed)
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, documents: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Return the logits, or with targets their loss.
 
@@ -126,15 +136,19 @@ class GPT(nn.Module):
             targets: (B, T) int64, the token after each.
             documents: (B, T) int64, the number of each token's document, non-decreasing along the row; padding at a
                 row's end has a number of its own. Without it a row is one document.
+            cache: keys and values of the tokens before these, to which those of these are added.
 
         Returns:
-            (B, T, V) logits; with targets the scalar sum of their negative log-likelihoods in nats, float32.
+            (B, T, V) logits; with a cache those of each row's last token, (B, V); with targets the scalar sum of their
+            negative log-likelihoods in nats, float32.
         """
         mask = rope = None
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
         x = self.wte(tokens)  # (B, T, C)
         if documents is not None:
             positions = positions_in_documents(documents)  # (B, T)
+        if cache is not None:
+            positions = cache.positions  # (B, T)
         if documents is not None or 0 < self.config.sliding_window < tokens.shape[1]:
             mask = DocumentMask(
                 torch.zeros_like(tokens) if documents is None else documents,
@@ -148,15 +162,18 @@ class GPT(nn.Module):
         else:
             rope = self.compute_rope(positions)
         x = self.drop(x)
-        for block in self.h:
-            x = block(x, mask, rope)
+        for index, block in enumerate(self.h):
+            x = block(x, mask, rope) if cache is None else block(x, mask, rope, cache.layers[index])
+        if cache is not None:
+            x = cache.select_last(x)  # (B, C)
         x = self.ln_f(x)
         softcap = self.config.logit_softcap
         if targets is None:
-            return soft_cap(self._logits(x), softcap)  # (B, T, V)
+            return soft_cap(self._logits(x), softcap)
         if self.lm_head is None or is_plain_linear(self.lm_head):
             weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
-            return fused_linear_cross_entropy(x, weight, targets, softcap=softcap)
+            loss: torch.Tensor = self.loss(x, weight, targets)
+            return loss
         return summed_cross_entropy(self._logits(x), targets, softcap=softcap)
 
     def compute_rope(self, positions: torch.Tensor) -> Rope:
@@ -184,3 +201,9 @@ class GPT(nn.Module):
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the head; (B, T, C) -> (B, T, V)."""
         return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+
+def shorten_context(weights: dict[str, torch.Tensor], block_size: int) -> dict[str, torch.Tensor]:
+    """Return the weights of the same model with a shorter context: without the learned positions beyond it."""
+    positions = weights.get("wpe.weight")
+    return weights if positions is None else weights | {"wpe.weight": positions[:block_size].contiguous()}

@@ -5,10 +5,10 @@ non-decreasing along the row; padding at a row's end has a number of its own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,23 @@ class DocumentMask:
             self.masked = ~self.allowed
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DocumentMask | None], torch.Tensor]
+"""Attention of new tokens to a cache and to themselves: their queries (B, H, T, D), keys (B, K, T, D) and values
+(B, K, T, D), which it adds to the cache, and the mask of a text's first tokens -> (B, H, T, D)."""
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens before those of a forward pass: `gpt.inference.kv_cache` holds them."""
+
+    positions: torch.Tensor
+    """(B, T) int64, the positions of the new tokens."""
+    layers: Sequence[Attend]
+    """Attention of each block."""
+
+    def select_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Return each row's last token, (B, T, C) -> (B, C): rows may end with padding."""
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: DocumentMask | None, *, dropout: float
 ) -> torch.Tensor:
@@ -105,6 +122,14 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, dropout_p=dropout)
     out = _compile_if_eager(flex_attention)(q, k, v, block_mask=mask.blocks)
     return out
+
+
+def repeat_heads(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Repeat keys or values for the heads of a group, which share them (Ainslie et al. 2023, "GQA").
+
+    (B, K, T, D) -> (B, K * group_size, T, D).
+    """
+    return x.repeat_interleave(group_size, dim=1) if group_size > 1 else x
 
 
 class _KernelAttention(torch.autograd.Function):
@@ -209,13 +234,14 @@ def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
 
 
 def _supports_kernel(device: torch.device, dtype: torch.dtype, *, dropout: float, head_dim: int) -> bool:
-    # A compiler cannot trace it: the graph would break there.
-    return dropout == 0 and not torch.compiler.is_compiling() and kernel.supports(device, dtype, head_dim)
+    return dropout == 0 and kernel.supports(device, dtype, head_dim)
 
 
 def _supports_flex(device: torch.device, *, dropout: float, head_dim: int) -> bool:
-    # FlexAttention has no dropout, and no backward pass on a CPU or on MPS.
-    return device.type == "cuda" and HAS_TRITON and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
+    # FlexAttention has no dropout, and no backward pass on a CPU or on MPS. Its kernels do not say if they are
+    # deterministic; those of SDPA do.
+    is_usable = device.type == "cuda" and HAS_TRITON and not torch.are_deterministic_algorithms_enabled()
+    return is_usable and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
 
 
 def _build_block_mask(documents: torch.Tensor, window: int) -> BlockMask:

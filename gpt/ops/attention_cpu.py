@@ -55,6 +55,10 @@ def is_enabled() -> bool:
     return _enabled and _load_library() is not None
 
 
+# What torch.compiler.assume_constant_result does, which would import the compiler: that takes a second.
+is_enabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether `forward` takes such tensors."""
     return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % HEAD_DIM_MULTIPLE == 0 and is_enabled()
@@ -69,21 +73,67 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_starts: torch
         v: (B, H, T, D).
         doc_starts: (B, T) int32, the first position that each position attends to, non-decreasing along a row; None: 0.
     """
-    B, H, T, _ = q.shape
+    B, _, T, _ = q.shape
     assert q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype == torch.bfloat16
     assert doc_starts is None or (doc_starts.shape == (B, T) and doc_starts.dtype == torch.int32)
     q, k, v = (_make_rows_dense(x) for x in (q, k, v))
-    log_sums = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    saved = Saved(q, k, v, _empty_like(q), log_sums, doc_starts)
-    _call("attention_forward", saved)
-    return saved
+    out, log_sums = FORWARD_OP(q, k, v, doc_starts)
+    return Saved(q, k, v, out, log_sums, doc_starts)
 
 
 def backward(saved: Saved, out_grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v, each (B, H, T, D), from that of `out`."""
-    grads = _empty_like(saved.q), _empty_like(saved.q), _empty_like(saved.q)
-    _call("attention_backward", saved, _make_rows_dense(out_grad), *grads)
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = BACKWARD_OP(*saved, _make_rows_dense(out_grad))
     return grads
+
+
+def _run_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_starts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, log_sums = _allocate_outputs(q, k, v, doc_starts)
+    _call("attention_forward", Saved(q, k, v, out, log_sums, doc_starts))
+    return out, log_sums
+
+
+def _allocate_outputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_starts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _run_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+    doc_starts: torch.Tensor | None,
+    out_grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = _allocate_gradients(q)
+    _call("attention_backward", Saved(q, k, v, out, log_sums, doc_starts), out_grad, *grads)
+    return grads
+
+
+def _allocate_gradients(
+    q: torch.Tensor, *others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_like(q), _empty_like(q), _empty_like(q)
+
+
+# Ops of torch's own kind, which a compiler calls without looking inside. torch.library.custom_op would import the
+# compiler in every process.
+_library = torch.library.Library("gpt", "DEF")
+_library.define("attention_cpu_forward(Tensor q, Tensor k, Tensor v, Tensor? doc_starts) -> (Tensor, Tensor)")
+_library.impl("attention_cpu_forward", _run_forward, "CPU")
+torch.library.register_fake("gpt::attention_cpu_forward", _allocate_outputs, lib=_library)
+_library.define(
+    "attention_cpu_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor? doc_starts, "
+    "Tensor out_grad) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("attention_cpu_backward", _run_backward, "CPU")
+torch.library.register_fake("gpt::attention_cpu_backward", _allocate_gradients, lib=_library)
+FORWARD_OP, BACKWARD_OP = torch.ops.gpt.attention_cpu_forward.default, torch.ops.gpt.attention_cpu_backward.default
 
 
 def _call(function: str, saved: Saved, *grads: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from gpt.ops.precision import autocast_off, compute_dtype
 from gpt.utils.helper import IGNORED
@@ -61,6 +62,22 @@ def fused_linear_cross_entropy(
         rows, weight, targets.flatten(), compute_dtype(hidden), softcap, wants_gradients
     )
     return loss
+
+
+class LinearCrossEntropy(nn.Module):
+    """`fused_linear_cross_entropy` as a module, so that it is compiled by itself; the head's weight is an argument.
+
+    Args:
+        softcap: c > 0 bounds the logits, see `soft_cap`.
+    """
+
+    def __init__(self, softcap: float):
+        super().__init__()
+        self.softcap = softcap
+
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the summed loss; hidden is (B, T, C), weight (V, C), targets (B, T) int64."""
+        return fused_linear_cross_entropy(hidden, weight, targets, softcap=self.softcap)
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):

@@ -4,12 +4,15 @@ Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". torch restore
 so dropout drops the same elements; losses and gradients keep every bit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from gpt.ops.attention_cpu import FORWARD_OP
 
 _aten = torch.ops.aten
 SAVED_OPS = [
@@ -18,6 +21,8 @@ SAVED_OPS = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+    FORWARD_OP,
 ]
 """Ops whose outputs `selective` saves: their cost grows faster than the size of their outputs.
 
@@ -39,4 +44,13 @@ def checkpoint_activations(blocks: Iterable[nn.Module], mode: str) -> None:
     if mode == "selective":
         run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, SAVED_OPS))
     for block in blocks:
-        block.forward = partial(run, block.forward)
+        block.forward = _recompute(run, block.forward)
+
+
+def _recompute(run: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    # torch.compile starts at a function's frame, and skips those of torch: a partial of `checkpoint` would not be
+    # compiled.
+    def checkpointed_forward(*args: Any) -> Any:
+        return run(forward, *args)
+
+    return checkpointed_forward

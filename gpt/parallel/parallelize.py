@@ -27,23 +27,29 @@ def parallelize(
     config: ParallelConfig,
     *,
     compile_mode: str | None,
+    others: Iterable[nn.Module] = (),
 ) -> nn.Module:
     """Return the module that the training step calls: `model` itself, or DDP around it on several ranks.
 
     DDP averages gradients over ranks, except in the reproducible mode, which adds them itself. Everything else happens
-    in place, so that no name in a state dict changes.
+    in place, so that no name in a state dict changes. Each block is compiled by itself: equal blocks share their
+    compiled code, so more layers take no longer to compile, and DDP's hooks run between blocks.
 
     Args:
         model: the bare model.
-        blocks: its submodules to which activation checkpointing applies, before the model is compiled.
+        blocks: its submodules to which activation checkpointing applies, before they are compiled.
         dist: the ranks.
         config: activation checkpointing, and whether the run is reproducible.
         compile_mode: one of COMPILE_MODES; None does not compile. Compilation happens at the first call; see
             `compile_or_fall_back`.
+        others: submodules that are compiled, too.
     """
+    blocks = list(blocks)
     checkpoint_activations(blocks, config.activation_checkpointing)
     if compile_mode is not None:
-        model.compile(mode=COMPILE_MODES[compile_mode])
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block's graph at DDP's buckets
+        for module in (*blocks, *others):
+            module.compile(mode=COMPILE_MODES[compile_mode], fullgraph=True)
     if dist.world_size == 1 or config.reproducible:
         return model
     return DistributedDataParallel(
@@ -54,24 +60,44 @@ def parallelize(
     )
 
 
-def compile_or_fall_back(model: nn.Module, parallelized: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> None:
-    """Compile `model` now, by one trial forward and backward pass; where that fails, warn and let it run uncompiled.
+def compile_or_fall_back(model: nn.Module, parallelized: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> bool:
+    """Compile what `parallelize` marked, by trials of training and of evaluation; return whether that worked.
 
-    The trial calls the wrapped module, because the compiler cuts the graph at DDP's buckets.
+    Where it fails, warn and let the model run uncompiled. No later step compiles anything.
 
     Args:
-        model: the bare model, marked for compilation by `parallelize`.
-        parallelized: what `parallelize` returned for it.
-        trial: maps the parallelized module to a loss.
+        model: the bare model, which is evaluated.
+        parallelized: what `parallelize` returned for it, which is trained.
+        trial: maps a module to a loss.
+
+    Raises:
+        torch.OutOfMemoryError: the trial does not fit in memory, compiled or not.
     """
     try:
         with AveragedGradients(parallelized, world_size=1).micro_batch(is_last=False):
             trial(parallelized).backward()
+        model.eval()
+        with torch.no_grad():
+            trial(model)
     except Exception as error:  # the compiler raises many: no C++ compiler, no Triton, an unsupported Python
-        model._compiled_call_impl = None
+        if (cause := _find_out_of_memory(error)) is not None:
+            raise cause from None
+        for module in model.modules():
+            module._compiled_call_impl = None
         torch._dynamo.reset()
         log.warning("torch.compile does not work here (%s); going on without it", first_line(error))
-    model.zero_grad(set_to_none=True)
+        return False
+    finally:
+        model.train()
+        model.zero_grad(set_to_none=True)
+    return True
+
+
+def _find_out_of_memory(error: BaseException | None) -> BaseException | None:
+    """Return the error of an allocation that failed, if `error` is one or was caused by one."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def build_gradient_sync(parallelized: nn.Module, dist: DistContext, config: ParallelConfig) -> GradientSync:

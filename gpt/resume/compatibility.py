@@ -9,14 +9,24 @@ from typing import Any
 from gpt.configs.data_config import TOKENIZER_KINDS
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
-from gpt.configs.resume_rule import FLAG, ResumeRule, get_resume_rules
-from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, FLOAT16_NOTE, RunPlan, resolve
+from gpt.configs.resume_rule import RESUME_WITH_CHANGES, ResumeRule, get_resume_rules
+from gpt.configs.run_plan import (
+    CONTENT_KEY,
+    CORPUS_KEY,
+    DTYPE_KEY,
+    FLOAT16_NOTE,
+    RunPlan,
+    resolve,
+    resolve_compile,
+)
 from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 from gpt.utils.custom_scheduler import build_schedule
 
 WEIGHT_INDEPENDENT = frozenset({"vocab_size", "dropout", "init", "init_std"})
 """Fields of a model that loaded weights do not depend on; the vocabulary is compared through the tokenizer."""
+MAX_NAMED_DIFFERENCES = 3
+"""Fields that a message names if no flag allows all of the changes."""
 PER_LAUNCH = frozenset({"run_dir", "resume", "resume_with_changes", "init_from"})
 """Fields that say where and how one launch starts; a change of them is not reported."""
 
@@ -58,28 +68,31 @@ def find_differences(saved: TrainConfig, current: TrainConfig) -> tuple[Differen
         flatten(_resolve_model(config).map_paths(os.path.realpath).model_dump(mode="json"))
         for config in (saved, current)
     )
-    given, given_now = (flatten(config.model_dump(mode="json")) for config in (saved, current))
+    given_before, given_now = (flatten(config.model_dump(mode="json")) for config in (saved, current))
     rules = get_resume_rules(TrainConfig)
     has_dropout = bool(saved.model.dropout or current.model.dropout)
     return tuple(
         Difference(name, value, now[name], _decide_rule(name, rules[name], (value, now[name]), has_dropout))
         for name, value in before.items()
-        if value != now[name] and given[name] != given_now[name]
+        if value != now[name] and given_before[name] != given_now[name]
     )
 
 
-def require_resumable(config: TrainConfig, saved: TrainConfig, place: str) -> tuple[Difference, ...]:
+def require_resumable(config: TrainConfig, saved: TrainConfig, place: str, device: str) -> tuple[Difference, ...]:
     """Check that `config` may resume what `saved` describes, and return the differences to report.
+
+    The device and compilation are compared as they are on this machine, so auto equals what it stands for.
 
     Args:
         config: configuration of this launch.
         saved: configuration of the saved state.
         place: flag and path of the run, for the message.
+        device: cpu, cuda or mps, which auto stands for.
 
     Raises:
         UserError: names every field in the way, and the flag that allows those it can allow.
     """
-    differences = find_differences(saved, config)
+    differences = find_differences(_resolve_device(saved, device), _resolve_device(config, device))
     require_allowed(differences, place, with_changes=config.resume_with_changes)
     return tuple(item for item in differences if item.name not in PER_LAUNCH)
 
@@ -93,27 +106,37 @@ def require_allowed(differences: Sequence[Difference], place: str, *, with_chang
         with_changes: whether the user passed --resume-with-changes.
 
     Raises:
-        UserError: names every field in the way, and the flag that allows those it can allow.
+        UserError: names the fields in the way, and the flag that allows those it can allow.
     """
-    forbidden, flagged = (
-        [
+
+    def describe(rule: ResumeRule) -> list[str]:
+        return [
             f"{item.name} is {item.saved} in the run and {item.current} in this command"
             for item in differences
             if item.rule is rule
         ]
-        for rule in (ResumeRule.FORBIDDEN, ResumeRule.NEEDS_FLAG)
-    )
-    if with_changes:
-        flagged = []
-    if not forbidden and not flagged:
+
+    forbidden = describe(ResumeRule.FORBIDDEN)
+    needs_flag = [] if with_changes else describe(ResumeRule.NEEDS_FLAG)
+    if not forbidden and not needs_flag:
         return
-    reasons = forbidden + ([f"{', '.join(flagged)} ({FLAG} allows this)"] if flagged else [])
-    remedy = "use the same values or another --run-dir" if forbidden else f"use the same values or add {FLAG}"
-    raise UserError(f"{place} holds a run of another configuration: {', '.join(reasons)}; {remedy}")
+    if len(forbidden) > MAX_NAMED_DIFFERENCES:  # a run of another preset, or of a former default
+        named, n_more = forbidden[:MAX_NAMED_DIFFERENCES], len(forbidden) + len(needs_flag) - MAX_NAMED_DIFFERENCES
+        raise UserError(
+            f"{place} holds a run of another configuration: {', '.join(named)}, and {n_more} more differ; "
+            "--config with the run's config.json resumes it, another --run-dir starts a new run"
+        )
+    reasons = forbidden + ([f"{', '.join(needs_flag)} ({RESUME_WITH_CHANGES} allows this)"] if needs_flag else [])
+    remedy = "another --run-dir" if forbidden else f"add {RESUME_WITH_CHANGES}"
+    raise UserError(
+        f"{place} holds a run of another configuration: {', '.join(reasons)}; use the same values or {remedy}"
+    )
 
 
 def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: Path) -> None:
     """Compare the model of `--init-from` with the configured one, in every field that its weights depend on.
+
+    The context may be shorter.
 
     Raises:
         UserError: names the first field that differs.
@@ -121,7 +144,8 @@ def require_same_architecture(saved: GPTConfig, current: GPTConfig, checkpoint: 
     saved, current = saved.resolve(), current.resolve()
     for name in GPTConfig.model_fields:
         before, now = getattr(saved, name), getattr(current, name)
-        if before != now and name not in WEIGHT_INDEPENDENT:
+        is_shorter = name == "block_size" and now < before
+        if before != now and name not in WEIGHT_INDEPENDENT and not is_shorter:
             flag = f"--model.{name.replace('_', '-')}"
             raise UserError(
                 f"--init-from {checkpoint} has another architecture: {flag} is {before} there and {now} in this "
@@ -150,7 +174,7 @@ def require_same_identity(
     """
     for name in current:
         if name in names and saved.get(name, current[name]) != current[name]:
-            remedy = f"or add {FLAG}" if name == DTYPE_KEY else "or use another --run-dir"
+            remedy = f"or add {RESUME_WITH_CHANGES}" if name == DTYPE_KEY else "or use another --run-dir"
             changed = [item for item in differences if item.rule is ResumeRule.SAFE_IF_SAME_CONTENT]
             causes = "".join(f"; {item.name} was {item.saved} and is {item.current}" for item in changed)
             raise UserError(
@@ -209,8 +233,13 @@ def keeps_learning_rates(config: TrainConfig, plan: RunPlan, saved: TrainConfig,
     remedy = f"--lr.decay-steps {same_decay.decay_steps} keeps the former decay, or " if keeps(same_decay) else ""
     raise UserError(
         f"{checkpoint} cannot be resumed: its {step} steps had the learning rates of a run of {former.max_steps} "
-        f"steps, and a run of {plan.max_steps} steps has others; {remedy}{FLAG} accepts them"
+        f"steps, and a run of {plan.max_steps} steps has others; {remedy}{RESUME_WITH_CHANGES} accepts them"
     )
+
+
+def _resolve_device(config: TrainConfig, device: str) -> TrainConfig:
+    device = device if config.device == "auto" else config.device
+    return config.model_copy(update={"device": device, "compile": "on" if resolve_compile(config, device) else "off"})
 
 
 def _resolve_model(config: TrainConfig) -> TrainConfig:

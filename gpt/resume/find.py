@@ -26,6 +26,8 @@ from gpt.configs.load import load_config
 from gpt.configs.train_config import NO_CHECKPOINT, TrainConfig
 from gpt.data.prepare.sources import require_apart
 from gpt.errors import UserError
+from gpt.interop.imported_run import download_model, import_into_cache
+from gpt.interop.model_folder import is_model_folder
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
 from gpt.resume.origin import find_origin
 from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
@@ -78,7 +80,7 @@ class _Candidates:
     """The user names one checkpoint."""
 
 
-def claim_start(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> Start:
+def claim_start(folder: RunFolder, config: TrainConfig, device: str, *, dry_run: bool) -> Start:
     """Lock the run's folder, clear what a killed run left in it, and find where the run starts; rank 0 does it.
 
     Damaged checkpoints are moved aside. A dry run looks at the folder and writes nothing.
@@ -95,7 +97,7 @@ def claim_start(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> Sta
         lock_folder(folder.path, "--run-dir")
         require_writable(folder.checkpoints, "--run-dir")
         remove_leftovers(folder.checkpoints)
-    start = find_start(folder, config)
+    start = find_start(folder, config, device)
     if not start.damaged:
         return start
     moved_aside = [path if dry_run else folder.move_aside(path) for path, _ in start.damaged]
@@ -105,7 +107,7 @@ def claim_start(folder: RunFolder, config: TrainConfig, *, dry_run: bool) -> Sta
     return start.model_copy(update={"moved_aside": tuple(moved_aside)})
 
 
-def find_start(folder: RunFolder, config: TrainConfig) -> Start:
+def find_start(folder: RunFolder, config: TrainConfig, device: str) -> Start:
     """Find where a run of `config` in `folder` starts: verify the checkpoint and check that `config` may resume it.
 
     Raises:
@@ -119,29 +121,28 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
     if newest.checkpoint is None or newest.manifest is None:
         _require_none_skipped(candidates, newest.skipped)
         if launched is not None:  # it saved nothing: compare with what the folder was made for
-            require_resumable(config, launched, candidates.place)
+            require_resumable(config, launched, candidates.place, device)
         return Start()
     saved = load_config(newest.checkpoint / CONFIG)
     progress = read_json(newest.checkpoint / PROGRESS)
     step, identity = progress.get("step", 0), progress.get("identity", {})
-    mismatch = environment_mismatch(newest.checkpoint, newest.manifest)
     if candidates.kind == "weights":
         require_same_architecture(saved.model, config.model, newest.checkpoint)
         if launched is not None:
-            require_resumable(config, launched, candidates.place)
+            require_resumable(config, launched, candidates.place, device)
         val_loss = newest.manifest.metrics.get(VAL_LOSS)
         quality = "" if val_loss is None else f", {VAL_LOSS} {val_loss:.4f}"
-        note = f"weights from {newest.checkpoint}, step {step}{quality}"
         return Start(
             init_from=newest.checkpoint,
-            weights_note=note,
+            weights_note=f"weights from {newest.checkpoint}, step {step}{quality}",
             identity=identity,
             manifest_sha256=newest.manifest.sha256,
         )
     # A fork may name other weights than the run it forks; a run with a checkpoint need not name its weights again.
     own_weights = launched.init_from if launched is not None and candidates.kind == "own" else config.init_from
     given = config.model_copy(update={"init_from": config.init_from or own_weights})
-    differences = require_resumable(given, saved.model_copy(update={"init_from": own_weights}), candidates.place)
+    before = saved.model_copy(update={"init_from": own_weights})
+    differences = require_resumable(given, before, candidates.place, device)
     return Start(
         checkpoint=newest.checkpoint,
         is_fork=candidates.kind == "fork",
@@ -151,7 +152,7 @@ def find_start(folder: RunFolder, config: TrainConfig) -> Start:
         identity=identity,
         manifest_sha256=newest.manifest.sha256,
         differences=differences,
-        mismatch=mismatch,
+        mismatch=environment_mismatch(newest.checkpoint, newest.manifest),
         damaged=newest.skipped,
     )
 
@@ -177,38 +178,72 @@ def _choose_candidates(folder: RunFolder, config: TrainConfig, launched: TrainCo
         UserError: the folder holds another run, or `--resume` goes back over its steps.
     """
     own, place = tuple(folder.list_step_folders()), f"--run-dir {folder.path}"
-    names_checkpoint = config.resume not in NO_CHECKPOINT
     if launched is None and (own or folder.metrics.exists()):
         raise UserError(f"{place} holds a run without its config.json; use another --run-dir")
     if launched is not None and config.resume == "never":
         raise UserError(f"{place} holds a run; --resume auto resumes it, or use another --run-dir")
-    if launched is not None and names_checkpoint:
-        named, root = Path(config.resume).resolve(), folder.path.resolve()
-        newest, checkpoints = own[-1].resolve() if own else root, folder.checkpoints.resolve()
-        if not {root, checkpoints}.isdisjoint((named, *named.parents)):  # `checkpoints` may be a link to another disk
-            checkpoint = locate_checkpoint(Path(config.resume), "--resume")
-            if named not in (root, newest):
-                raise UserError(
-                    f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to "
-                    "train on from an earlier one, use another --run-dir"
-                )
+    forked = config.resume if launched is None else launched.resume
+    if launched is not None and config.resume not in NO_CHECKPOINT:
+        named = Path(config.resume).resolve()
+        own_places = {folder.path.resolve(), folder.checkpoints.resolve()}  # `checkpoints` may be a link elsewhere
+        if not own_places.isdisjoint((named, *named.parents)):
+            _require_newest(folder, config.resume)
             return _Candidates((own[-1],), "own", f"--resume {config.resume}")
-        origin = Path(launched.resume)
-        if named in (path.resolve() for path in (origin, *origin.parents)):
-            forked = launched.resume
-        elif moved := find_origin(folder, named):
+        if not _is_origin(launched.resume, named):
+            moved = find_origin(folder, named)
+            if moved is None:
+                raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
             forked = str(moved)
-        else:
-            raise UserError(f"{place} holds a run that did not start from {config.resume}; use another --run-dir")
-    else:
-        forked = config.resume if launched is None else launched.resume
     if own:
         return _Candidates(own, "own", place, is_named=False)
     if forked not in NO_CHECKPOINT:  # also a fork that was killed before its first checkpoint
         return _Candidates((locate_checkpoint(Path(forked), "--resume"),), "fork", f"--resume {forked}")
     if config.init_from is not None:
-        return _Candidates((locate_checkpoint(config.init_from, "--init-from"),), "weights", place)
+        return _Candidates((_locate_weights(config.init_from, config.data.cache_dir),), "weights", place)
     return _Candidates(place=place)
+
+
+def _is_origin(origin: str, named: Path) -> bool:
+    """Return whether `named` is the checkpoint that a run started from, or the run of that checkpoint.
+
+    Args:
+        origin: `resume` in the run's config.json.
+        named: resolved path.
+    """
+    if origin in NO_CHECKPOINT:
+        return False
+    checkpoint = Path(origin)
+    return named in (path.resolve() for path in (checkpoint, *checkpoint.parents[:2]))
+
+
+def _require_newest(folder: RunFolder, named: str) -> None:
+    """Check that `--resume` names a run's own folder or its newest checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or it names an earlier one.
+    """
+    checkpoint = locate_checkpoint(Path(named), "--resume")
+    newest = folder.list_step_folders()[-1]
+    if Path(named).resolve() not in (folder.path.resolve(), newest.resolve()):
+        raise UserError(
+            f"--resume {checkpoint} is not the newest checkpoint of its run, which --resume auto takes; to train on "
+            "from an earlier one, use another --run-dir"
+        )
+
+
+def _locate_weights(path: Path, cache_dir: Path) -> Path:
+    """Return the checkpoint that `--init-from` names; a model in Hugging Face's format is imported into the cache.
+
+    Raises:
+        UserError: there is none, or the model cannot be imported.
+    """
+    try:
+        folder = download_model(str(path))
+        if is_model_folder(folder):
+            return import_into_cache(folder, cache_dir)
+    except UserError as error:
+        raise UserError(f"--init-from {error}") from error
+    return locate_checkpoint(path, "--init-from")
 
 
 def _require_none_skipped(candidates: _Candidates, skipped: Sequence[tuple[Path, str]]) -> None:

@@ -96,16 +96,6 @@ class TrainEnd(Event):
     """`finished`, or the reason of the Stop that ended the run."""
 
 
-def is_evaluated(event: Event, plan: RunPlan) -> bool:
-    """Return whether the model is evaluated on `event`: a due step, or a start whose step was not evaluated yet."""
-    match event:
-        case StepEnd(step=step):
-            return plan.evaluates_at(step)
-        case TrainStart():
-            return plan.evaluates_first
-    return False
-
-
 @dataclass(frozen=True)
 class Stop:
     """Command: save the state and end the run after this step."""
@@ -135,3 +125,13 @@ class RollBack:
 
 
 Command = Stop | Save | RollBack
+
+
+def is_evaluated(event: Event, plan: RunPlan) -> bool:
+    """Return whether the model is evaluated on `event`: a due step, or a start whose step was not evaluated yet."""
+    match event:
+        case StepEnd(step=step):
+            return plan.evaluates_at(step)
+        case TrainStart():
+            return plan.evaluates_first
+    return False

@@ -1,10 +1,14 @@
 """The observed side of the Observer pattern."""
 
+import logging
 from collections import deque
 
 from gpt.training.events import Command, Event
 from gpt.training.logger import Logger
 from gpt.training.observer import Observer, Probe, Sink, Watcher
+from gpt.utils.helper import first_line
+
+log = logging.getLogger(__name__)
 
 
 class Subject:
@@ -39,7 +43,11 @@ class Subject:
                 )
 
     def detach(self, watcher: Watcher) -> None:
-        """Remove what was attached, without closing it; raises ValueError if it is not there."""
+        """Remove a watcher without closing it.
+
+        Raises:
+            ValueError: it is not attached.
+        """
         match watcher:
             case Observer():
                 self._observers.remove(watcher)
@@ -47,6 +55,8 @@ class Subject:
                 self._logger.detach(watcher)
             case Probe():
                 self._probes.remove(watcher)
+            case _:
+                raise ValueError(f"{type(watcher).__name__} is not attached")
 
     def notify(self, event: Event) -> list[Command]:
         """Deliver an event to all observers and sinks, then the events that observers published, first in, first out.
@@ -68,13 +78,20 @@ class Subject:
         return commands
 
     def close(self, error: BaseException | None) -> None:
-        """Close every observer and sink, also when one of them fails; the first failure is raised at the end."""
-        failures: list[Exception] = []
+        """Close every observer and sink, also when one of them fails.
+
+        The first failure is raised at the end, unless an error ended the run: that is the one to raise. All others are
+        logged.
+        """
+        first_failure: Exception | None = None
         for observer in self._observers:
             try:
                 observer.close(error)
             except Exception as failure:
-                failures.append(failure)
+                if error is None and first_failure is None:
+                    first_failure = failure
+                else:
+                    log.error("%s could not be closed: %s", type(observer).__name__, first_line(failure))
         self._logger.close(error)
-        if failures:
-            raise failures[0]
+        if first_failure is not None:
+            raise first_failure

@@ -147,22 +147,19 @@ class Trainer(Subject):
 
     def _act_on(self, commands: list[Command]) -> None:
         """Roll back, save at most once, then stop; a run that stops is saved first."""
-        stops = [command.reason for command in commands if isinstance(command, Stop)]
         rollback = next((command for command in commands if isinstance(command, RollBack)), None)
         if rollback:
-            self._roll_back(rollback)
-            commands = [command for command in commands if isinstance(command, Stop)]
+            commands = [*commands, *self._roll_back(rollback)]
+            commands = [command for command in commands if isinstance(command, Stop)]  # a state to save is gone
         if commands:
             self._logger.flush()
             metrics = [item for command in commands if isinstance(command, Save) for item in command.metrics.items()]
             with self._timer.phase("saving"):
                 self._checkpoints.save(self._state, dict(metrics))
-            later = self._announce(self._checkpoints.poll())
-            stops += [command.reason for command in later if isinstance(command, Stop)]
-        if stops:
-            self._stop_reason = stops[0]
+            commands = [*commands, *self._announce(self._checkpoints.poll())]
+        self._stop_reason = next((command.reason for command in commands if isinstance(command, Stop)), None)
 
-    def _roll_back(self, command: RollBack) -> None:
+    def _roll_back(self, command: RollBack) -> list[Command]:
         """Load the newest scheduled checkpoint before the bad steps, and leave their batches out from now on.
 
         Every step is reported, and so judged, before a state is saved. So no checkpoint holds a step that is bad and
@@ -172,13 +169,12 @@ class Trainer(Subject):
         bad steps with their batches, and rolls back again.
         """
         left = self._step
-        self._announce(self._checkpoints.finish())
+        commands = self._announce(self._checkpoints.finish())
         last_good = min(command.bad_steps) - 1
         if self._checkpoints.load_newest(self._state, at_most=last_good) is None:
             raise UserError(f"{command.reason}, and no valid checkpoint up to step {last_good} is left to roll back to")
         self._journal.add_rollback(command.bad_steps, self._step, command.reason)
-        commands = self.notify(RolledBack(left, self._step, command.reason))
-        assert not commands, "no observer returns a command after a rollback"
+        return commands + self.notify(RolledBack(left, self._step, command.reason))
 
     def _announce(self, committed: list[tuple[int, Path]]) -> list[Command]:
         """Publish the checkpoints that are on the disk now."""

@@ -62,7 +62,7 @@ def make_folder(path: Path) -> None:
     """Make `path` and the missing folders above it, each on the disk before the next is made in it."""
     if not path.exists():
         make_folder(path.parent)
-        path.mkdir()
+        path.mkdir(exist_ok=True)  # another run may have made it meanwhile
         fsync(path.parent)
 
 
@@ -127,12 +127,15 @@ def append_jsonl(path: Path, record: dict[str, Any], *, durable: bool = False) -
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the records of a JSONL file without a torn last line; none if there is no file."""
+    """Return the records of a JSONL file, without lines that hold no object, such as a torn last one.
+
+    Without a file there are none.
+    """
     return (record for _, record in _lines(path))
 
 
 def filter_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep only the wanted records of a JSONL file, in one step; a torn last line is dropped as well."""
+    """Keep only the wanted records of a JSONL file, in one step; lines that hold no object are dropped as well."""
     if path.exists():
         write_text(path, "".join(line + "\n" for line, record in _lines(path) if wanted(record)))
 
@@ -143,11 +146,10 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     for line in text.split("\n"):  # not splitlines: JSON may contain U+2028 unescaped
         try:
-            record = json.loads(line)
+            record = parse_json_object(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
-            yield line, record
+        yield line, record
 
 
 def truncate_jsonl(path: Path, step: int) -> None:

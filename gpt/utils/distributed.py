@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -111,6 +111,17 @@ class DistContext:
             payload = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(payload, src=source)
         return json.loads(bytes(payload.numpy()))
+
+    @torch.no_grad()
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy rank 0's tensors into those of all other ranks, in place.
+
+        Args:
+            tensors: on the device; equal in number, shapes and dtypes on every rank.
+        """
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self.step_group)
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 while the others wait, and return its JSON-like result on every rank.

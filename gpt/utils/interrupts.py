@@ -26,8 +26,8 @@ from gpt.utils.process_tree import list_descendants
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
 THREAD_NAME = "interrupts"
-SHOW_CURSOR = b"\x1b[?25h"
-"""Control sequence for a terminal whose cursor a progress bar has hidden."""
+ERASE_LINE = b"\x1b[2K"
+"""Control sequence that erases a progress bar, on which the terminal has echoed ^C."""
 
 
 def answer_interrupts() -> None:
@@ -48,7 +48,7 @@ def leave() -> None:
     with contextlib.suppress(OSError, UserError):  # the launcher's variables may be wrong
         if launch.speaks_first():
             if sys.stderr is not None and sys.stderr.isatty():
-                os.write(2, b"\r" + SHOW_CURSOR)
+                os.write(2, b"\r" if launch.has_dumb_terminal() else b"\r" + ERASE_LINE)
             os.write(2, b"gpt: interrupted\n")
     for pid in list_descendants(os.getpid()):
         with contextlib.suppress(OSError):

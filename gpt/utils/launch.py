@@ -15,6 +15,8 @@ from gpt.errors import UserError
 
 MAX_MONITORING_TOOLS = 6
 """Number of tool ids of `sys.monitoring` (PEP 669)."""
+DUMB_TERMS = frozenset({"dumb", "unknown"})
+"""Values of TERM for terminals that cannot move the cursor."""
 MIN_COLUMNS = 20
 """Least width that text is formatted for, in characters."""
 
@@ -109,6 +111,11 @@ def widen_terminal() -> None:
     """Set COLUMNS to MIN_COLUMNS if the terminal is narrower, where the help screen would never end."""
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
+
+
+def has_dumb_terminal() -> bool:
+    """Return whether TERM names a terminal that cannot move its cursor."""
+    return os.environ.get("TERM", "").lower() in DUMB_TERMS
 
 
 def keeps_store() -> bool:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -22,35 +22,35 @@ MAX_BAR_COLUMNS, MIN_BAR_COLUMNS = 30, 6
 
 
 class Progress:
-    """State of work over a number of bytes.
+    """Bytes and tokens that some work has done, and its time.
 
     Args:
         description: name of the work.
-        total: in bytes; 0 if unknown.
+        total: bytes of all the work; 0 if unknown.
         clock: monotonic, in seconds.
     """
 
     def __init__(self, description: str, total: int, clock: Callable[[], float] = time.monotonic):
         self._description, self._total, self._clock = description, total, clock
         self._began = clock()
-        self._size = self._tokens = 0
+        self._bytes = self._tokens = 0
 
-    def advance(self, size: int, tokens: int) -> None:
+    def advance(self, n_bytes: int, n_tokens: int) -> None:
         """Count bytes and tokens that are done."""
-        self._size += size
-        self._tokens += tokens
+        self._bytes += n_bytes
+        self._tokens += n_tokens
 
     @property
     def parts(self) -> list[str]:
         """Texts to show, the most important ones first."""
         elapsed = self._clock() - self._began
         parts = [self._description]
-        if self._size:
+        if self._bytes:
             total = f" of {format_si(self._total, 'B')}" if self._total else ""
-            parts.append(format_si(self._size, "B") + total)
+            parts.append(format_si(self._bytes, "B") + total)
         times = f"{format_duration(elapsed)} elapsed"
-        if 0 < self._size < self._total:
-            times += f", {format_duration(elapsed * (self._total - self._size) / self._size)} left"
+        if 0 < self._bytes < self._total:
+            times += f", {format_duration(elapsed * (self._total - self._bytes) / self._bytes)} left"
         parts.append(times)
         if self._tokens and elapsed:
             parts.append(f"{format_count(self._tokens / elapsed)} tokens/s")
@@ -64,7 +64,7 @@ class Progress:
         room = min(columns - cell_len(GAP.join(parts)) - len(GAP), MAX_BAR_COLUMNS)
         if not self._total or room < MIN_BAR_COLUMNS or len(parts) < 2:
             return Text(GAP.join(parts))
-        bar = draw_bar(self._size / self._total, room, unicode=unicode)
+        bar = draw_bar(self._bytes / self._total, room, unicode=unicode)
         return Text(parts[0] + GAP) + bar + Text(GAP + GAP.join(parts[1:]))
 
 
@@ -86,14 +86,14 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int, int], 
     progress = Progress(description, total)
     next_message = time.monotonic() + SECONDS_PER_MESSAGE
 
-    def advance(size: int, tokens: int) -> None:
+    def advance(n_bytes: int, n_tokens: int) -> None:
         nonlocal next_message
-        progress.advance(size, tokens)
+        progress.advance(n_bytes, n_tokens)
         if not console.is_interactive and time.monotonic() >= next_message:
             next_message = time.monotonic() + SECONDS_PER_MESSAGE
             log.info("%s", ", ".join(progress.parts))
 
-    with _live(console, progress, delay=0.0):
+    with _live_line(console, progress, delay=0.0):
         yield advance
 
 
@@ -105,12 +105,22 @@ def work_line(description: str, *, is_shown: bool = True) -> Iterator[None]:
         description: name of the work.
         is_shown: whether this process is the one that shows it.
     """
-    with _live(RunConsole(stderr=True), Progress(description, 0), delay=DELAY_SECONDS) if is_shown else nullcontext():
+    if not is_shown:
+        yield
+        return
+    with _live_line(RunConsole(stderr=True), Progress(description, 0), delay=DELAY_SECONDS):
         yield
 
 
 @contextmanager
-def _live(console: RunConsole, progress: Progress, *, delay: float) -> Iterator[None]:
+def _live_line(console: RunConsole, progress: Progress, *, delay: float) -> Iterator[None]:
+    """Paint a line on the terminal until the block ends.
+
+    Args:
+        console: the terminal.
+        progress: text of the line.
+        delay: seconds until the line appears.
+    """
     line = LiveLine(console, lambda columns: progress.render(columns, unicode=console.has_unicode), delay)
     line.start()
     try:

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.segment import Segment, Segments
 
-DUMB_TERMS = frozenset({"dumb", "unknown"})
-"""Values of TERM for terminals that cannot move the cursor."""
+from gpt.utils.launch import has_dumb_terminal
+
 GAP = "  "
 """Between two columns, and between two numbers of a line."""
 
@@ -32,7 +32,7 @@ class RunConsole(Console):
 
     def __init__(self, *, stderr: bool = False, **options: Any):
         stream = options.get("file") or (sys.stderr if stderr else sys.stdout)
-        is_dumb = os.environ.get("TERM", "").lower() in DUMB_TERMS
+        is_dumb = has_dumb_terminal()
         is_terminal = options.setdefault("force_terminal", _is_terminal(stream))  # FORCE_COLOR makes no file a terminal
         options.setdefault("force_interactive", is_terminal and not is_dumb and not os.environ.get("CI"))
         if is_terminal and is_dumb:  # unless it is given both sizes, rich takes 80 columns for granted there
@@ -47,6 +47,17 @@ class RunConsole(Console):
     def on_broken_pipe(self) -> None:
         """Raise the error to the caller."""
         raise
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Size of the terminal, now; COLUMNS makes it narrower, but no wider than it is."""
+        width, height = super().size
+        columns = _find_columns(self.file)
+        return ConsoleDimensions(min(width, columns or width), height)
+
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._width, self._height = size
 
     @property
     def columns(self) -> int | None:

@@ -8,7 +8,7 @@ from signal import SIGKILL, Signals
 
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.errors import UserError
-from gpt.verification.plan import Phase, PlannedKill, RunOutline
+from gpt.verification.plan import KillPhase, PlannedKill, RunOutline
 from gpt.verification.processes import TrainingProcess
 from gpt.verification.timings import POLL_SECONDS, Timings
 from gpt.verification.watcher import RunStatus, RunWatcher
@@ -23,7 +23,7 @@ MAX_LAUNCHES_WITHOUT_CHECKPOINT = 2
 class KillRecord:
     """Kill that was carried out."""
 
-    phase: Phase
+    phase: KillPhase
     step: int
     """Last step that was logged; if the launch logged none, the step that it resumed from."""
     resume_step: int
@@ -58,7 +58,7 @@ def kill_and_resume(
         The kills; fewer than planned if the run finished earlier.
 
     Raises:
-        UserError: A launch exited with an error although it was not killed, or hung.
+        UserError: a launch exited with an error although it was not killed, or hung.
     """
     kills: list[KillRecord] = []
     launches_without_checkpoint = 0
@@ -110,7 +110,7 @@ def _wait_until_due(
         save_after: step after which a checkpoint must be saved before the kill; None: no such condition.
 
     Raises:
-        UserError: The launch hangs.
+        UserError: the launch hangs.
     """
     limit = HANG_GRACE_SECONDS + 10 * timings.total
     deadline = time.monotonic() + limit
@@ -128,7 +128,7 @@ def _stop(process: TrainingProcess, number: Signals, timings: Timings) -> None:
     """Send a signal that stops the run gracefully, and wait until it has ended.
 
     Raises:
-        UserError: The launch does not end.
+        UserError: the launch does not end.
     """
     limit = HANG_GRACE_SECONDS + timings.total
     deadline = time.monotonic() + limit
@@ -141,7 +141,7 @@ def _stop(process: TrainingProcess, number: Signals, timings: Timings) -> None:
 
 def _is_due(planned: PlannedKill, status: RunStatus, outline: RunOutline, save_after: int | None) -> bool:
     """Return whether the step and the phase that a planned kill waits for have been reached."""
-    if planned.phase is Phase.START_UP:
+    if planned.phase is KillPhase.START_UP:
         return True
     if not status.started:
         return False
@@ -150,42 +150,42 @@ def _is_due(planned: PlannedKill, status: RunStatus, outline: RunOutline, save_a
     if status.step < planned.step or (save_after is not None and status.committed_step <= save_after):
         return False
     match planned.phase:
-        case Phase.SAVE:
+        case KillPhase.SAVE:
             return status.saving
-        case Phase.EVALUATION:
+        case KillPhase.EVALUATION:
             return _is_evaluating(status, outline)
-        case Phase.EPOCH_BOUNDARY:
+        case KillPhase.EPOCH_BOUNDARY:
             return status.step + 1 in outline.epoch_ends
     return True
 
 
-def _max_delay(phase: Phase, status: RunStatus, outline: RunOutline, timings: Timings) -> float:
+def _max_delay(phase: KillPhase, status: RunStatus, outline: RunOutline, timings: Timings) -> float:
     """Return the longest delay, in seconds, between the moment at which a kill is due and the kill."""
-    if phase is Phase.START_UP:
+    if phase is KillPhase.START_UP:
         return timings.start_up
     if status.step >= outline.last_interval_start:
         return timings.median_step
     match phase:
-        case Phase.SAVE:
+        case KillPhase.SAVE:
             return statistics.median(timings.saves or [timings.median_step])
-        case Phase.EVALUATION:
+        case KillPhase.EVALUATION:
             return statistics.median(timings.evaluations or [timings.median_step])
-        case Phase.EPOCH_BOUNDARY:
+        case KillPhase.EPOCH_BOUNDARY:
             return 2 * timings.median_step
     return timings.median_step * max(1.0, outline.checkpoint_interval / 2)
 
 
-def _classify_kill(status: RunStatus, outline: RunOutline, resumed_from: int) -> Phase:
+def _classify_kill(status: RunStatus, outline: RunOutline, resumed_from: int) -> KillPhase:
     """Return the phase that a kill hit, according to the files that it left behind."""
     if status.saving:
-        return Phase.SAVE
+        return KillPhase.SAVE
     if status.step <= resumed_from:  # this launch has not logged a step
-        return Phase.START_UP
+        return KillPhase.START_UP
     if _is_evaluating(status, outline):
-        return Phase.EVALUATION
+        return KillPhase.EVALUATION
     if {status.step, status.step + 1} & outline.epoch_ends:
-        return Phase.EPOCH_BOUNDARY
-    return Phase.STEP
+        return KillPhase.EPOCH_BOUNDARY
+    return KillPhase.STEP
 
 
 def _is_evaluating(status: RunStatus, outline: RunOutline) -> bool:

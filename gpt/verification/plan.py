@@ -9,7 +9,7 @@ SIGNALS = (SIGKILL, SIGTERM, SIGKILL, SIGKILL, SIGINT, SIGKILL)
 """Signals of the kills, in turn; SIGTERM and SIGINT let the run save its state."""
 
 
-class Phase(Enum):
+class KillPhase(Enum):
     """Phase of a run that a kill hits; the value is shown to the user."""
 
     START_UP = "during start-up"
@@ -43,7 +43,7 @@ class RunOutline:
 class PlannedKill:
     """Condition under which to kill the run."""
 
-    phase: Phase
+    phase: KillPhase
     """Phase to wait for; STEP waits for none and hits whatever is under way."""
     step: float
     """Earliest step."""
@@ -62,11 +62,11 @@ def plan_kills(seed: int, n_kills: int, outline: RunOutline) -> list[PlannedKill
         n_kills: number of kills.
         outline: outline of the run; kills are planned before its last checkpoint interval.
     """
-    phases = [Phase.START_UP, Phase.SAVE]
-    phases += [Phase.EVALUATION] if outline.evaluated_steps else []
-    phases += [Phase.EPOCH_BOUNDARY] if outline.epoch_ends else []
+    phases = [KillPhase.START_UP, KillPhase.SAVE]
+    phases += [KillPhase.EVALUATION] if outline.evaluated_steps else []
+    phases += [KillPhase.EPOCH_BOUNDARY] if outline.epoch_ends else []
     generator = random.Random(seed)
-    chosen = [Phase.STEP if i % 2 else phases[i // 2 % len(phases)] for i in range(n_kills)]
+    chosen = [KillPhase.STEP if i % 2 else phases[i // 2 % len(phases)] for i in range(n_kills)]
     generator.shuffle(chosen)
     has_interval = outline.last_interval_start > outline.first_step
     end = outline.last_interval_start if has_interval else outline.last_step

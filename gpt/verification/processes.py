@@ -82,9 +82,9 @@ class _ForkedProcess:
     def stop(self, number: signal.Signals) -> None:
         pid = self._process.pid
         assert pid is not None
-        while self._process.is_alive() and os.getpgid(pid) != pid:  # before that it is no run yet
-            time.sleep(_EXIT_POLL_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            while self._process.is_alive() and os.getpgid(pid) != pid:  # before that it is no run yet
+                time.sleep(_EXIT_POLL_SECONDS)
             os.kill(pid, number)
 
     @property

@@ -123,6 +123,24 @@ def test_environment_mismatch_is_reported_in_one_line(tmp_path: Path) -> None:
     assert mismatch == f"not bit-exact: step was written with threads per process {threads} (now {threads + 1})"
 
 
+def test_another_gpu_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    write_checkpoint(tmp_path / "step", trained_state(), "{}")
+    manifest = read_checkpoint_manifest(tmp_path / "step")
+    assert environment_mismatch(tmp_path / "step", manifest) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert environment_mismatch(tmp_path / "step", manifest) == (
+        "not bit-exact: step was written with GPU 'NVIDIA H100, capability 9.0' (now 'NVIDIA A100, capability 8.0')"
+    )
+    monkeypatch.undo()
+    mismatch = environment_mismatch(tmp_path / "step", manifest)
+    assert mismatch is not None
+    assert "GPU 'NVIDIA H100, capability 9.0' (now None)" in mismatch
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL has no such variable")
 @pytest.mark.parametrize(("name", "value"), [("ONEDNN_MAX_CPU_ISA", "SSE41"), ("MKL_CBWR", "COMPATIBLE")])
 def test_variable_that_changes_the_bits_of_matmuls_is_reported(name: str, value: str, tmp_path: Path) -> None:

@@ -95,7 +95,11 @@ def test_step_beyond_the_run_is_marked(
 
 def test_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Path) -> None:
     for arguments, message in (
-        ([str(tmp_path), "--step", "1"], "name a run's config.json"),
+        (
+            [str(tmp_path), "--step", "1"],
+            f"RUN_DIR {tmp_path}: not a run: it has no config.json; name the --run-dir",
+        ),
+        ([str(tmp_path / "none"), "--step", "1"], "none: no such folder; name the --run-dir of a run"),
         ([str(finished_run), "--step", "0"], "--step 0: must be at least 1 (nearest: 1)"),
         ([str(finished_run)], "usage: gpt data-at RUN_DIR --step STEP [--flags]"),
     ):

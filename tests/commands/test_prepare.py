@@ -171,6 +171,16 @@ def test_mistake_is_one_line_with_the_flags_of_this_command(
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_warnings_name_the_flags_of_this_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a text " * 100)
+    (texts / "rows.csv").write_text("id,body\n1,a\n")
+    assert run([str(texts), "--out", str(tmp_path / "out"), "--tokenizer", "byte"]) == 0
+    (line,) = [message for message in caplog.messages if "left out" in message]
+    assert line.endswith("rows.csv (no column 'text'; set --text-field to one of: id, body)")
+
+
 def test_bad_text_is_named_with_file_and_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--out", tmp_path / "out", "--tokenizer", "byte")
     path = tmp_path / "t.txt"

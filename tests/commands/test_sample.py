@@ -7,6 +7,7 @@ from gpt.commands.sample import run
 from gpt.configs.gpt_config import GPTConfig
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
+from gpt.inference.language_model import LanguageModel
 from tests.data.tokenizer_families import add_tokens, build_byte_fallback, build_unigram
 from tests.training.observers.test_text_sampler import FixedModel
 
@@ -57,10 +58,10 @@ def test_text_is_joined_to_its_prompt_and_bytes_that_are_not_utf8_are_shown(
     tokenizer = Tokenizer(add_tokens(build_byte_fallback(), ["</s>"]).to_str())
     tokens = [*tokenizer.encode("the ").tolist(), 3 + 0x80, int(tokenizer.encode("a")[-1]), tokenizer.end_of_text or 0]
 
-    def load(path: Path, device: str) -> tuple[FixedModel, Tokenizer]:
+    def load(path: Path, device: str) -> LanguageModel:
         model = FixedModel(tokens, tokenizer.vocab_size)
-        model.config = GPTConfig(block_size=64)
-        return model, tokenizer
+        model.config = GPTConfig(block_size=64).resolve()
+        return LanguageModel(model, tokenizer)  # type: ignore[arg-type]
 
     monkeypatch.setattr("gpt.inference.load.load_for_inference", load)
     assert sample(capsys, "run", "--prompt", prompt, "--temperature", "0") == expected
@@ -73,8 +74,9 @@ def test_prompt_that_the_tokenizer_cannot_represent_is_reported(
 ) -> None:
     tokenizer = Tokenizer(add_tokens(build_unigram(), ["</s>"]).to_str())
     model = FixedModel([tokenizer.end_of_text or 0], tokenizer.vocab_size)
-    model.config = GPTConfig(block_size=64)
-    monkeypatch.setattr("gpt.inference.load.load_for_inference", lambda path, device: (model, tokenizer))
+    model.config = GPTConfig(block_size=64).resolve()
+    language_model = LanguageModel(model, tokenizer)  # type: ignore[arg-type]
+    monkeypatch.setattr("gpt.inference.load.load_for_inference", lambda path, device: language_model)
     assert sample(capsys, "run", "--prompt", "one 你", "--temperature", "0") == "one 你\n"
     assert "--prompt: the tokenizer has no token for 1 character, first '你' at character 4" in caplog.text
 

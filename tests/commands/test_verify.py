@@ -1,9 +1,11 @@
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint import manifest
 from gpt.commands.verify import run
 from gpt.errors import UserError
 from tests.conftest import read_files
@@ -59,6 +61,42 @@ def test_json_equals_the_plain_output(run_dir: Path, capsys: pytest.CaptureFixtu
     assert valid["size_bytes"] == size
     reasons = [f"{item['name']}: {item['reason']}" for item in result["checkpoints"] if item["reason"]]
     assert lines[4:-1] == reasons
+
+
+@pytest.mark.parametrize("removed", ["step_00000004", ".step_00000012.tmp"])
+def test_checkpoint_that_its_run_removes_meanwhile_is_not_damaged(
+    run_dir: Path, removed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = run_dir / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000008", checkpoints / ".step_00000012.tmp")
+    list_files = Path.iterdir
+
+    def list_then_remove(path: Path) -> Iterator[Path]:
+        for count, file in enumerate(list_files(path)):
+            if count == 0 and path.name == removed:
+                shutil.rmtree(path)
+            yield file
+
+    monkeypatch.setattr(Path, "iterdir", list_then_remove)
+    assert run([str(run_dir)]) == 0
+    shown = capsys.readouterr().out
+    assert removed not in shown
+    assert shown.splitlines()[-1].startswith("2 checkpoints: ")
+
+
+def test_checkpoint_removed_while_it_is_hashed_is_not_damaged(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = manifest.verify
+
+    def remove_then_verify(path: Path) -> manifest.CheckpointManifest:
+        if path.name == "step_00000004":
+            shutil.rmtree(path)
+        return verify(path)
+
+    monkeypatch.setattr(manifest, "verify", remove_then_verify)
+    assert run([str(run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 checkpoint: 1 ok, 0 damaged, 0 unfinished"
 
 
 def test_unfinished_checkpoint_is_not_damaged(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,9 +49,21 @@ def test_flag_without_its_value_is_named(flag: Flag) -> None:
 
 def test_last_of_a_repeated_flag_counts() -> None:
     assert parse_train(["--seed", "1", "--seed=2"]).seed == 2
-    assert not parse_train(["--compile", "--no-compile"]).compile
+    assert not parse_train(["--model.bias", "--model.no-bias"]).model.bias
+    assert parse_train(["--compile", "--no-compile"]).compile == "off"
     assert message_of("--config /no/a.json --config /no/b.json").startswith("--config /no/b.json: No such file")
     assert parse_train("--data.source a b --data.source c".split()).data.source == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        *(("", "auto"), ("--compile", "on"), ("--compile --seed 3", "on"), ("--no-compile", "off")),
+        *(("--compile on", "on"), ("--compile=off", "off"), ("--compile auto", "auto")),
+    ],
+)
+def test_value_of_an_optional_flag_may_be_left_out(line: str, value: str) -> None:
+    assert parse_train(shlex.split(line)).compile == value
 
 
 def test_text_may_begin_with_a_hyphen() -> None:

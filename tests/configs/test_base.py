@@ -24,6 +24,8 @@ def test_copy_with_other_values_keeps_the_rest() -> None:
 def test_section_is_given_as_dict_of_changes_or_as_a_whole() -> None:
     assert DEBUG.with_(model={"n_layer": 3}).model == DEBUG.model.with_(n_layer=3)
     assert DEBUG.with_(model=GPTConfig(n_layer=5)).model == GPTConfig(n_layer=5)
+    changed = DEBUG.with_(model=GPTConfig(n_layer=5), **{"model.n_head": 4})
+    assert changed.model == GPTConfig(n_layer=5, n_head=4)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gpt.commands.train import TrainCommand, parse_train
-from gpt.configs.explain import list_flags
+from gpt.configs.fields import list_flags
 from gpt.configs.load import load_config
 from gpt.configs.presets import PRESETS
 from gpt.configs.train_config import TrainConfig
@@ -35,7 +35,7 @@ def test_flags_override_the_preset_in_every_section() -> None:
     assert (config.seed, config.model.n_layer, config.model.bias) == (7, 3, False)
     assert (config.data.source, config.lr.schedule, config.lr.max_lr) == (("a/b",), "wsd", 0.01)
     assert (config.optimizer.beta1, config.eval.batches, config.checkpoint.keep) == (0.8, 0, 5)
-    assert (config.log.interval, config.compile, config.init_from) == (2, True, Path("x"))
+    assert (config.log.interval, config.compile, config.init_from) == (2, "on", Path("x"))
     assert config.sample.prompts == ("one", "two")
     assert config.model.n_embd == PRESETS["debug"]().model.n_embd
 
@@ -168,7 +168,8 @@ def test_full_help_names_every_flag_and_every_default(capsys: pytest.CaptureFixt
         ("--runtime.keep-freed-memory 1", "--runtime.keep-freed-memory takes no value"),
         ("--runtime.threads -1", "--runtime.threads -1: must be at least 0 (nearest: 0)"),
         ("smaple", "unknown verb or preset 'smaple'; did you mean sample?"),
-        ("--compile=yes", "--compile takes no value: write --compile or --no-compile"),
+        ("--compile=yes", "--compile yes: one of auto, on, off"),
+        ("--no-compile=yes", "--no-compile takes no value: write --no-compile or --compile"),
         ("--model.bias=1", "--model.bias takes no value: write --model.bias or --model.no-bias"),
         ("shakespear", "unknown verb or preset 'shakespear'; did you mean shakespeare-char?"),
         ("--max-steps 5 debug", "unexpected argument 'debug'; a preset comes first: gpt train debug"),

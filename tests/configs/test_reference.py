@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from gpt.configs.explain import list_flags
+from gpt.configs.fields import list_flags
 from gpt.configs.reference import MEANINGS, format_reference
 from gpt.configs.resume_rule import ResumeRule
 from gpt.configs.train_config import TrainConfig

@@ -12,19 +12,20 @@ from gpt.configs.train_config import TrainConfig
 
 FIELDS = {
     ResumeRule.SAFE: """
-        run_dir device compile compile_mode resume resume_with_changes data.cache_dir data.workers
+        run_dir compile_mode resume resume_with_changes data.cache_dir data.workers
         parallel.activation_checkpointing parallel.check_replicas parallel.step_timeout runtime.threads
         runtime.keep_freed_memory runtime.flush_denormals runtime.fused_attention log.interval eval.interval
         eval.batches checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
         checkpoint.asynchronous spike.max_skips spike.window spike.threshold spike.least_rise spike.rollback
         spike.max_rollbacks spike.journal sample.max_new_tokens sample.temperature sample.top_k sample.top_p
-        sample.prompts profile.start profile.steps log.grad_norms log.sink_timeout
+        sample.min_p sample.repetition_penalty sample.stop sample.stop_tokens sample.prompts
+        profile.start profile.steps log.grad_norms log.sink_timeout runtime.sleep_when_busy
     """,
     ResumeRule.SAFE_IF_LR_UNCHANGED: """
         max_steps max_tokens epochs lr.decay_steps
     """,
     ResumeRule.SAFE_WITHOUT_DROPOUT: """
-        micro_batch_size
+        micro_batch_size device compile
     """,
     ResumeRule.SAFE_IF_SAME_CONTENT: """
         data.source data.val_source data.tokenizer

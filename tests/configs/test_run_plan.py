@@ -106,6 +106,16 @@ def test_warmup_longer_than_the_run_is_noted_and_not_changed() -> None:
     resolved = plan(lr={"warmup_steps": 50})
     assert resolved.lr.warmup_steps == 50
     assert resolved.notes == ("warmup of 50 steps lasts for all 10 steps of the run",)
+    (note,) = plan(lr={"warmup_steps": 1}, max_steps=1).notes
+    assert note == "warmup of 1 step lasts for the only step of the run"
+
+
+def test_plan_warns_of_muons_learning_rate_for_adamw_alone() -> None:
+    assert plan().lr.max_lr == 0.02
+    assert plan().notes == ()
+    (note,) = plan(optimizer={"name": "adamw"}).notes
+    assert note.startswith("--lr.max-lr 0.02 suits the few weights that muon leaves to adamw")
+    assert plan(optimizer={"name": "adamw"}, lr={"max_lr": 2e-3, "warmup_steps": 0}).notes == ()
 
 
 @pytest.mark.parametrize(

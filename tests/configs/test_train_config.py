@@ -1,10 +1,12 @@
 import os
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from gpt.configs.base import get_section
 from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.load import load_config
 from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.train_config import TrainConfig
 
@@ -19,6 +21,13 @@ def test_configuration_is_frozen_and_rejects_unknown_fields() -> None:
 def test_fields_of_a_single_launch_are_not_saved() -> None:
     saved = TrainConfig(resume_with_changes=True, seed=3).saved_json()
     assert TrainConfig.model_validate_json(saved) == TrainConfig(seed=3).map_paths(os.path.abspath)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("true", "on"), ("false", "off"), ('"auto"', "auto")])
+def test_compile_of_a_former_config_json_loads(saved: str, loaded: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(f'{{"compile": {saved}}}', encoding="utf-8")
+    assert load_config(path).compile == loaded
 
 
 def test_recipe_names_no_field_that_its_section_already_has_so_editing_that_section_works() -> None:

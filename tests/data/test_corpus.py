@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from gpt.configs.data_config import DataConfig
 from gpt.configs.train_config import TrainConfig
 from gpt.data.corpus import Corpus, open_corpus, prepare_corpus
+from gpt.data.prepare import compression
 from gpt.errors import UserError
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
@@ -70,6 +71,21 @@ def test_second_preparation_uses_the_cache(config: DataConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare_corpus(config) == [folder]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_corpus_of_a_cut_file_in_the_cache_of_an_earlier_version_is_not_used(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.txt.zst"
+    # A frame of two blocks of repeated bytes, without its last block.
+    blocks = [(100, b"a"), (100, b"b")]
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x00\x58" + b"".join((n << 3 | 2).to_bytes(3, "little") + c for n, c in blocks))
+    config = config.with_(source=str(path))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(compression, "_require_complete_frames", lambda path, file: None)
+        prepare_corpus(config)
+    with pytest.raises(UserError, match=r"t.txt.zst: cannot be read: ends in the middle of a frame; copy or download"):
+        prepare_corpus(config)
 
 
 def test_cache_is_keyed_by_content_and_settings(config: DataConfig, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def build(special: Sequence[str], ordinary: Sequence[str] = ()) -> tokenizers.To
         ),  # DeepSeek
         (["<|bos|>", "<|user_start|>", "<|user_end|>"], [], "<|bos|>"),  # nanochat
         (["[UNK]", "[EOS]", "[BOS]"], [], "[EOS]"),
+        (["[BOS]", "[EOS]", "<|im_end|>"], [], "[EOS]"),  # Kimi
+        (["<s>", "<|im_start|>", "<|im_end|>"], [], "<|im_end|>"),
         (["[PAD]", "[CLS]", "[SEP]", "[MASK]"], [], "[SEP]"),  # BERT
         (["<UNK>", "<EOS_TOKEN>"], [], "<EOS_TOKEN>"),
         (["<|im_start|>", "<|im_end|>", "<|endoftext|>"], [], "<|endoftext|>"),  # Qwen

@@ -231,3 +231,14 @@ def test_muon_update_is_bit_exact_on_every_rank(tiny: Callable[..., TrainConfig]
     for key in ("train/loss", "grad_norm"):
         two, one = (read_metric(tmp_path / name, key)[1] for name in ("run", "alone"))
         assert two == pytest.approx(one, abs=1e-6)
+
+
+def test_blocks_are_compiled_under_ddp_without_graph_breaks() -> None:
+    process = start_torchrun(script=Path(__file__).with_name("compiled_steps.py"))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    facts = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    for mode in ("none", "block", "selective"):
+        expected = {"is_compiled": True, "is_ddp": True, "graphs": 4, "graph_breaks": 0}
+        assert {key: facts[mode][key] for key in expected} == expected
+        assert facts[mode]["grad_norm"] == pytest.approx(facts["none"]["grad_norm"], rel=1e-5)

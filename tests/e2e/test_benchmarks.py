@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.busy import DEFAULT, SPINNING, Measurements, find_beyond_share, format_results
 from benchmarks.loss_curve import render_svg
 from benchmarks.report import format_peers, format_speedrun
 from benchmarks.training_peers import DEFAULTS, FP32, NANOGPT, OURS
@@ -65,3 +66,13 @@ def test_loss_curve_spans_the_plot_and_names_its_axes() -> None:
     svg = render_svg(train=[(0, 4.0), (100, 2.0)], val=[(100, 2.5)])
     assert 'points="64.0,16.0 704.0,312.0"' in svg
     assert ">step<" in svg and ">loss (nats per token)<" in svg and ">2.500<" in svg
+
+
+def test_busy_report_compares_a_slowdown_with_the_share_of_the_cores() -> None:
+    alone = Measurements([0.2, 0.1, 0.3], [0.4] * 3, [2.0] * 3)
+    beside_two = Measurements([0.5] * 3, [0.5] * 3, [1.0] * 3)
+    assert find_beyond_share(alone, alone) == 1
+    assert find_beyond_share(alone, beside_two) == 1.25
+    report = format_results({(DEFAULT, 0): alone, (DEFAULT, 2): beside_two, (SPINNING, 0): alone}, threads=2)
+    assert "- default, 2 disturbers: 1.25 of its share (at most 1.3: met)" in report
+    assert "alone: 1.000 of the time (at most 1.02: met)" in report

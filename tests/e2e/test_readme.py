@@ -30,12 +30,13 @@ EXCLUDED_COMMANDS = (
     "gpt bench speedrun",
 )
 SHORTENING_FLAGS = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
-VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "verify", "data-at", "verify-resume"}
+VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "verify", "data-at", "verify-resume", "export", "import", "parity"}
 INFO_FLAGS = {"--help", "--help-all", "--version"}
 EXPECTED_RUNS = {
     "README.md": {"quickstart", "texts"},
     "docs/data.md": {"texts", "sonnets", "shakespeare-char", "records", "prepared", "mixed", "packed"},
     "docs/distributed.md": {"two"},
+    "docs/export.md": {"debug", "imported", "tuned"},
     "docs/failures.md": {"debug"},
     "docs/performance.md": {"profiled"},
     "docs/python.md": {"from-python"},
@@ -66,6 +67,8 @@ def shorten(command: str) -> list[str]:
         return words
     if "bench" in words:
         return [*words, "--steps", "2"]
+    if "selftest" in words:
+        return [*words, "--steps", "1", "--kills", "0", "--device", "cpu", "--model.n-embd", "64"]
     max_steps = {"--max-steps 360": "3", "debug": None, "--config": None}
     steps = next((max_steps[name] for name in max_steps if name in command), "2")
     return [*words, *SHORTENING_FLAGS, *(["--max-steps", steps] if steps else [])]

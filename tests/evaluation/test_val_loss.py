@@ -167,3 +167,40 @@ def test_ranks_share_every_source(several: dict[str, TokenStream], world_size: i
         task(several, batches, rank, masked=True).run(MODEL)
     ranks[-1].others = [rank.sums for rank in ranks]
     assert task(several, batches, ranks[-1], masked=True).run(MODEL) == expected
+
+
+def test_ranks_call_the_model_equally_often(stream: TokenStream) -> None:
+    calls = [0, 0]
+    for rank in range(2):
+
+        def count(*tensors: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            calls[rank] += 1
+            return MODEL(*tensors)
+
+        model = torch.nn.Module()
+        model.forward = count  # type: ignore[assignment]
+        task(stream, batches=3, dist=Rank(rank, 2)).run(model)
+    assert calls == [2, 2]
+
+
+def test_gpu_copies_batches_from_pinned_memory(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[bool] = []
+    plain_to = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, device: object, *, non_blocking: bool = False) -> torch.Tensor:
+        copies.append(non_blocking and getattr(tensor, "is_pinned_copy", False))
+        return tensor
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned = tensor.clone()
+        pinned.is_pinned_copy = True  # type: ignore[attr-defined]
+        return pinned
+
+    validation = task(stream)
+    validation._dist.device = torch.device("cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", pin_memory)
+        patch.setattr(torch.Tensor, "to", to)
+        tensors = [validation._to_device(tensor) for tensor in validation._get_batch(stream, 0)]
+    assert copies == [True] * len(tensors) == [True, True]
+    assert torch.Tensor.to is plain_to

@@ -67,7 +67,7 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) 
 
 def keep_fields(config: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """Return a saved configuration without the fields that a former version did not have."""
-    former: dict[str, Any] = {name: config[name] for name in fields[""].split()}
+    former: dict[str, Any] = {name: config[name] for name in fields[""].split()} | {"compile": False}
     for section in fields.keys() - {""}:
         former[section] = {name: config[section][name] for name in fields[section].split()}
     return former

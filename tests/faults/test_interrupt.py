@@ -1,6 +1,7 @@
 """Ctrl-C in every phase of the program: it ends at once, with status 130 and one line."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -63,8 +64,8 @@ def start(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def interrupt(process: subprocess.Popen[str]) -> None:
-    """Send Ctrl-C, and check that everything has ended in time with the one line."""
+def assert_interrupt_ends_all(process: subprocess.Popen[str]) -> None:
+    """Send Ctrl-C, and assert that everything has ended in time with the one line."""
     children = list_descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     started = time.monotonic()
@@ -108,7 +109,7 @@ def test_interrupt_during_the_imports() -> None:
         with start(["-m", "gpt", "train", "--help"] if delay < 0.4 else ["-m", "gpt", "bench"]) as process:
             wait_for(lambda: blocks_interrupts(process.pid), process)
             time.sleep(delay)
-            interrupt(process)
+            assert_interrupt_ends_all(process)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_interrupt_during_the_imports() -> None:
 def test_interrupt_before_the_first_step(place: str, config: list[str], tmp_path: Path) -> None:
     with start(standing_still(place, tmp_path, config)) as process:
         wait_for((tmp_path / "marker").exists, process)
-        interrupt(process)
+        assert_interrupt_ends_all(process)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_second_interrupt_leaves_a_run_at_once_and_the_first_says_so(
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr is not None
         assert process.stderr.readline() == "gpt: stopping after this step; a second Ctrl-C leaves at once\n"
-        interrupt(process)
+        assert_interrupt_ends_all(process)
 
 
 def test_interrupt_between_steps_saves_and_ends_with_130(tiny: Configure, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_interrupt_while_a_tokenizer_is_learned(tmp_path: Path) -> None:
     with start(standing_still(place, tmp_path, prepare, work)) as process:
         wait_for((tmp_path / "marker").exists, process)
         time.sleep(0.5)
-        interrupt(process)
+        assert_interrupt_ends_all(process)
 
 
 def test_interrupt_while_the_model_is_compiled_prints_nothing_of_the_compilers(
@@ -188,7 +189,7 @@ def test_interrupt_while_the_model_is_compiled_prints_nothing_of_the_compilers(
     with start(standing_still(place, tmp_path, train, work)) as process:
         wait_for((tmp_path / "marker").exists, process)
         wait_for(lambda: any("g++" in read_command(pid) for pid in list_descendants(process.pid)), process)
-        interrupt(process)
+        assert_interrupt_ends_all(process)
 
 
 def read_command(pid: int) -> str:
@@ -210,7 +211,7 @@ def read_command(pid: int) -> str:
 def test_interrupt_of_sample_and_verify(place: str, arguments: list[str], finished_run: Path, tmp_path: Path) -> None:
     with start(standing_still(place, tmp_path, [*arguments, str(finished_run)])) as process:
         wait_for((tmp_path / "marker").exists, process)
-        interrupt(process)
+        assert_interrupt_ends_all(process)
 
 
 def test_interrupt_ends_the_runs_of_verify_resume(tiny: Configure, tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_interrupt_ends_the_runs_of_verify_resume(tiny: Configure, tmp_path: Pat
     (tmp_path / "config.json").write_text(config.saved_json())
     with start(["-m", "gpt", "verify-resume", "--config", str(tmp_path / "config.json")]) as process:
         wait_for((tmp_path / "run-verify-resume/reference/metrics.jsonl").exists, process)
-        interrupt(process)
+        assert_interrupt_ends_all(process)
 
 
 def test_program_that_ignores_interrupts_from_its_start_goes_on() -> None:
@@ -233,3 +234,13 @@ print("alive")
 """
     with start(["-c", program]) as process:
         assert process.communicate(timeout=60) == ("alive\n", "")
+
+
+@pytest.mark.parametrize(("term", "erase"), [("xterm", b"\x1b[2K"), ("dumb", b"")])
+def test_interrupt_erases_the_line_that_the_terminal_shows(term: str, erase: bytes) -> None:
+    program = "import os; from gpt.utils.interrupts import leave; os.write(2, b'a bar ^C'); leave()"
+    terminal, stderr = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as shown, os.fdopen(stderr):
+        process = subprocess.run([sys.executable, "-c", program], stderr=stderr, env=os.environ | {"TERM": term})
+        assert process.returncode == 130
+        assert shown.read(1000) == b"a bar ^C\r" + erase + b"gpt: interrupted\r\n"

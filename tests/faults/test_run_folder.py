@@ -337,6 +337,11 @@ def test_allowed_change_is_shown_recorded_and_needs_its_flag_once(
     assert second["changes"] == {"max_steps": [2, 4], "lr.max_lr": [0.002, 0.5], "log.interval": [1, 2]}
     assert third["changes"] == {"max_steps": [4, 6]}
     assert (third["world_size"], third["threads"], third["torch"]) == (1, torch.get_num_threads(), torch.__version__)
+    assert (third["dtype"], third["micro_batch_size"]) == ("float32", 4)
+    assert set(third["runtime"]) >= {"threads", "fused_attention"}
+    assert (
+        "changed at step 4: max_steps 4 -> 6 (safe where the steps taken keep their learning rates)" in third["notes"]
+    )
     config = (tmp_path / "config.json").read_text() + (tmp_path / "checkpoints/step_00000006/config.json").read_text()
     assert "resume_with_changes" not in config
 

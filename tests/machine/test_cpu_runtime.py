@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from gpt.machine.spinning import read_thread_times
+
 FAULTS = """
 import ctypes, resource, sys
 from gpt.machine.cpu_runtime import keep_freed_memory
@@ -67,7 +69,8 @@ def test_by_default_threads_do_not_exceed_cores_and_denormals_are_not_flushed() 
 def test_threads_of_the_config_override_those_of_the_environment() -> None:
     assert set_up(OMP_NUM_THREADS="2")[2] == min(2, os.cpu_count() or 1)
     settings, zeros, threads = set_up(
-        '{"threads": 4, "flush_denormals": true, "keep_freed_memory": false, "fused_attention": false}',
+        '{"threads": 4, "flush_denormals": true, "keep_freed_memory": false, "fused_attention": false, '
+        '"sleep_when_busy": false}',
         OMP_NUM_THREADS="2",
     )
     assert threads == 4
@@ -76,5 +79,12 @@ def test_threads_of_the_config_override_those_of_the_environment() -> None:
         "keep_freed_memory": False,
         "flush_denormals": zeros > 0,
         "fused_attention": False,
+        "sleep_when_busy": False,
     }
     assert zeros in (0, 2**20)  # all threads flush, or none can
+
+
+def test_several_threads_sleep_when_busy_unless_the_user_decides_how_they_wait() -> None:
+    assert set_up('{"threads": 2}', OMP_NUM_THREADS="1")[0]["sleep_when_busy"] is bool(read_thread_times())
+    assert set_up('{"threads": 2}', GOMP_SPINCOUNT="1000")[0]["sleep_when_busy"] is False
+    assert set_up('{"threads": 1}')[0]["sleep_when_busy"] is False

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.machine.cuda_runtime import set_up_cuda
+from gpt.machine.cuda_runtime import name_nondeterministic_operator, set_up_cuda, uses_tf32
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +38,29 @@ def test_allocator_uses_expandable_segments_unless_the_user_set_it(monkeypatch: 
     assert set_up_cuda(reproducible=False)["expandable_segments"] is True
 
 
+def test_allocator_that_is_in_use_keeps_its_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert set_up_cuda(reproducible=False)["expandable_segments"] is False
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
 def test_tf32_is_used_where_the_card_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set_up_cuda(reproducible=False)["tf32"] is True
+    set_up_cuda(reproducible=False)
     assert torch.get_float32_matmul_precision() == "high"
+    assert uses_tf32()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert set_up_cuda(reproducible=False)["tf32"] is False
+    assert not uses_tf32()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    torch.set_float32_matmul_precision("highest")
+    assert not uses_tf32()
+
+
+def test_set_up_does_not_initialize_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA is initialized before the allocator is set")
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: torch.cuda._lazy_init())
+    set_up_cuda(reproducible=True)
 
 
 def test_reproducible_mode_restricts_torch_to_deterministic_kernels() -> None:
@@ -62,3 +80,14 @@ def test_reproducible_mode_refuses_a_workspace_that_is_not_deterministic(monkeyp
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(UserError, match=r"^--parallel.reproducible: CUBLAS_WORKSPACE_CONFIG is ':0:0', .*; unset it"):
         set_up_cuda(reproducible=True)
+
+
+def test_operator_without_a_deterministic_form_is_named_in_one_line() -> None:
+    torch.use_deterministic_algorithms(True)
+    with (
+        pytest.raises(UserError, match=r"^--parallel.reproducible: put_ has no deterministic form .*no-reproducible$"),
+        name_nondeterministic_operator(),
+    ):
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+    with pytest.raises(RuntimeError, match="another error"), name_nondeterministic_operator():
+        raise RuntimeError("another error")

@@ -16,6 +16,13 @@ def test_environment_is_json_and_names_versions() -> None:
     assert facts["threads"] == facts["runtime"]["threads"] == torch.get_num_threads()
 
 
+def test_environment_records_how_the_user_lets_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    facts = describe_environment({"sleep_when_busy": False})
+    assert facts["variables"]["GOMP_SPINCOUNT"] == "7"
+    assert facts["runtime"]["sleep_when_busy"] is False
+
+
 def test_git_commit_is_that_of_the_checkout() -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=module.PACKAGE)
     if head.returncode:

@@ -170,6 +170,9 @@ def test_supports_flex_needs_cuda_triton_and_no_dropout(
 ) -> None:
     monkeypatch.setattr(attention, "HAS_TRITON", True)
     assert attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim) == serves
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert not attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim)
     monkeypatch.setattr(attention, "HAS_TRITON", False)
     assert not attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim)
 

@@ -94,7 +94,7 @@ def test_initial_weights_have_the_same_mean_and_std() -> None:
 
 def test_greedy_generation(pair: Pair, tokens: torch.Tensor) -> None:
     from gpt.configs.observer_config import SampleConfig
-    from gpt.inference.generate import generate
+    from gpt.inference.generate import Completion, generate
 
     ours, theirs = pair
     prompt = tokens[:1, :4]
@@ -106,12 +106,7 @@ def test_greedy_generation(pair: Pair, tokens: torch.Tensor) -> None:
         pad_token_id=0,
         eos_token_id=None,
     )[0, 4:]
-    drawn = generate(
-        ours,
-        prompt[0].tolist(),
-        SampleConfig(max_new_tokens=10, temperature=0),
-        block_size=ours.config.block_size,
-        vocab_size=ours.config.vocab_size,
-        seed=0,
-    )
-    assert list(drawn) == expected.tolist()
+    completion = Completion(prompt[0].tolist(), SampleConfig(max_new_tokens=10, temperature=0), seed=0)
+    for _ in generate(ours, ours.config, [completion], vocab_size=ours.config.vocab_size, end_of_text=None):
+        pass
+    assert completion.tokens == expected.tolist()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.presets import PRESETS
 from gpt.configs.resume_rule import (
     FORBIDDEN,
     NEEDS_FLAG,
@@ -17,7 +18,14 @@ from gpt.configs.resume_rule import (
 from gpt.configs.run_plan import CONTENT_KEY, CORPUS_KEY, DTYPE_KEY, CorpusFacts, MachineFacts, StreamFacts, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.compatibility import adopt_corpus, adopt_dtype, find_differences, flatten, require_allowed
+from gpt.resume.compatibility import (
+    adopt_corpus,
+    adopt_dtype,
+    find_differences,
+    flatten,
+    require_allowed,
+    require_resumable,
+)
 
 
 def configure(*changes: dict[str, Any]) -> TrainConfig:
@@ -65,6 +73,31 @@ def test_micro_batch_size_needs_the_flag_only_with_dropout(saved: float, current
     assert rules["micro_batch_size"] is (NEEDS_FLAG if saved or current else SAFE)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("change", [{"compile": "on"}, {"device": "cuda"}])
+def test_compiler_and_device_need_the_flag_only_with_dropout(change: dict[str, object], dropout: float) -> None:
+    # Each of them draws dropout masks of its own.
+    rules = find_rules(change, model={"dropout": dropout}, device="cpu")
+    assert rules == dict.fromkeys(change, NEEDS_FLAG if dropout else SAFE)
+
+
+@pytest.mark.parametrize(
+    ("device", "same", "other"),
+    [
+        ("cpu", {"device": "cpu", "compile": "off"}, {"compile": "on"}),
+        ("cuda", {"device": "cuda", "compile": "on"}, {"compile": "off"}),
+    ],
+)
+def test_auto_equals_what_it_stands_for_on_this_machine(
+    device: str, same: dict[str, object], other: dict[str, object]
+) -> None:
+    saved = configure({"model": {"dropout": 0.1}})
+    assert saved.device == saved.compile == "auto"
+    assert require_resumable(configure({"model": {"dropout": 0.1}}, same), saved, "--run-dir x", device) == ()
+    with pytest.raises(UserError, match=r"compile is (on|off) in the run and (on|off) in this command"):
+        require_resumable(configure({"model": {"dropout": 0.1}}, other), saved, "--run-dir x", device)
+
+
 def test_error_names_every_field_and_the_flag_that_allows_it() -> None:
     saved = TrainConfig()
     lr = saved.lr.model_copy(update={"max_lr": 0.5})
@@ -81,6 +114,18 @@ def test_error_names_every_field_and_the_flag_that_allows_it() -> None:
         UserError, match=r"configuration: seed is 1337 in the run and 1 in this command; use the same values or anoth"
     ):
         require_allowed(find_differences(saved, current), "--run-dir x", with_changes=True)
+
+
+def test_run_of_another_preset_is_one_short_line_with_the_remedy() -> None:
+    differences = find_differences(PRESETS["gpt2-124m"](), TrainConfig())
+    with pytest.raises(UserError) as error:
+        require_allowed(differences, "--run-dir x", with_changes=False)
+    message = str(error.value)
+    assert message.startswith("--run-dir x holds a run of another configuration: tokens_per_step is 524288 in the run")
+    assert message.endswith(
+        " more differ; --config with the run's config.json resumes it, another --run-dir starts a new run"
+    )
+    assert len(message) < 400
 
 
 def test_flag_is_named_and_then_allows_the_change() -> None:

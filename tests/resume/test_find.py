@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -6,18 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint import manifest
 from gpt.checkpoint.manifest import CHECKPOINT_FORMAT_VERSION, read_checkpoint_manifest
 from gpt.checkpoint.run_folder import RunFolder
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.resume.find import find_start
+from gpt.resume.find import claim_start, find_start
 from gpt.run import open_run
+from gpt.utils.folder_lock import unlock_folder
+from gpt.utils.helper import sha256_of_file
 
 Configure = Callable[..., TrainConfig]
 
 
 def found_checkpoint(folder: RunFolder, config: TrainConfig) -> Path | None:
-    return find_start(folder, config).checkpoint
+    return find_start(folder, config, "cpu").checkpoint
 
 
 def test_new_folder_starts_at_step_0(tiny: Configure, tmp_path: Path) -> None:
@@ -58,11 +62,22 @@ def test_fork_with_another_configuration_is_refused(tiny: Configure, finished_ru
         found_checkpoint(RunFolder(tmp_path / "new"), config)
 
 
-def test_folder_of_a_run_with_another_start_is_refused(tiny: Configure, finished_run: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.config.write_text(tiny(tmp_path).model_dump_json())
+@pytest.mark.parametrize(
+    ("launched", "named"),
+    [
+        *(("auto", "."), ("auto", "checkpoints/step_00000004")),
+        *(("checkpoints/step_00000008", ".."), ("checkpoints/step_00000008", "checkpoints/step_00000004")),
+    ],
+)
+def test_folder_of_a_run_with_another_start_is_refused(
+    launched: str, named: str, tiny: Configure, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Name paths relative to another run's folder, in which `auto` might be one."""
+    monkeypatch.chdir(finished_run)
+    folder, resume = RunFolder(tmp_path), "auto" if launched == "auto" else str(finished_run / launched)
+    folder.config.write_text(tiny(tmp_path, resume=resume).model_dump_json())
     with pytest.raises(UserError, match="holds a run that did not start from"):
-        found_checkpoint(folder, tiny(tmp_path, resume=str(finished_run)))
+        found_checkpoint(folder, tiny(tmp_path, resume=named))
 
 
 def test_run_may_be_named_by_its_folder_or_its_newest_checkpoint(tiny: Configure, finished_run: Path) -> None:
@@ -137,6 +152,40 @@ def test_init_from_need_not_be_repeated(tiny: Configure, finished_run: Path, tmp
     assert folder.record_origin(tiny(tmp_path), None).init_from == Path("/gone")
     with pytest.raises(UserError, match="init_from is /gone in the run and /other in this command"):
         found_checkpoint(folder, tiny(tmp_path, init_from="/other"))
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_checkpoint_that_cannot_be_read_now_is_neither_skipped_nor_moved_aside(
+    code: int, tiny: Configure, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(Path(shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)))
+    before = folder.list_step_folders()
+    fail_to_hash(folder.checkpoint_path(8) / "model.safetensors", code, monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(code)) as error:
+        claim_start(folder, tiny(tmp_path), dry_run=False)
+    assert error.value.filename == str(folder.checkpoint_path(8) / "model.safetensors")
+    assert folder.list_step_folders() == before
+    unlock_folder(tmp_path)
+
+
+def test_checkpoint_on_a_lost_block_of_the_disk_is_skipped(
+    tiny: Configure, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(finished_run)
+    fail_to_hash(folder.checkpoint_path(8) / "model.safetensors", errno.EIO, monkeypatch)
+    start = find_start(folder, tiny(finished_run))
+    assert start.checkpoint == folder.checkpoint_path(4)
+    reason = f"{folder.checkpoint_path(8) / 'model.safetensors'}: cannot be read: Input/output error"
+    assert start.damaged == ((folder.checkpoint_path(8), reason),)
+
+
+def fail_to_hash(file: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hash_or_fail(path: Path, *, follow_links: bool = True) -> str:
+        if path == file:
+            raise OSError(code, os.strerror(code))
+        return sha256_of_file(path, follow_links=follow_links)
+
+    monkeypatch.setattr(manifest, "sha256_of_file", hash_or_fail)
 
 
 def test_folder_without_config_json_is_not_mixed_with_another_run(tiny: Configure, tmp_path: Path) -> None:

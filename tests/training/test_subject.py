@@ -85,6 +85,18 @@ def test_all_observers_are_closed_when_one_fails_to_close() -> None:
     assert log == [("a", "close None"), ("b", "close None")]
 
 
+def test_only_the_error_that_ended_the_run_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+    subject = Subject(Logger(60.0))
+    for name in "ab":
+        subject.attach(Reacting([], name, Event))
+    subject.close(RuntimeError("broken"))
+    assert caplog.messages == [f"Reacting could not be closed: {name} cannot close" for name in "ab"]
+    caplog.clear()
+    with pytest.raises(OSError, match="a cannot close"):
+        subject.close(None)
+    assert caplog.messages == ["Reacting could not be closed: b cannot close"]
+
+
 class Listing(Sink):
     """Notes the events that it writes, and that it was closed."""
 
@@ -152,3 +164,5 @@ def test_attaching_anything_else_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Duck cannot be attached: derive it from Sink, Observer or Probe"):
         Subject(Logger(60.0)).attach(Duck())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Duck is not attached"):
+        Subject(Logger(60.0)).detach(Duck())  # type: ignore[arg-type]

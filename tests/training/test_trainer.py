@@ -16,6 +16,8 @@ from gpt.training.events import (
     EvalEnd,
     Event,
     MetricsReady,
+    RollBack,
+    RolledBack,
     Save,
     StepEnd,
     Stop,
@@ -23,14 +25,14 @@ from gpt.training.events import (
     TrainEnd,
     TrainStart,
 )
-from gpt.training.observer import Sink
+from gpt.training.observer import Observer, Sink
 from tests.conftest import LossRecorder
 
 Configure = Callable[..., TrainConfig]
 
 
 class Commanding(LossRecorder):
-    """Returns commands after a step."""
+    """Returns commands after a step, once."""
 
     def __init__(self, step: int, *commands: Command):
         super().__init__()
@@ -38,7 +40,10 @@ class Commanding(LossRecorder):
 
     def on_event(self, event: Event) -> Iterable[Command]:  # type: ignore[override]
         super().on_event(event)
-        return self.commands if isinstance(event, StepEnd) and event.step == self.step else ()
+        if not (isinstance(event, StepEnd) and event.step == self.step):
+            return ()
+        commands, self.commands = self.commands, ()
+        return commands
 
 
 def list_committed(run_dir: Path) -> list[str]:
@@ -133,6 +138,10 @@ def test_error_is_passed_to_every_observer_and_raised(tiny: Configure, tmp_path:
                 raise RuntimeError("broken")
             return ()
 
+        def close(self, error: BaseException | None) -> None:
+            super().close(error)
+            raise OSError("cannot close")
+
     recorder, failing = LossRecorder(), Failing()
     trainer = build_trainer(open_run(tiny(tmp_path)))
     trainer.attach(recorder)
@@ -142,6 +151,20 @@ def test_error_is_passed_to_every_observer_and_raised(tiny: Configure, tmp_path:
     assert isinstance(recorder.events[-1], RuntimeError)
     assert isinstance(failing.events[-1], RuntimeError)
     assert not [event for event in recorder.events if isinstance(event, TrainEnd)]
+
+
+@pytest.mark.parametrize("kind", [CheckpointSaved, RolledBack])
+def test_observer_may_stop_the_run_during_a_rollback(kind: type[Event], tiny: Configure, tmp_path: Path) -> None:
+    class Stopping(Observer):
+        def on_event(self, event: Event) -> Iterable[Command]:
+            return [Stop("enough")] if isinstance(event, kind) else ()
+
+    trainer = build_trainer(open_run(tiny(tmp_path, checkpoint={"interval": 4})))
+    trainer.attach(Commanding(5, RollBack("bad", {5: "spike"})))  # the checkpoint of step 4 is announced by then
+    trainer.attach(Stopping())
+    assert trainer.train() == "enough"
+    assert trainer._step == 4
+    assert list_committed(tmp_path) == ["step_00000004"]
 
 
 def test_float16_counts_skipped_updates_apart_from_steps(tiny: Configure, tmp_path: Path) -> None:
@@ -163,14 +186,20 @@ def test_bfloat16_trains(tiny: Configure, record: Callable[..., tuple[list[float
     assert bfloat16 == pytest.approx(float32, abs=0.05)
 
 
-def test_compiled_run_equals_the_eager_run(
-    tiny: Configure, record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]], tmp_path: Path
+def test_compiled_run_equals_the_eager_run_and_compiles_before_its_first_step(
+    tiny: Callable[..., TrainConfig],
+    record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]],
+    tmp_path: Path,
 ) -> None:
-    settings = {"max_steps": 3, "model": {"n_layer": 1}, "data": {"val_fraction": 0.0}}
+    settings = {"max_steps": 3, "model": {"n_layer": 1}, "eval": {"interval": 2, "batches": 1}}
     plain, _ = record(tiny(tmp_path / "plain", **settings))
-    compiled, weights = record(tiny(tmp_path / "compiled", compile=True, **settings))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, weights = record(tiny(tmp_path / "compiled", compile="on", **settings))
     assert compiled == pytest.approx(plain, abs=1e-4)
     assert not [name for name in weights if "_orig_mod" in name]
+    # A block and the loss, in training and in evaluation: the trial's graphs, and no others.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 class RaisingSink(Sink):

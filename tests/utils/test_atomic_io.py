@@ -71,10 +71,24 @@ def test_filter_jsonl_drops_unwanted_records_and_a_torn_last_line(tmp_path: Path
     for step in range(5):
         append_jsonl(path, {"step": step})
     with path.open("a") as file:
-        file.write('{"step": 1, "text": "a\u2028b\x85c"}\n5\n{"step": 1, "los')
+        file.write('{"step": 1, "text": "a\u2028b\x85c"}\n5\n' + "[" * 100_000 + '\n{"step": 1, "los')
     filter_jsonl(path, lambda record: record["step"] <= 2)
     lines = path.read_text(encoding="utf-8").split("\n")
     assert lines == ['{"step": 0}', '{"step": 1}', '{"step": 2}', '{"step": 1, "text": "a\u2028b\x85c"}', ""]
+
+
+def test_folder_that_another_process_makes_at_the_same_time_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def make_second(path: Path, **settings: bool) -> None:
+        os.mkdir(path)  # noqa: PTH102 - the other process
+        make(path, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", make_second)
+    require_writable(tmp_path / "runs" / "a", "--run-dir")
+    assert (tmp_path / "runs" / "a").is_dir()
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

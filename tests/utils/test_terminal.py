@@ -1,3 +1,8 @@
+import fcntl
+import os
+import pty
+import struct
+import termios
 from io import StringIO
 from typing import Any
 
@@ -45,6 +50,28 @@ def test_no_color_prints_no_styles(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(80)
     RunConsole(file=screen).print("bold", style="bold red")
     assert screen.raw == "bold\n"
+
+
+@pytest.mark.parametrize(
+    ("term", "variable", "expected"),
+    [("xterm", "200", (60, 40)), ("xterm", "50", (50, 40)), ("xterm", "", (60, 40)), ("dumb", "200", (60, 40))],
+)
+def test_variable_makes_no_terminal_wider_and_hides_no_resize(
+    term: str, variable: str, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", variable)
+    monkeypatch.setenv("TERM", term)
+    terminal, end = pty.openpty()
+    with os.fdopen(terminal), os.fdopen(end, "w") as file:
+        set_columns(terminal, 60)
+        console = RunConsole(file=file)
+        before = console.columns
+        set_columns(terminal, 40)
+        assert (before, console.columns) == expected
+
+
+def set_columns(terminal: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
 
 @pytest.mark.parametrize(

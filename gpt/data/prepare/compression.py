@@ -27,13 +27,13 @@ MAGIC_OF_SUFFIX = {".gz": GZIP_MAGIC, ".zst": ZSTD_MAGIC, ".zstd": ZSTD_MAGIC, "
 def is_compressed(path: Path) -> bool:
     """Return whether a file is compressed, and so can only be read from its start."""
     with reraise_as_user_error(path), path.open("rb") as file:
-        return _detect_compression(path, file.read(MAGIC_BYTES)) is not None
+        return detect_compression(path, file.read(MAGIC_BYTES)) is not None
 
 
 def open_bytes(path: Path) -> IO[bytes]:
     """Open the file's bytes, decompressed."""
     with path.open("rb") as file:
-        kind = _detect_compression(path, file.read(MAGIC_BYTES))
+        kind = detect_compression(path, file.read(MAGIC_BYTES))
     match kind:
         case "gzip":
             return cast(IO[bytes], gzip.open(path))
@@ -46,6 +46,18 @@ def open_bytes(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
+def require_complete_zstd(path: Path) -> None:
+    """Check the end of a file if it is compressed with zstd, which takes no decompression.
+
+    Raises:
+        BadFileError: the file ends in the middle of a frame.
+    """
+    with reraise_as_user_error(path), path.open("rb") as file:
+        if detect_compression(path, file.read(MAGIC_BYTES)) == "zstd":
+            file.seek(0)
+            _require_complete_frames(path, file)
+
+
 def remove_compression_suffix(path: Path) -> Path:
     """Return the path without the suffix of a compressed file.
 
@@ -55,7 +67,12 @@ def remove_compression_suffix(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() in MAGIC_OF_SUFFIX else path
 
 
-def _detect_compression(path: Path, head: bytes) -> str | None:
+def detect_compression(path: Path, head: bytes) -> str | None:
+    """Return the kind of compression of content that begins with `head`; None if it is not compressed.
+
+    Raises:
+        BadFileError: the file ends before its kind is clear, which its suffix gives.
+    """
     if head.startswith(GZIP_MAGIC):
         return "gzip"
     if head.startswith(XZ_MAGIC):

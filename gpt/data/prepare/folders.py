@@ -40,7 +40,8 @@ def find_files(root: Path) -> Found:
             paths = [Path(folder) / name for name in sorted(folders) if not _is_hidden(name)]
             links += [path for path in paths if path.is_symlink()]
             paths = [path for path in paths if not path.is_symlink()]
-            folders[:] = [path.name for path in paths if not _take_folder(found, root, path, visited)]
+            new = [path for path in paths if _identify(path) not in visited]  # a link may lead above another folder
+            folders[:] = [path.name for path in new if not _take_folder(found, root, path, visited)]
             found.paths += [Path(folder) / name for name in names if not name.startswith(".")]
         while links and (
             _is_gone(links[0]) or _identify(links[0]) in visited or _take_folder(found, root, links[0], visited)

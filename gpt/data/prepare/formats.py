@@ -11,13 +11,14 @@ Hugging Face hub  as `datasets` streams it: one row a document
 To add one: docs/extending.md, "A data format".
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from gpt.data.prepare.compression import open_bytes, remove_compression_suffix
+from gpt.data.prepare.compression import detect_compression, open_bytes, remove_compression_suffix
 from gpt.data.prepare.documents import TextDocument
 from gpt.data.prepare.foreign import refuse_foreign_format
 from gpt.data.prepare.json_values import DECODER, read_json_values
@@ -29,7 +30,7 @@ MAX_LINE_BYTES = 2**30
 READ_BYTES = 2**20
 
 PARQUET_MAGIC = b"PAR1"
-JSON_LINES_SUFFIXES = {".jsonl", ".ndjson"}
+JSON_LINES_SUFFIXES = {".jsonl", ".ndjson", ".jsonlines"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".tab"}
 BLANKS = b"\xef\xbb\xbf \t\r\n"
 """Byte order mark and spaces, which may come before a JSON value."""
@@ -37,6 +38,8 @@ JSON_ARRAY_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 JSON_OBJECT_START = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"')
 
 Format = Literal["text", "json-lines", "json", "table", "parquet", "tokens", "binary", "token-index"]
+COMPRESSIBLE_KINDS = ("text", "json-lines", "json", "table")
+"""Kinds of files that are read through a decompressor."""
 RECORD_KINDS = ("json-lines", "json", "table", "parquet", "dataset", "hub")
 """Kinds of files whose records have a text field."""
 
@@ -61,29 +64,59 @@ def detect_format(path: Path, text_field: str = "text") -> Format:
         refuse_foreign_format(path, head)
         if is_token_file(path, head):
             return "tokens"
+        is_compressed = detect_compression(path, head) is not None
+        name = remove_compression_suffix(path)
         with open_bytes(path) as stream:
             head = stream.read(HEAD_BYTES)
             if head.startswith(b"{") and b"\n" not in head:  # the first object may be longer than the head
                 head += stream.readline(MAX_LINE_BYTES)
         refuse_foreign_format(path, head)
-        name = remove_compression_suffix(path)
+        if is_compressed:
+            _refuse_compressed_binary(path, name, head)
         if _is_json(head, name, path, text_field):
             return "json"
         if _is_json_lines(head, path):
             return "json-lines"
-        if b"\0" in head:  # the rule of git
-            return "binary"
-    return "table" if name.suffix.lower() in TABLE_SUFFIXES else "text"
+        if name.suffix.lower() in TABLE_SUFFIXES:
+            return "table"
+        return "binary" if b"\0" in head else "text"  # the rule of git
 
 
-def read_first_value(path: Path) -> object:
-    """Return the first value of a JSON file.
+def has_json_lines_name(path: Path) -> bool:
+    """Return whether a file has a suffix of JSON lines, which is meant for records and nothing else."""
+    return bool(JSON_LINES_SUFFIXES.intersection(path.suffixes))
+
+
+def read_first_values(path: Path, count: int) -> list[object]:
+    """Return the first values of a JSON file, or the first elements of its array.
 
     Raises:
         ValueError, RecursionError: the content is no JSON.
     """
     with open_bytes(path) as file:
-        return next(read_json_values(file), None)
+        return list(itertools.islice(read_json_values(file), count))
+
+
+def _refuse_compressed_binary(path: Path, name: Path, head: bytes) -> None:
+    """Refuse compressed content that is read at any position and so only as it is, or that is compressed twice.
+
+    Args:
+        path: the file.
+        name: its path without the suffix of the compression.
+        head: first bytes of its content.
+
+    Raises:
+        BadFileError: names the content.
+    """
+    if head.startswith(PARQUET_MAGIC):
+        what = "Parquet in a compressed file"
+    elif is_token_file(name, head):
+        what = "tokens in a compressed file"
+    elif detect_compression(name, head) is not None:
+        what = "compressed twice"
+    else:
+        return
+    raise BadFileError(f"{shorten(path)} is {what}; decompress it once", is_foreign=True)
 
 
 def require_utf8(path: Path) -> None:
@@ -151,7 +184,8 @@ def _read_json_line(
                 record, f"{shorten(path)}: line {_line_in_file(path, start, number)}", name
             )
     except (ValueError, RecursionError) as error:
-        records.refuse(f"{shorten(path)}: line {_line_in_file(path, start, number)}: not valid JSON: {error}")
+        reason = "not UTF-8; convert the file to UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        records.refuse(f"{shorten(path)}: line {_line_in_file(path, start, number)}: not valid JSON: {reason}")
 
 
 def _line_in_file(path: Path, start: int, number: int) -> int:
@@ -192,7 +226,7 @@ def _decode(content: bytes, path: Path, start: int) -> str:
 
 def _is_json_lines(head: bytes, path: Path) -> bool:
     """Return whether a file has a suffix of JSON lines, or starts with an object on a line of its own."""
-    if JSON_LINES_SUFFIXES.intersection(path.suffixes):
+    if has_json_lines_name(path):
         return True
     first, _, rest = head.partition(b"\n")
     return first.lstrip(BLANKS)[:1] == b"{" and _is_json_value(first) and rest.lstrip()[:1] in (b"", b"{")
@@ -206,10 +240,10 @@ def _is_json(head: bytes, name: Path, path: Path, text_field: str) -> bool:
     if not JSON_OBJECT_START.match(head) or _is_json_value(head.lstrip(BLANKS).partition(b"\n")[0]):
         return False
     try:
-        first = read_first_value(path)
+        first = read_first_values(path, 1)
     except (ValueError, RecursionError):
         return False
-    return isinstance(first, dict) and text_field in first
+    return any(isinstance(record, dict) and text_field in record for record in first)
 
 
 def _is_json_value(line: bytes) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpt.data.encoders import Ids
 from gpt.data.prepare.dedup import count_duplicates, drop_duplicates, has_whole_documents, write_digests
 from gpt.data.prepare.documents import Document
 from gpt.data.prepare.parts import PART_BYTES, Part, read_part
@@ -17,6 +18,7 @@ from gpt.data.prepare.split import batch_by_size, split
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
 from gpt.data.shards import ShardWriter
 from gpt.data.tokenizer import Tokenizer
+from gpt.data.unrepresented import Unrepresented
 from gpt.errors import UserError
 from gpt.utils.helper import first_line
 
@@ -124,7 +126,7 @@ class PartWorker:
             for splits in read_splits(folder, self._settings, part, records, tokenizer):
                 for writer, documents in zip((train, val), splits, strict=True):
                     for document in documents:
-                        ids, text_bytes, lost = document.encode(tokenizer)
+                        ids, text_bytes, lost = _encode(document, tokenizer)
                         if lost is not None:
                             unrepresented += lost.characters
                             first_unrepresented = first_unrepresented or f"{lost.first} of {document.name}"
@@ -145,6 +147,18 @@ class PartWorker:
 
     def _new_records(self) -> Records:
         return Records(self._settings.text_field, skip_bad=self._settings.skip_bad)
+
+
+def _encode(document: Document, tokenizer: Tokenizer) -> tuple[Ids, int, Unrepresented | None]:
+    """Encode a document.
+
+    Raises:
+        UserError: the tokenizer cannot encode it; names the document.
+    """
+    try:
+        return document.encode(tokenizer)
+    except UserError as error:
+        raise UserError(f"{shorten(document.name)}: {error}") from error
 
 
 def _name_part(part: Part) -> str:

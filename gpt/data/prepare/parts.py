@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal
 from gpt.data.prepare.compression import is_compressed
 from gpt.data.prepare.documents import Document, TextDocument, TokenDocument
 from gpt.data.prepare.formats import read_json, read_json_lines, read_text
-from gpt.data.prepare.records import BadFileError, Records, reraise_as_user_error, shorten
+from gpt.data.prepare.records import BadFileError, Records, name_left_out, name_reason, reraise_as_user_error
 from gpt.data.prepare.sources import File, Kind
 from gpt.data.prepare.split import choose_held_out
 from gpt.data.prepare.tables import read_dataset, read_parquet, read_row_group_sizes, read_stream, read_table
@@ -98,7 +98,7 @@ def cut_into_parts(
             try:
                 parts += _cut_file(file, records.text_field, max_bytes, val_fraction, file_role, tokenizer)
             except BadFileError as error:
-                records.refuse(str(error))
+                records.refuse_file(error)
     for open_role in list(open_groups):
         close(open_role)
     return parts
@@ -119,7 +119,7 @@ def leave_out_foreign_tokens(files: Sequence[File], tokenizer: Tokenizer | None)
     if all(file.kind == "tokens" for file in files):
         return list(files), []
     reasons = {file.name: _find_token_fault(file.path, tokenizer) for file in files if file.kind == "tokens"}
-    left_out = [f"{shorten(name, 60)} ({shorten(reason, 100)})" for name, reason in reasons.items() if reason]
+    left_out = [name_left_out(name, reason) for name, reason in reasons.items() if reason]
     return [file for file in files if not reasons.get(file.name)], left_out
 
 
@@ -130,7 +130,7 @@ def _find_token_fault(path: Path, tokenizer: Tokenizer | None) -> str | None:
         tokens = open_tokens(path)
         tokens.check_ids(0, len(tokens.tokens), tokenizer.vocab_size)
     except BadFileError as error:
-        return str(error).removeprefix(f"{path}: ")
+        return name_reason(str(error), path)
     return None
 
 

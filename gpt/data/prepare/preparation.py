@@ -28,8 +28,9 @@ from gpt.data.prepare.dedup import has_whole_documents, write_keep_masks
 from gpt.data.prepare.documents import Document
 from gpt.data.prepare.file_state import SourceChangedError, digest_states, require_unchanged
 from gpt.data.prepare.learn_tokenizer import LEARNED_KINDS, learn_bpe_tokenizer, learn_char_tokenizer
+from gpt.data.prepare.memory import report_memory
 from gpt.data.prepare.part_worker import Action, ReadSettings, read_splits
-from gpt.data.prepare.parts import PART_BYTES, Part, cut_into_parts, leave_out_foreign_tokens
+from gpt.data.prepare.parts import Part, cut_into_parts, leave_out_foreign_tokens
 from gpt.data.prepare.preparation_plan import PreparationPlan
 from gpt.data.prepare.records import Records
 from gpt.data.prepare.unfinished import PartRecord, UnfinishedFolder
@@ -122,6 +123,7 @@ class _Preparation:
             n_files = sum(len(source.files) for source in self._plan.sources)
             names, files = ", ".join(self._plan.names), plural(n_files, "file")
             log.info("preparing %s: %s, %s", names, files, format_si(self._plan.size, "B"))
+            report_memory(self._plan)
             try:
                 self._prepare()
             except SourceChangedError:
@@ -133,7 +135,7 @@ class _Preparation:
 
     def _prepare(self) -> None:
         # The workers start while the tokenizer is built.
-        with WorkerPool(self._folder.path, self._settings, self._count_workers()) as pool:
+        with WorkerPool(self._folder.path, self._settings, self._plan.n_processes) as pool:
             tokenizer = self._build_tokenizer()
             parts_of_sources = self._cut_into_parts(tokenizer)
             self._report_left_out()
@@ -169,13 +171,6 @@ class _Preparation:
                     else f"{len(left_out):,} files or folders"
                 )
                 log.warning("%s: left out %s: %s", name, what, shown)
-
-    def _count_workers(self) -> int:
-        """Return the number of workers: as configured, and no more than parts, if sizes of files give their number."""
-        n_workers = self._plan.n_workers
-        if any(file.kind in ("dataset", "hub") for source in self._plan.sources for file in source.files):
-            return n_workers
-        return min(n_workers, -(-self._plan.size // PART_BYTES))
 
     def _build_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that the settings name; None if it is learned from the corpus."""

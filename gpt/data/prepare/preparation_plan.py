@@ -11,7 +11,7 @@ from gpt.configs.data_config import TOKENIZER_KINDS, PreparationConfig
 from gpt.data.manifest import CORPUS_FORMAT_VERSION
 from gpt.data.prepare.file_state import FileState
 from gpt.data.prepare.formats import RECORD_KINDS
-from gpt.data.prepare.parts import Role
+from gpt.data.prepare.parts import PART_BYTES, Role
 from gpt.data.prepare.records import join, shorten
 from gpt.data.prepare.sources import Source, find_source
 from gpt.errors import UserError
@@ -74,6 +74,13 @@ class PreparationPlan:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for source in self.sources for file in source.files)
+
+    @property
+    def n_processes(self) -> int:
+        """Processes that do the work: no more than parts, if the sizes of the files give their number."""
+        if any(file.kind in ("dataset", "hub") for source in self.sources for file in source.files):
+            return self.n_workers
+        return max(1, min(self.n_workers, -(-self.size // PART_BYTES)))
 
     @property
     def states(self) -> list[FileState]:

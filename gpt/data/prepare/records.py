@@ -12,6 +12,8 @@ MAX_PATH_LETTERS = 140
 """Letters of a path in a message."""
 MAX_REASON_LETTERS = 100
 """Letters of a reason in a message, such as a library's."""
+MAX_LEFT_OUT_LETTERS = 60
+"""Letters of the path of a file that is left out, in a list of several."""
 MAX_NAME_LETTERS = 18
 """Letters of a key in a message."""
 MAX_NAMED = 5
@@ -81,6 +83,18 @@ class Records:
         if len(self.reasons) < MAX_REASONS:
             self.reasons.append(message)
 
+    def refuse_file(self, error: BadFileError) -> None:
+        """Count a damaged file as a bad record.
+
+        Raises:
+            UserError: bad records are not skipped, or the system cannot read a file now that was read to fingerprint
+                it. Without that file, the corpus would not be the one of the fingerprint.
+        """
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise UserError(f"{error}; run the same command again") from error
+        self.refuse(str(error))
+
     @contextmanager
     def refuse_bad_file(self, path: PathLike[str]) -> Iterator[None]:
         """Count a file that turns out to be damaged as a bad record; what was read before stays.
@@ -92,7 +106,7 @@ class Records:
             with reraise_as_user_error(path):
                 yield
         except BadFileError as error:
-            self.refuse(str(error))
+            self.refuse_file(error)
 
 
 class NotUtf8:
@@ -128,6 +142,24 @@ def shorten(text: object, max_letters: int = MAX_PATH_LETTERS) -> str:
         return line
     n_head = (max_letters - 3) // 2
     return f"{line[:n_head]}...{line[n_head + 3 - max_letters :]}"
+
+
+def name_reason(message: str, path: PathLike[str]) -> str:
+    """Return what a message says of a file, without the file's name."""
+    for prefix in (f"{name}{verb}" for name in (shorten(path), path) for verb in (": ", " is ")):
+        message = message.removeprefix(prefix)
+    return message
+
+
+def name_left_out(name: str, reason: str) -> str:
+    """Return the name of a file that is left out with the reason, whose remedy is dropped if it is long.
+
+    >>> name_left_out("docs/a.pdf", "a PDF; convert it with pdftotext")
+    'docs/a.pdf (a PDF; convert it with pdftotext)'
+    """
+    if len(reason) > MAX_REASON_LETTERS:
+        reason = shorten(reason.partition(";")[0], MAX_REASON_LETTERS)
+    return f"{shorten(name, MAX_LEFT_OUT_LETTERS)} ({reason})"
 
 
 def join(names: Iterable[object]) -> str:

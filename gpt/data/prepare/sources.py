@@ -15,9 +15,16 @@ from gpt.configs.data_config import HUB_PREFIX, SHAKESPEARE, STDLIB, Preparation
 from gpt.data.prepare.file_state import FileState, read_file_state
 from gpt.data.prepare.folders import Found, find_files, is_run, walk_files
 from gpt.data.prepare.foreign import find_foreign_chunks, name_foreign_note
-from gpt.data.prepare.formats import JSON_OBJECT_START, Format, detect_format, read_first_value, require_utf8
+from gpt.data.prepare.formats import (
+    JSON_OBJECT_START,
+    Format,
+    detect_format,
+    has_json_lines_name,
+    read_first_values,
+    require_utf8,
+)
 from gpt.data.prepare.optional import import_extra
-from gpt.data.prepare.records import BadFileError, join, shorten
+from gpt.data.prepare.records import BadFileError, join, name_left_out, name_reason, shorten
 from gpt.data.prepare.shakespeare import FILE_NAME, fetch_shakespeare
 from gpt.data.prepare.tables import is_dataset, open_dataset, open_stream, read_table_header
 from gpt.data.prepare.token_files import HEAD_BYTES
@@ -139,10 +146,10 @@ def _find_file(source: str, path: Path, flag: str, text_field: str) -> Source:
 def _refuse_json_without_text(path: Path, text_field: str) -> None:
     """Refuse a JSON object without a text, which would be trained on with its keys and braces."""
     try:
-        record = read_first_value(path)
+        first = read_first_values(path, 1)
     except (ValueError, RecursionError):
         return
-    if isinstance(record, dict):
+    for record in (value for value in first if isinstance(value, dict)):
         raise UserError(
             f"{shorten(path)}: a JSON object with no text under {text_field!r}; "
             f"set --data.text-field to one of: {join(record)}"
@@ -158,27 +165,28 @@ def _find_files_of_folder(root: Path, text_field: str, *, skip_bad: bool) -> tup
         )
         log.info("%s: left out %s: %s", root, plural(len(found.runs), "run"), shown)
     files: list[File] = []
-    foreign: list[tuple[File, str]] = []
+    foreign: list[tuple[Path, str]] = []
     bad_files: list[str] = []
     for path in found.paths:
         file = _describe_path(found, root, path, text_field)
         if isinstance(file, File):
-            reason = None if file.kind == "dataset" else _find_reason_to_leave_out(file, text_field)
-            if reason is None:
+            message = None if file.kind == "dataset" else _describe_file_without_text(file, text_field)
+            if message is None:
                 files.append(file)
             else:
-                foreign.append((file, reason))
+                foreign.append((path, message))
         elif isinstance(file, BadFileError):
             if file.is_foreign:
-                foreign.append((File(path.relative_to(root).as_posix(), path, "binary", 0), str(file)))
+                foreign.append((path, str(file)))
             elif skip_bad:
                 bad_files.append(str(file))
             else:
                 raise UserError(f"{file} (--data.on-error skip leaves such files out)") from file
     if not files and len(foreign) == 1 and not found.left_out:
-        file, reason = foreign[0]
-        raise UserError(reason if reason.startswith(shorten(file.path)) else f"{shorten(file.path)}: {reason}")
-    left_out = [f"{shorten(file.name, 60)} ({shorten(reason, 100)})" for file, reason in foreign]
+        raise UserError(foreign[0][1])
+    left_out = [
+        name_left_out(path.relative_to(root).as_posix(), name_reason(message, path)) for path, message in foreign
+    ]
     return files, left_out + found.left_out, bad_files
 
 
@@ -196,21 +204,26 @@ def _describe_path(found: Found, root: Path, path: Path, text_field: str) -> Fil
     return None
 
 
-def _find_reason_to_leave_out(file: File, text_field: str) -> str | None:
-    """Return why a file is no text of the folder that holds it; None if it is one."""
+def _describe_file_without_text(file: File, text_field: str) -> str | None:
+    """Return a message on a file that is no text of the folder that holds it; None if it is one."""
     try:
         match file.kind:
             case "text":
                 require_utf8(file.path)
-                return name_foreign_note(file.path, _read_head(file.path))
+                note = name_foreign_note(file.path, _read_head(file.path))
+                return f"{shorten(file.path)} is {note}" if note else None
             case "table":
                 read_table_header(file.path, text_field)
-            case "json" | "json-lines" if file.path.suffix.lower() == ".json":
-                record = read_first_value(file.path)
-                if not (isinstance(record, dict) and text_field in record):
-                    return f"no record with {text_field!r}"
+            case "json" | "json-lines" if not has_json_lines_name(file.path):
+                # A single value without a text, such as a notebook's, is no file of records; nor is a .json that
+                # begins with one.
+                first = read_first_values(file.path, 1 if file.path.suffix.lower() == ".json" else 2)
+                keys = [key for value in first if isinstance(value, dict) for key in value]
+                if len(first) < 2 and text_field not in keys:
+                    remedy = f"; set --data.text-field to one of: {join(keys)}" if keys else ""
+                    return f"{shorten(file.path)}: no record with {text_field!r}{remedy}"
     except BadFileError as error:
-        return str(error).removeprefix(f"{shorten(file.path)}: ")
+        return str(error)
     except (ValueError, RecursionError):
         return None  # a record that is damaged is an error of its own
     return None

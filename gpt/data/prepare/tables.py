@@ -1,5 +1,6 @@
 """Rows -> documents: CSV, Parquet, saved datasets and streams. Only the text column is read and decoded."""
 
+import codecs
 import csv
 import io
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from gpt.errors import UserError
 MAX_FIELD_LETTERS = 2**30
 """Letters of one field of CSV; a longer one is an error."""
 ROWS_PER_BATCH = 1024
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DELIMITERS = ",;\t|"
 """Delimiters of CSV, by preference; TSV has tabs."""
 
@@ -25,6 +27,9 @@ def read_table_header(path: Path, text_field: str) -> tuple[list[str], str]:
     Raises:
         BadFileError: the file is damaged, or has no such column.
     """
+    with reraise_as_user_error(path), open_bytes(path) as file:
+        if file.read(2) in UTF16_MARKS:
+            raise BadFileError(f"{shorten(path)}: its encoding is UTF-16; convert the file to UTF-8")
     is_tsv = remove_compression_suffix(path).suffix.lower() in (".tsv", ".tab")
     csv.field_size_limit(MAX_FIELD_LETTERS)
     headers = []

@@ -1,6 +1,6 @@
 """The observer that generates samples during a run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -8,7 +8,8 @@ from torch import nn
 from gpt.configs.observer_config import TextSampleConfig
 from gpt.configs.run_plan import RunPlan
 from gpt.data.tokenizer import Tokenizer
-from gpt.inference.generate import generate
+from gpt.inference.generate import Completion, generate
+from gpt.inference.text import CompletionText
 from gpt.training.events import Command, Event, TextSampled, is_evaluated
 from gpt.training.observer import Observer
 from gpt.training.step_timer import StepTimer
@@ -23,7 +24,7 @@ class TextSampler(Observer):
         tokenizer: decodes samples.
         prompts: prompt -> its token ids, at least one.
         config: length and sampling filters.
-        plan: names the steps, and gives block_size and the seed.
+        plan: names the steps, and gives the model's configuration and the seed.
         timer: measures the sampling; None: nobody reads its time.
     """
 
@@ -42,27 +43,31 @@ class TextSampler(Observer):
 
     def on_event(self, event: Event) -> Iterable[Command | Event]:
         """Generate samples if this step is evaluated."""
-        if not is_evaluated(event, self._plan):
+        if not self._prompts or not is_evaluated(event, self._plan):
             return ()
+        seeds = [random_bits(self._plan.seed, Purpose.TEXT, event.step, index) for index in range(len(self._prompts))]
         with self._timer.phase("sampling"):
-            return [
-                TextSampled(
-                    event.step,
-                    prompt,
-                    self._generate(prompt, tokens, random_bits(self._plan.seed, Purpose.TEXT, event.step, index)),
-                )
-                for index, (prompt, tokens) in enumerate(self._prompts.items())
-            ]
+            texts = self._generate(seeds)
+        return [TextSampled(event.step, prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
 
-    def _generate(self, prompt: str, tokens: list[int], seed: int) -> str:
-        token_ids = generate(
+    def _generate(self, seeds: Sequence[int]) -> list[str]:
+        """Return a sample for each prompt; all are generated together."""
+        completions = [
+            Completion(ids, self._config, seed) for ids, seed in zip(self._prompts.values(), seeds, strict=True)
+        ]
+        texts = {
+            completion: CompletionText(completion, self._tokenizer, joined_to=completion.prompt if prompt else ())
+            for prompt, completion in zip(self._prompts, completions, strict=True)
+        }
+        pieces = {completion: list[str]() for completion in completions}
+        generated = generate(
             self._model,
-            tokens,
-            self._config,
-            block_size=self._plan.batch.block_size,
+            self._plan.model.resolve(),
+            completions,
             vocab_size=self._tokenizer.vocab_size,
-            seed=seed,
             end_of_text=self._tokenizer.end_of_text,
         )
         with torch.compiler.set_stance("force_eager"):  # it would recompile for every length
-            return "".join(self._tokenizer.decode_stream(token_ids, prompt=tokens if prompt else ()))
+            for completion in generated:
+                pieces[completion].append(texts[completion].read())
+        return ["".join(pieces[completion]) for completion in completions]

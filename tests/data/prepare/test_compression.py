@@ -98,3 +98,20 @@ def test_other_bytes_after_the_last_frame_are_reported(tmp_path: Path, name: str
     (tmp_path / name).write_bytes(COMPRESSORS[name](LINES) + garbage)
     with pytest.raises(UserError, match=rf"{name}: cannot be read: "):
         read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("t.parquet.gz", b"PAR1" + bytes(100), "Parquet in a compressed file"),
+        ("t.npy.zst", b"\x93NUMPY\x01\x00" + bytes(100), "tokens in a compressed file"),
+        ("t.bin.gz", b"\x01\x00" * 300, "tokens in a compressed file"),
+        ("t.bin", b"\x01\x00" * 300, "tokens in a compressed file"),
+        ("t.txt.gz.xz", gzip.compress(b"a text"), "compressed twice"),
+    ],
+)
+def test_compressed_file_that_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    compress = {".zst": zstandard.compress, ".xz": lzma.compress}.get(Path(name).suffix, gzip.compress)
+    (tmp_path / name).write_bytes(compress(content))
+    with pytest.raises(UserError, match=rf"{name} is {what}; decompress it once"):
+        read_documents(tmp_path / name)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt.data.prepare import part_worker
+from gpt.data.prepare import file_state, part_worker
 from gpt.data.prepare.file_state import SourceChangedError, read_file_state, require_unchanged
 from gpt.data.prepare.parts import Part
 from gpt.data.prepare.workers import WorkerPool
+from gpt.utils.helper import sha256_of_file
 from tests.data.prepare.prepared import decode_documents, prepare
 
 
@@ -47,12 +48,21 @@ def test_change_of_a_file_is_reported(tmp_path: Path, change: Callable[[Path], N
         require_unchanged([state])
 
 
-def test_another_link_to_a_file_is_no_change(tmp_path: Path) -> None:
+def test_another_link_to_a_file_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a")
     state = read_file_state(path)
     os.link(path, tmp_path / "b.txt")
+    assert path.stat().st_ctime_ns != state.ctime_ns
+    compared: list[Path] = []
+
+    def digest(path: Path) -> str:
+        compared.append(path)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(file_state, "sha256_of_file", digest)
     require_unchanged([state])
+    assert compared == [path]  # the content was compared, and is the same
 
 
 @pytest.mark.parametrize("change", [rewrite, truncate, Path.unlink])

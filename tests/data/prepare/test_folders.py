@@ -1,7 +1,9 @@
+import errno
 import gzip
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 
 from gpt.configs.data_config import DataConfig
 from gpt.data.corpus import open_corpus, prepare_corpus
-from gpt.data.prepare import parts
+from gpt.data.prepare import formats, parts, token_files
 from gpt.data.prepare.part_worker import PartWorker
 from gpt.data.prepare.records import Records
 from gpt.data.prepare.sources import File, find_source
+from gpt.data.prepare.workers import WorkerPool
 from gpt.errors import UserError
 from tests.data.prepare.prepared import decode_documents, prepare
 
@@ -42,6 +45,13 @@ def test_linked_folders_are_followed_and_each_is_read_once(tmp_path: Path) -> No
         (folder / link).symlink_to(target)
     (tmp_path / "real" / "back").symlink_to("../texts")
     assert list_files(folder) == ["a.txt", "one/b.txt", "one/deep/c.txt", "sub/d.txt", "z/e.txt"]
+
+
+def test_link_above_a_folder_reads_none_of_it_twice(tmp_path: Path) -> None:
+    write_texts(tmp_path, "b.txt")
+    folder = write_texts(tmp_path / "texts", "a.txt", "sub/c.txt")
+    (folder / "above").symlink_to("..")
+    assert list_files(folder) == ["a.txt", "above/b.txt", "sub/c.txt"]
 
 
 def test_folder_without_links_has_the_fingerprint_of_its_copy_with_one_folder_linked(tmp_path: Path) -> None:
@@ -100,6 +110,9 @@ def write_odd_files(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{\n  "version": "1.0",\n  "truncation": null,\n  "model": {}\n}')
     (folder / "dataset_info.json").write_text('{\n  "features": {}\n}')
     (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "notebook.ipynb").write_text('{"cells": [], "metadata": {}}')
+    (folder / "manual.pdf").write_bytes(b"%PDF-1.7\n\xff")
+    (folder / "table.parquet.gz").write_bytes(gzip.compress(b"PAR1" + bytes(100) + b"PAR1"))
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
@@ -111,10 +124,22 @@ def test_files_that_are_no_text_are_left_out_counted_and_named(
     prepare(tmp_path / "out", [folder], tokenizer=tokenizer, val_fraction=0.0, vocab_size=300)
     assert sorted(decode_documents(tmp_path / "out", "train")) == ["text of a.py", "text of b.py"]
     (line,) = [message for message in caplog.messages if "left out" in message]
-    assert line.startswith("tree: left out 10 files or folders: ")
+    assert line.startswith("tree: left out 13 files or folders: ")
     assert line.endswith(", ...")
     assert line.count("(") >= 3
     assert len(line) < 450
+
+
+def test_only_file_of_a_folder_that_is_no_text_is_named_with_its_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "rows.json").write_text('[{"question": "a", "answer": "b"}]')
+    with pytest.raises(UserError, match=r"rows.json: no record with 'text'; set .* to one of: question, answer"):
+        find_source(str(folder))
+    (folder / "rows.json").rename(folder / "a.pdf")
+    (folder / "a.pdf").write_bytes(b"%PDF-1.7\n\xff")
+    with pytest.raises(UserError, match=r"a.pdf is a PDF; convert it with pdftotext"):
+        find_source(str(folder))
 
 
 def test_tokens_beside_text_are_read_with_their_tokenizer(tmp_path: Path) -> None:
@@ -137,6 +162,35 @@ def test_bad_files_of_a_folder_are_skipped_and_counted(tmp_path: Path, caplog: p
     assert "text of a.txt" in decode_documents(tmp_path / "out", "train")
     assert "texts: left out 4 bad records" in caplog.messages
     assert any(message.startswith("texts: first bad record: ") for message in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.npy"])
+def test_file_that_the_system_cannot_read_for_a_while_is_not_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = write_texts(tmp_path / "texts", "a.txt")
+    if name == "b.npy":
+        np.save(folder / name, np.array([104, 105], np.uint16))
+    else:
+        (folder / name).write_text('{"text": "b"}')
+    broken = folder / name
+
+    def fail_on(path: Path, *rest: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    def start(pool: WorkerPool, *rest: Any) -> None:
+        for owner, function in ((formats, "open_bytes"), (token_files, "_read_head")):
+            original = getattr(owner, function)
+            monkeypatch.setattr(
+                owner, function, lambda path, read=original: fail_on(path) if path == broken else read(path)
+            )
+        original_run(pool, *rest)
+
+    original_run = WorkerPool.run
+    monkeypatch.setattr(WorkerPool, "run", start)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: Stale file handle; run the same command again"):
+        prepare(tmp_path / "out", [folder], on_error="skip")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_are_cut_into_parts_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:

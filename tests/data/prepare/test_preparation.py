@@ -129,6 +129,14 @@ def test_bad_record_of_a_later_part_is_reported_in_one_line(tmp_path: Path, sour
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_document_that_the_tokenizer_cannot_encode_is_named(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0)], unk_id=None)).save(str(tmp_path / "t.json"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text("ab")
+    with pytest.raises(UserError, match=r"^b.txt: the tokenizer cannot encode the text: .*; use another one"):
+        prepare(tmp_path / "out", [tmp_path / "texts"], tokenizer=str(tmp_path / "t.json"))
+
+
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 @pytest.mark.parametrize("content", ["\n\n", '{"text": ""}\n'])
 def test_source_without_text_is_an_error(tmp_path: Path, kind: str, content: str) -> None:

@@ -55,6 +55,19 @@ def test_bad_row_of_csv_is_named_or_skipped(tmp_path: Path, line: bytes, message
     assert read(path, skip_bad=True) == ["one", "three"]
 
 
+def test_nul_in_a_table_makes_it_no_text(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"id,text\n1,a\0b\n")
+    assert read(tmp_path / "t.csv") == ["a\0b"]
+
+
+@pytest.mark.parametrize(("name", "place"), [("t.csv", "its encoding is UTF-16"), ("t.jsonl", "line 1: .* not UTF-8")])
+def test_records_in_utf16_name_the_remedy(tmp_path: Path, name: str, place: str) -> None:
+    content = "id,text\n1,a\n" if name == "t.csv" else '{"text": "a"}\n{"text": "b"}\n'
+    (tmp_path / name).write_text(content, encoding="utf-16")
+    with pytest.raises(UserError, match=rf"{place}; convert the file to UTF-8"):
+        read(tmp_path / name)
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("name", ["t.json", "t.json.gz", "t.jsonl", "t.txt"])
 def test_elements_of_a_json_array_are_documents(tmp_path: Path, name: str, indent: int | None) -> None:

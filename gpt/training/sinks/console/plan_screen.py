@@ -68,7 +68,8 @@ def format_plan(plan: RunPlan, memory: Memory | None = None, probe: Probe | None
     machine, batch, corpus = plan.machine, plan.batch, plan.corpus
     processes = plural(machine.world_size, "process", "es")
     rows = {
-        "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}",
+        "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}"
+        + (", compiled" if plan.compiles else ""),
         "runtime": _format_runtime(plan),
         "model": f"{format_count(plan.model.n_parameters)} parameters: {plural(plan.model.n_layer, 'layer')}, "
         f"{plural(plan.model.n_head, 'head')}, {plan.model.n_embd} wide",

@@ -1,0 +1,90 @@
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt.commands.export import run
+from gpt.configs.train_config import TrainConfig
+from gpt.errors import UserError
+from gpt.pipeline import build_trainer
+from gpt.run import open_run
+from tests.conftest import limit_file_size
+
+
+@pytest.fixture
+def without_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt.interop.transformers_runtime.is_installed", lambda: False)
+
+
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the comparison, which tests/parity does."""
+    monkeypatch.setattr("gpt.commands.export._prove_hf", lambda *args: None)
+
+
+@pytest.mark.parametrize("verb", ["export", "import", "parity"])
+def test_help_loads_without_torch(verb: str) -> None:
+    code = f"""
+import sys, gpt.main
+try:
+    gpt.main.main(["{verb}", "--help"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    help_text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"usage: gpt {verb}" in help_text
+    assert help_text.endswith("False\n")
+
+
+def test_without_the_runtime_the_export_is_not_proven(
+    finished_run: Path, tmp_path: Path, without_runtime: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")]) == 0
+    assert "not proven: transformers is not installed" in capsys.readouterr().out
+    assert "not proven: transformers is not installed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_that_exists_is_not_overwritten(finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--out .* exists already; name another folder"):
+        run([str(finished_run), "--to", "hf", "--out", str(tmp_path)])
+
+
+def test_a_full_disk_leaves_nothing(finished_run: Path, tmp_path: Path, proven: None) -> None:
+    with limit_file_size(20_000), pytest.raises(OSError, match="File too large") as caught:
+        run([str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")])
+    assert (caught.value.errno, Path(caught.value.filename).name) == (errno.EFBIG, "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(folder: Path, *args: object) -> None:
+        assert (folder / "model.safetensors").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt.commands.export._prove_hf", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run([str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_class_is_refused_and_says_so_in_its_plan(
+    tiny: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    with open_run(tiny(tmp_path / "run", model={"qk_norm": True}, max_steps=1)) as opened:
+        assert any(note.startswith("gpt export cannot write this model: no class of") for note in opened.plan.notes)
+        build_trainer(opened).train()
+    with pytest.raises(UserError, match=r"no class of transformers has --model.qk-norm; nearest: GPT2LMHeadModel"):
+        run([str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_names_class_and_weights(
+    finished_run: Path, tmp_path: Path, proven: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([str(finished_run), "--to", "hf", "--out", str(tmp_path / "out"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["class"], facts["folder"]) == ("GPT2LMHeadModel", str(tmp_path / "out"))

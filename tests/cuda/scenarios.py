@@ -1,0 +1,182 @@
+"""Functions that tests run in the process with the CUDA device; each returns JSON."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+
+from gpt.checkpoint.app_state import AppState
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.optimizer_config import OptimizerConfig
+from gpt.configs.presets import PRESETS
+from gpt.data.data_loader import MicroBatch, StepBatch
+from gpt.models.gpt import GPT
+from gpt.ops import attention
+from gpt.optim.build import build_optimizer
+from gpt.parallel.activation_checkpointing import checkpoint_activations
+from gpt.parallel.gradient_sync import AveragedGradients
+from gpt.training.metrics import Meter
+from gpt.training.step_timer import StepTimer
+from gpt.training.train_step import TrainStep
+from gpt.utils.distributed import DistContext
+from tests.cuda.recorder import Recorder
+from tests.training.test_logger import PLAN
+
+DEVICE = torch.device("cuda", 0)
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=64, vocab_size=512)
+LLAMA = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 1, "qk_norm": True}
+
+_sdpa = F.scaled_dot_product_attention
+
+
+def _flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """Stand in for the choice of a backend, which a torch without CUDA does not make."""
+    if attn_mask is not None or q.dtype == torch.float32:
+        return _sdpa(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **options)
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+    return out
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """Make tensors fake and torch's Python code believe in the device."""
+    event = mock.Mock(**{"return_value.query.return_value": False})
+    with ExitStack() as stack:
+        for name, value in (
+            ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+            ("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
+            ("torch.cuda.Event", event),
+            ("torch.nn.functional.scaled_dot_product_attention", _flash_attention),
+            # The weights' values do not matter, and the generator that draws them is the CPU's.
+            ("gpt.models.gpt.init_weights", lambda *args: None),
+        ):
+            stack.enter_context(mock.patch(name, value))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        yield
+
+
+class RepeatedBatch:
+    """A loader that gives every step the same batch."""
+
+    def __init__(self, batch: StepBatch):
+        self.batch = batch
+
+    def get_batch(self, step: int) -> StepBatch:
+        return self.batch
+
+
+def make_batch(config: GPTConfig, *, sequences: int, micro_batches: int, masked: bool) -> StepBatch:
+    def tokens() -> torch.Tensor:
+        return torch.zeros((sequences, config.block_size), dtype=torch.int64, device=DEVICE)
+
+    parts = [MicroBatch(i, tokens(), tokens(), tokens() if masked else None) for i in range(micro_batches)]
+    return StepBatch(tuple(parts), micro_batches * sequences * config.block_size)
+
+
+def make_step(
+    config: GPTConfig, batch: StepBatch, *, dtype: str = "bfloat16", optimizer: str = "adamw", mode: str = "none"
+) -> tuple[TrainStep, AppState]:
+    with DEVICE:
+        model = GPT(config, seed=0)
+    checkpoint_activations(model.h, mode)
+    precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    built = build_optimizer(
+        model, OptimizerConfig(name=optimizer), 1e-3, hidden=model.hidden_matrices(), precision=precision
+    )
+    state = AppState(
+        model,
+        built,
+        torch.amp.GradScaler("cuda", enabled=dtype == "float16"),
+        torch.zeros((), dtype=torch.int64, device=DEVICE),
+        identity={},
+    )
+    step = TrainStep(
+        model,
+        state,
+        replace(PLAN, seed=1),
+        loader=RepeatedBatch(batch),
+        schedule=lambda step: 1.0,
+        autocast=partial(torch.autocast, "cuda", getattr(torch, dtype), enabled=dtype != "float32"),
+        gradients=AveragedGradients(model, world_size=1),
+        grad_clip=1.0,
+        timer=StepTimer(DEVICE),
+    )
+    return step, state
+
+
+def train_step(
+    *,
+    dtype: str,
+    optimizer: str,
+    mode: str,
+    dropout: float,
+    masked: bool,
+    llama: bool = False,
+    has_triton: bool = False,
+) -> dict[str, Any]:
+    """Record the second step of a small model, accumulated over three micro-batches."""
+    config = TINY.model_copy(update={"dropout": dropout} | (LLAMA if llama else {}))
+    with fake_cuda(), mock.patch.object(attention, "HAS_TRITON", has_triton):
+        batch = make_batch(config, sequences=2, micro_batches=3, masked=masked)
+        step, _ = make_step(config, batch, dtype=dtype, optimizer=optimizer, mode=mode)
+        step(0)  # allocates the optimizer's state
+        with Recorder() as recorder:
+            stats = step(1)
+        assert stats.loss_sum.device == stats.grad_norm.device == DEVICE
+    return recorder.to_json()
+
+
+def report() -> dict[str, Any]:
+    """Record a report of two steps."""
+    with fake_cuda():
+        step, state = make_step(TINY, make_batch(TINY, sequences=2, micro_batches=1, masked=False))
+        meter = Meter(128, state.skipped_updates, DistContext("cpu"), flops_per_token=1.0, peak_flops=1.0)
+        meter.add(step(0))
+        meter.add(step(1))
+        with Recorder() as recorder:
+
+            def read_zeros(tensor: torch.Tensor) -> list[float]:
+                recorder.syncs.append("tolist")
+                return [0.0] * tensor.numel()
+
+            with mock.patch.object(FakeTensor, "tolist", read_zeros):
+                meter.report()
+    return recorder.to_json()
+
+
+def transfers() -> dict[str, Any]:
+    """Record a copy to the device, a copy from it, an op on tensors of both, and what is none of these."""
+    with fake_cuda(), Recorder() as recorder:
+        host, device = torch.zeros(2), torch.zeros(2, device=DEVICE)
+        host.to(DEVICE)
+        device.cpu()
+        torch.ops.aten.index(device, [torch.zeros(1, dtype=torch.int64)])
+        device * torch.ones(())
+        with suppress(DataDependentOutputException):
+            device[0].item()
+    return recorder.to_json()
+
+
+def launches_of_gpt2() -> dict[str, Any]:
+    """Record a step of GPT-2 124M, of one micro-batch of 4 x 1024 tokens, without the optimizer's warm-up."""
+    config = PRESETS["gpt2-124m"]().model.model_copy(update={"vocab_size": 50304})
+    with fake_cuda():
+        step, _ = make_step(config, make_batch(config, sequences=4, micro_batches=1, masked=False))
+        step(0)
+        with Recorder() as recorder:
+            step(1)
+    return recorder.to_json()

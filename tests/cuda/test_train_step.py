@@ -1,0 +1,35 @@
+"""The training step on a CUDA device, without a GPU: no host sync, no copy, no op on tensors of two devices."""
+
+import itertools
+
+import pytest
+
+from tests.cuda.device import FakeCudaProcess
+
+MAX_LAUNCHES = 1_200
+"""Kernels of one micro-batch of 4 x 1024 tokens of GPT-2 124M; lower it when there are fewer."""
+
+
+def test_recorder_sees_syncs_copies_and_mixed_devices(fake_cuda: FakeCudaProcess) -> None:
+    record = fake_cuda.run("transfers")
+    assert [len(record[key]) for key in ("syncs", "copies", "mixed")] == [1, 2, 1], record
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_step_does_no_host_sync_and_no_copy(fake_cuda: FakeCudaProcess, dtype: str, optimizer: str) -> None:
+    for mode, dropout, masked in itertools.product(("none", "block", "selective"), (0.0, 0.1), (False, True)):
+        variant = {"mode": mode, "dropout": dropout, "masked": masked}
+        record = fake_cuda.run("train_step", dtype=dtype, optimizer=optimizer, **variant)
+        assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], []), variant
+        assert record["launches"] > 100
+
+
+def test_report_has_one_host_sync(fake_cuda: FakeCudaProcess) -> None:
+    record = fake_cuda.run("report")
+    assert len(record["syncs"]) == 1, record
+
+
+def test_launches_of_gpt2(fake_cuda: FakeCudaProcess) -> None:
+    record = fake_cuda.run("launches_of_gpt2")
+    assert record["launches"] <= MAX_LAUNCHES, record["launches_by_op"]

@@ -1,0 +1,114 @@
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.checkpoint.manifest import verify
+from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.load import load_config
+from gpt.configs.train_config import TrainConfig
+from gpt.data.tokenizer import Tokenizer
+from gpt.errors import UserError
+from gpt.inference.load import load_for_inference
+from gpt.interop.imported_run import download_model, import_into_cache, import_model
+from gpt.interop.model_folder import open_model_folder
+from gpt.pipeline import build_trainer
+from gpt.run import open_run
+from tests.conftest import limit_file_size
+from tests.interop.families import make_model, make_tokenizer, write_folder
+
+Tiny = Callable[..., TrainConfig]
+
+
+def test_an_imported_run_is_loaded_like_any_other(tmp_path: Path) -> None:
+    source = open_model_folder(write_folder(tmp_path / "model", "qwen3"))
+    checkpoint = import_model(source, tmp_path / "run")
+    verify(checkpoint)
+    loaded = load_for_inference(tmp_path / "run", "cpu")
+    assert loaded.tokenizer.sha256 == make_tokenizer().sha256
+    assert all(
+        torch.equal(loaded.model.state_dict()[name], value) for name, value in make_model("qwen3").state_dict().items()
+    )
+    assert load_config(tmp_path / "run" / "config.json").run_dir == tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_shorter_context_gives_the_same_logits(tmp_path: Path, name: str) -> None:
+    source = open_model_folder(write_folder(tmp_path / "model", name))
+    import_model(source, tmp_path / "run", block_size=12)
+    model = load_for_inference(tmp_path / "run", "cpu").model
+    assert model.config.block_size == 12
+    tokens = torch.arange(12)[None]
+    assert torch.equal(model(tokens), make_model(name)(tokens))
+
+
+def test_a_longer_context_is_an_error(tmp_path: Path) -> None:
+    source = open_model_folder(write_folder(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"--block-size 41 is longer than the context of .*, 40 tokens \(nearest: 40\)"):
+        import_model(source, tmp_path / "run", block_size=41)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    source = open_model_folder(write_folder(tmp_path / "model"))
+    with limit_file_size(100_000), pytest.raises(OSError, match="File too large") as caught:
+        import_model(source, tmp_path / "run")
+    assert caught.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_is_imported_into_the_cache_once(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    checkpoint = import_into_cache(folder, tmp_path / "cache")
+    written = (checkpoint / "manifest.json").stat().st_mtime_ns
+    assert import_into_cache(folder, tmp_path / "cache") == checkpoint
+    assert (checkpoint / "manifest.json").stat().st_mtime_ns == written
+
+
+def fine_tune(tiny: Tiny, run_dir: Path, folder: Path, **model: object) -> torch.Tensor:
+    """Train a step from a model folder, and return the embedding."""
+    changes = open_model_folder(folder).config.model_dump() | model
+    config = tiny(
+        run_dir,
+        model=GPTConfig.model_validate(changes).model_dump(),
+        init_from=folder,
+        max_steps=1,
+        data={"tokenizer": str(folder / "tokenizer.json")},
+    )
+    with open_run(config) as run:
+        assert run.start.init_from is not None
+        trainer = build_trainer(run)
+        trainer.train()
+        return trainer.model.state_dict()["wte.weight"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_run_starts_from_a_model_folder_with_a_shorter_context(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "model", name)
+    embedding = fine_tune(tiny, tmp_path / "run", folder, block_size=32)
+    assert (embedding - make_model(name).wte.weight).abs().max() < 0.02  # a step of Adam with lr 1e-2 / 2
+    assert Tokenizer.from_folder(tmp_path / "run").sha256 == make_tokenizer().sha256
+
+
+def test_another_tokenizer_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    model = open_model_folder(folder).config.model_dump() | {"block_size": 32}
+    with pytest.raises(UserError, match=r"another tokenizer; add --data.tokenizer .*tokenizer.json"):
+        open_run(tiny(tmp_path / "run", model=model, init_from=folder))
+
+
+def test_a_longer_context_than_the_weights_have_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    with pytest.raises(UserError, match=r"another architecture: --model.block-size is 40 there and 64 in this command"):
+        fine_tune(tiny, tmp_path / "run", folder, block_size=64)
+
+
+def test_without_a_network_a_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to host\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"hf:a/b cannot be downloaded \(ConnectionError: no route to host\)"):
+        download_model("hf:a/b")
