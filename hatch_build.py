@@ -1,4 +1,4 @@
-"""Compile gpt/ops/attention_cpu.c during installation; without a compiler, torch computes attention, more slowly."""
+"""Compile the C files of gpt/ops during installation; without a compiler, torch computes the same, more slowly."""
 
 import hashlib
 import platform
@@ -10,21 +10,22 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("gpt/ops/attention_cpu.c")
+SOURCES = [Path("gpt/ops/attention_cpu.c"), Path("gpt/ops/linear_cpu.c")]
 
 
 class CompileKernels(BuildHookInterface):
-    """Build hook that puts the library next to its source, and into wheels."""
+    """Build hook that puts each library next to its source, and into wheels."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before a wheel is built; an editable installation builds one too."""
-        try:
-            library = compile_kernel(Path(self.root) / SOURCE)
-        except (OSError, subprocess.CalledProcessError) as error:
-            self.app.display_warning(f"{SOURCE} is not compiled, torch computes attention instead: {error}")
-            return
-        build_data["artifacts"].append(str(library.relative_to(self.root)))
-        build_data["pure_python"], build_data["infer_tag"] = False, True
+        for source in SOURCES:
+            try:
+                library = compile_kernel(Path(self.root) / source)
+            except (OSError, subprocess.CalledProcessError) as error:
+                self.app.display_warning(f"{source} is not compiled, torch computes it instead: {error}")
+                continue
+            build_data["artifacts"].append(str(library.relative_to(self.root)))
+            build_data["pure_python"], build_data["infer_tag"] = False, True
 
 
 def compile_kernel(source: Path) -> Path:

@@ -18,14 +18,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from benchmarks.common import build_step_function, format_spread, format_verdict, run_interleaved
+from benchmarks.common import build_step_function, format_machine, format_spread, format_verdict, run_interleaved
 from gpt.configs.presets import PRESETS
+from gpt.machine.environment import describe_environment
 from gpt.machine.resources import usable_cores
+from gpt.utils.helper import plural
 
-DEFAULT, SPINNING, ONE_THREAD = "default", "--runtime.no-sleep-when-busy", "--runtime.threads 1"
+DEFAULT, SPINNING, ONE_THREAD = "default", "no-sleep-when-busy", "threads-1"
+"""Contenders, by the flags of --runtime that they have."""
 BURN = """
 import time
 end = time.perf_counter() + {seconds}
@@ -40,16 +44,6 @@ MAX_QUIET_RATIO = 1.02
 WARMUP_STEPS = 3
 
 
-@dataclass
-class Measurements:
-    """Measurements of one contender beside one number of disturbers."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    cores: list[float] = field(default_factory=list)
-    """Cores that as many independent processes got."""
-
-
 def main() -> None:
     """Measure and print medians, or serve as a contender."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,19 +52,32 @@ def main() -> None:
     parser.add_argument("--disturbers", type=int, nargs="+", default=[0, 2, 6], help="0 is needed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of each measurement")
-    parser.add_argument("--contenders", nargs="+", default=[DEFAULT, SPINNING, ONE_THREAD])
+    names = [DEFAULT, SPINNING, ONE_THREAD]
+    parser.add_argument("--contenders", choices=names, nargs="+", default=names)
+    parser.add_argument("--note", default="", help="sentence for the report, on the conditions of the measurement")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
     parser.add_argument("--serve", metavar="CONTENDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         _serve(arguments.serve, arguments.preset, arguments.threads)
         return
-    results = measure(arguments)
-    print(format_results(results, arguments.threads))
+    result = {
+        "benchmark": "busy",
+        "flags": f"--preset {arguments.preset} --repeats {arguments.repeats} --seconds {arguments.seconds:g}",
+        "note": arguments.note,
+        "machine": describe_environment({}),
+        "preset": arguments.preset,
+        "threads": arguments.threads,
+        "results": measure(arguments),
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(format_busy(result))
 
 
-def measure(arguments: argparse.Namespace) -> dict[tuple[str, int], Measurements]:
-    """Return the measurements of each contender and number of disturbers."""
-    results: dict[tuple[str, int], Measurements] = {}
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the measurements of each contender and number of disturbers: lists with a value for each repeat."""
+    results: dict[tuple[str, int], dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         contenders = {name: stack.enter_context(_start(name, arguments)) for name in arguments.contenders}
         for _ in range(arguments.repeats):
@@ -78,48 +85,53 @@ def measure(arguments: argparse.Namespace) -> dict[tuple[str, int], Measurements
                 with _disturb(count):
                     turns = {name: partial(_ask, process, arguments.seconds) for name, process in contenders.items()}
                     costs = run_interleaved(turns, dict.fromkeys(turns, 1))
-                    for name, ((seconds, cpu_seconds),) in costs.items():
-                        result = results.setdefault((name, count), Measurements())
-                        result.seconds.append(seconds)
-                        result.cpu_seconds.append(cpu_seconds)
-                        result.cores.append(_measure_share(_count_threads(name, arguments.threads)))
-    return results
+                    for name, (cost,) in costs.items():
+                        measured = {**cost, "cores": _measure_share(_count_threads(name, arguments.threads))}
+                        result = results.setdefault((name, count), {"contender": name, "disturbers": count})
+                        for key, value in measured.items():
+                            result.setdefault(key, []).append(value)
+    return list(results.values())
 
 
-def format_results(results: dict[tuple[str, int], Measurements], threads: int) -> str:
-    """Return a table of medians, and whether the goals are met.
-
-    Args:
-        results: measurements of each contender and number of disturbers.
-        threads: threads of the contenders with several.
-    """
+def format_busy(result: dict[str, Any]) -> str:
+    """Return the measurements as Markdown: a table of medians, and whether the goals are met."""
+    rows = {(entry["contender"], entry["disturbers"]): entry for entry in result["results"]}
     lines = [
+        "## Beside other programs",
+        "",
+        f"Training steps of `{result['preset']}` beside disturbers, processes that only compute. `cores` is what as "
+        f"many independent processes get as the contender has threads: {result['threads']}, in `{ONE_THREAD}` 1.",
+        "",
+        f"{format_machine(result)} {result['note']}".rstrip(),
+        "",
         "| contender | disturbers | ms per step | CPU ms per step | cores | beyond its share |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
-    for (name, count), result in sorted(results.items()):
+    goals = []
+    for (name, count), entry in sorted(rows.items()):
+        beyond = find_beyond_share(rows[name, 0], entry)
         lines.append(
-            f"| {name} | {count} | {format_spread([1e3 * value for value in result.seconds], digits=0)} | "
-            f"{1e3 * statistics.median(result.cpu_seconds):.0f} | {statistics.median(result.cores):.2f} | "
-            f"{find_beyond_share(results[name, 0], result):.2f} |"
+            f"| {name} | {count} | {format_spread([1e3 * seconds for seconds in entry['seconds']], digits=0)} | "
+            f"{1e3 * statistics.median(entry['cpu_seconds']):.0f} | {statistics.median(entry['cores']):.2f} | "
+            f"{beyond:.2f} |"
         )
-    lines.append(f"\n{threads} threads, {ONE_THREAD} excepted.")
-    for (name, count), result in sorted(results.items()):
         if name == DEFAULT and count:
-            beyond = find_beyond_share(results[name, 0], result)
             verdict = format_verdict(beyond, MAX_BEYOND_SHARE, at_least=False)
-            lines.append(f"- {DEFAULT}, {count} disturbers: {beyond:.2f} of its share ({verdict})")
-    if (DEFAULT, 0) in results and (SPINNING, 0) in results:
-        quiet, spinning = (statistics.median(results[name, 0].seconds) for name in (DEFAULT, SPINNING))
-        verdict = format_verdict(quiet / spinning, MAX_QUIET_RATIO, at_least=False)
-        lines.append(f"- {DEFAULT} compared with {SPINNING}, alone: {quiet / spinning:.3f} of the time ({verdict})")
-    return "\n".join(lines)
+            goals.append(
+                f"- Beside {plural(count, 'disturber')}: {beyond:.2f} times as long as its share explains ({verdict})."
+            )
+    if rows.keys() >= {(DEFAULT, 0), (SPINNING, 0)}:
+        alone, spinning = (statistics.median(rows[name, 0]["seconds"]) for name in (DEFAULT, SPINNING))
+        verdict = format_verdict(alone / spinning, MAX_QUIET_RATIO, at_least=False)
+        goals.append(f"- Alone: {alone / spinning:.3f} times as long as with `{SPINNING}` ({verdict}).")
+    command = f"python -m benchmarks.busy {result['flags']} --json FILE"
+    return "\n".join([*lines, "", *goals, "", "```bash", command, "```"])
 
 
-def find_beyond_share(alone: Measurements, disturbed: Measurements) -> float:
+def find_beyond_share(alone: dict[str, Any], disturbed: dict[str, Any]) -> float:
     """Return how many times longer a step takes than its share of the cores explains, by medians."""
-    slowdown = statistics.median(disturbed.seconds) / statistics.median(alone.seconds)
-    return slowdown * statistics.median(disturbed.cores) / statistics.median(alone.cores)
+    slowdown = statistics.median(disturbed["seconds"]) / statistics.median(alone["seconds"])
+    return slowdown * statistics.median(disturbed["cores"]) / statistics.median(alone["cores"])
 
 
 def _count_threads(contender: str, threads: int) -> int:
@@ -144,13 +156,13 @@ def _read(process: "subprocess.Popen[str]") -> str:
     return line
 
 
-def _ask(process: "subprocess.Popen[str]", seconds: float) -> tuple[float, float]:
+def _ask(process: "subprocess.Popen[str]", seconds: float) -> dict[str, float]:
     """Let a contender train for `seconds`; return wall and CPU seconds of a step."""
     assert process.stdin is not None
     process.stdin.write(f"{seconds}\n")
     process.stdin.flush()
-    wall, cpu = json.loads(_read(process))
-    return wall, cpu
+    cost: dict[str, float] = json.loads(_read(process))
+    return cost
 
 
 @contextlib.contextmanager
@@ -189,9 +201,8 @@ def _serve(contender: str, preset: str, threads: int) -> None:
         while time.perf_counter() - start < float(line):
             take_step()
             steps += 1
-        print(
-            json.dumps([(time.perf_counter() - start) / steps, (time.process_time() - cpu_start) / steps]), flush=True
-        )
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        print(json.dumps({"seconds": seconds / steps, "cpu_seconds": cpu_seconds / steps}), flush=True)
 
 
 if __name__ == "__main__":

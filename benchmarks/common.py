@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from gpt.configs.run_plan import CorpusFacts, StreamFacts, resolve
 from gpt.configs.train_config import TrainConfig
@@ -183,6 +183,13 @@ def format_spread(values: Sequence[float], unit: str = "", digits: int = 2) -> s
     """Format median, minimum, maximum and count."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f}, n={len(values)})"
+
+
+def format_machine(result: dict[str, Any]) -> str:
+    """Format the machine and the versions of a result."""
+    machine = result["machine"]
+    versions = f"torch {machine['libraries']['torch']}, Python {machine['python']}"
+    return f"{machine['cpu']}, {machine['cpu_capability']}, {versions}."
 
 
 def format_verdict(value: float, limit: float, *, at_least: bool) -> str:

@@ -67,7 +67,8 @@ def render_svg(train: list[Point], val: list[Point]) -> str:
     for step, loss in val:
         x, y = to_pixels(step, loss)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{VAL_COLOR}"/>')
-        parts.append(f'<text x="{x - 6:.1f}" y="{y + 34:.1f}" text-anchor="end" fill="{VAL_COLOR}">{loss:.3f}</text>')
+        y = min(y + 34, HEIGHT - BOTTOM - 4)  # above the axis
+        parts.append(f'<text x="{x - 6:.1f}" y="{y:.1f}" text-anchor="end" fill="{VAL_COLOR}">{loss:.3f}</text>')
     for row, (name, color) in enumerate((("train/loss", TRAIN_COLOR), ("val/loss, whole validation set", VAL_COLOR))):
         x, y = WIDTH - 240, TOP + 24 + 22 * row
         parts.append(f'<rect x="{x}" y="{y - 9}" width="14" height="8" fill="{color}"/>')

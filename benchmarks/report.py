@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md from the measurements of the benchmarks.
 
-python -m benchmarks.report 10m.json 124m.json speedrun.json > docs/benchmarks.md
+python -m benchmarks.report 10m.json 124m.json speedrun.json busy.json > docs/benchmarks.md
 """
 
 import argparse
@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import format_verdict
+from benchmarks.busy import format_busy
+from benchmarks.common import format_machine, format_verdict
 from benchmarks.training_peers import DEFAULTS, FP32, LEAN, OURS
 
 FASTEST_DOCUMENTED, FASTEST, LEANEST = "fastest peer as documented", "fastest peer at its best", "leanest peer"
@@ -35,7 +36,7 @@ def main() -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="files written by --json of the benchmarks")
-    sections = {"peers": format_peers, "speedrun": format_speedrun}
+    sections = {"peers": format_peers, "speedrun": format_speedrun, "busy": format_busy}
     print(INTRODUCTION)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().files]
     print("\n\n".join(sections[result["benchmark"]](result) for result in results))
@@ -64,7 +65,7 @@ def format_peers(result: dict[str, Any]) -> str:
         f"{sizes['vocab_size']:,}, {sizes['batch']} sequences of {sizes['block_size']:,} per step in one forward pass, "
         "exact GELU, AdamW, clipping, no dropout, random tokens.",
         "",
-        _format_machine(result),
+        format_machine(result),
         "",
         "| trainer | setting | parameters | tokens/s | range | speed of ours | CPU s/step "
         "| first step | peak memory | memory of ours |",
@@ -99,7 +100,7 @@ def format_speedrun(result: dict[str, Any]) -> str:
         "Complete processes on one text: `gpt train speedrun-char`, which prepares the text, trains, evaluates and "
         "saves, and the CPU command of nanoGPT's README, for which the text is prepared beforehand.",
         "",
-        _format_machine(result),
+        format_machine(result),
         "",
         "| program | seconds | range | CPU seconds | val/loss | on |",
         "| --- | ---: | --- | ---: | ---: | --- |",
@@ -145,12 +146,6 @@ def _format_ratios(
             also = f"{ours['rate'] / group[key]['rate']:.2f}x as fast"
         name = "Ours" if setting == DEFAULTS else f"Ours with {setting}"
         yield f"- {name} compared with the {title}, {key[0]} ({key[1]}): {ratio:.2f}x {measure}{verdict}; {also}."
-
-
-def _format_machine(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    versions = f"torch {machine['libraries']['torch']}, Python {machine['python']}"
-    return f"{machine['cpu']}, {machine['cpu_capability']}, {versions}."
 
 
 def _format_legend(result: dict[str, Any]) -> str:

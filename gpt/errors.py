@@ -1,4 +1,4 @@
-"""UserError: the error for mistakes that a user can fix; ReportedError: the same on ranks that stay silent."""
+"""UserError: the error for mistakes that a user can fix; its subclasses say which rank reports it."""
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class ReportedError(UserError):
     """Mistake that another rank of the same run reports, so this rank ends without a message."""
+
+
+class OwnError(UserError):
+    """Mistake that only this rank can report, because rank 0 is out of reach; it does not wait for rank 0."""

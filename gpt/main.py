@@ -28,7 +28,7 @@ from typing import NoReturn
 from gpt import __version__
 from gpt.configs.arguments import VERBS, has_flag
 from gpt.configs.presets import PRESETS
-from gpt.errors import ReportedError
+from gpt.errors import OwnError, ReportedError
 from gpt.utils import launch
 from gpt.utils.helper import describe_mistake, printable
 from gpt.utils.interrupts import answer_interrupts
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _set_up_output(log_to_stderr=has_flag(arguments, "json"))
     launch.provide_home()
+    launch.quiet_native_logs()
     launch.widen_terminal()
     verb = arguments[0] if arguments and arguments[0] in VERBS else "train"
     try:
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, MemoryError | RuntimeError):
             message += f"; {SHORTAGE_REMEDIES.get(verb, 'give the process more memory')}"
-        _report_error(message, is_reported=isinstance(error, ReportedError))
+        _report_error(message, error)
         status = 2
     _flush()
     return status
@@ -161,18 +162,18 @@ def _flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report_error(message: str, *, is_reported: bool) -> None:
+def _report_error(message: str, error: Exception) -> None:
     """Print an error as one line on stderr.
 
     Every rank sees most mistakes. Rank 0 reports them at once; the launcher then ends the other ranks in their delay.
 
     Args:
         message: the line.
-        is_reported: another rank prints it, so this one only waits for that.
+        error: its type says which rank reports it.
     """
-    if not launch.speaks_first():
+    if not (launch.speaks_first() or isinstance(error, OwnError)):
         time.sleep(OTHER_RANKS_DELAY_SECONDS)
-    if not is_reported:
+    if not isinstance(error, ReportedError):
         _print_line("gpt: error: " + printable(message).replace("\n", "\\n"))
 
 

@@ -43,6 +43,7 @@ from gpt.training.evaluator import Evaluator
 from gpt.training.logger import Logger
 from gpt.training.metrics import Meter
 from gpt.training.observers.eval_saver import EvalSaver
+from gpt.training.observers.hang_guard import HangGuard
 from gpt.training.observers.profiler import Profiler
 from gpt.training.observers.replica_guard import ReplicaGuard
 from gpt.training.observers.save_timer import SaveTimer
@@ -95,6 +96,7 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     trainer.attach(spike_guard)
     trainer.attach(StragglerGuard(timer, dist))
     trainer.attach(ReplicaGuard(state.model, config.parallel.check_replicas, plan, dist))
+    trainer.attach(HangGuard(timer, dist))
     trainer.attach(Profiler(config.profile, run.folder.trace if dist.is_main else None))
     trainer.attach(SaveTimer(config.checkpoint.every_minutes, dist))
     trainer.attach(Evaluator(state.model, build_evaluation_tasks(run), plan, timer))

@@ -24,6 +24,7 @@ from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.cuda_runtime import set_up_cuda, uses_tf32
 from gpt.machine.environment import describe_environment
 from gpt.machine.hardware import detect_machine
+from gpt.machine.rank_identity import describe_rank
 from gpt.resume.compatibility import adopt_corpus, adopt_dtype, keeps_learning_rates, require_same_identity
 from gpt.resume.find import Start, claim_start, require_same_manifest
 from gpt.resume.journal import Record, collect_records
@@ -106,9 +107,17 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
     device, notes = choose_device(config.device, config.model, config.data.cache_dir)
     if device == "cuda":
         runtime |= set_up_cuda(reproducible=config.parallel.reproducible)
-    dist = DistContext(device, config.parallel.step_timeout)
+    dist = DistContext(
+        device,
+        config.parallel.step_timeout,
+        start_timeout=config.parallel.start_timeout,
+        identity=describe_rank(config),
+        record_folder=config.run_dir,
+    )
     if device == "cuda":
         runtime["tf32"] = uses_tf32()
+    if dist.interface:
+        notes = (*notes, f"the processes meet over {dist.interface} (gloo)")
     facts = dist.broadcast(asdict(replace(detect_machine(device, dist.world_size), runtime=runtime, notes=notes)))
     return dist, MachineFacts(**facts | {"notes": tuple(facts["notes"])})
 

@@ -11,7 +11,7 @@ BOUNDARIES = {
     "os.environ": ("utils", "machine"),
     "os.getenv": ("utils", "machine"),
     "os.putenv": ("utils", "machine"),
-    "torch.distributed": ("utils/distributed.py", "parallel", "checkpoint"),
+    "torch.distributed": ("utils/distributed.py", "utils/rendezvous.py", "parallel", "checkpoint"),
 }
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("hatchling", reason="builds the package; requirements.txt ha
 from hatch_build import compile_kernel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LIBRARY = "gpt/ops/libattention_cpu.so"
+LIBRARIES = {"gpt/ops/libattention_cpu.so", "gpt/ops/liblinear_cpu.so"}
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None or (sys.platform, platform.machine()) != ("linux", "x86_64"),
@@ -39,13 +39,13 @@ def build_wheel(checkout: Path, **environment: str) -> Path:
 @needs_compiler
 def test_a_wheel_contains_the_library_and_has_a_platform_tag(checkout: Path) -> None:
     built = build_wheel(checkout)
-    assert {LIBRARY, "gpt/ops/attention_cpu.c"} <= set(zipfile.ZipFile(built).namelist())
+    assert LIBRARIES | {"gpt/ops/attention_cpu.c", "gpt/ops/linear_cpu.c"} <= set(zipfile.ZipFile(built).namelist())
     assert not built.name.endswith("-none-any.whl")
 
 
 def test_without_a_compiler_the_wheel_is_pure_python(checkout: Path) -> None:
     built = build_wheel(checkout, PATH="")
-    assert LIBRARY not in zipfile.ZipFile(built).namelist()
+    assert LIBRARIES.isdisjoint(zipfile.ZipFile(built).namelist())
     assert built.name.endswith("-py3-none-any.whl")
 
 

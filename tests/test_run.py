@@ -288,9 +288,9 @@ def test_gpu_is_set_up_before_ranks_meet_and_described_afterwards(
     calls: list[str] = []
 
     class Ranks(DistContext):
-        def __init__(self, device: str, step_timeout: float):
+        def __init__(self, device: str, step_timeout: float, **settings: Any):
             calls.append(f"join with {device}")
-            super().__init__("cpu", step_timeout)
+            super().__init__("cpu", step_timeout, **settings)
 
     def set_up(*, reproducible: bool) -> dict[str, bool]:
         calls.append("set up")

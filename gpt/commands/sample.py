@@ -26,6 +26,8 @@ class SampleCommand(JsonOutput, SampleConfig):
     """Seed of the sample; the same seed gives the same text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to run the model on; auto: cuda, else mps where it computes as the CPU does, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights and matmuls; auto: bfloat16 if the hardware has it, else float32."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -34,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
 
     from gpt.inference.load import load_for_inference
 
-    model = load_for_inference(command.run_dir, command.device)
+    model = load_for_inference(command.run_dir, command.device, command.dtype)
     text = model.build_completion(command.prompt, command, command.seed, place="--prompt")
     pieces = (piece for _, piece in model.run([text]))
     if command.as_json:

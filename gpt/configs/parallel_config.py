@@ -22,3 +22,5 @@ class ParallelConfig(Config):
     """Steps between checks that every process holds the same weights; also checked before a checkpoint; 0: never."""
     step_timeout: Annotated[float, SAFE] = Field(600, ge=1, le=86_400)
     """Seconds that a step waits for another process before the run stops with an error."""
+    start_timeout: Annotated[float, SAFE] = Field(300, ge=1, le=86_400)
+    """Seconds that the processes wait for each other at the start; a process that prepares data may take longer."""

@@ -102,6 +102,29 @@ def _pretraining(name: str, model: GPTConfig, max_steps: int, max_lr: float) -> 
     )
 
 
+def small_text() -> TrainConfig:
+    """Return the default model for a text so short that it is read ten times: dropout and strong weight decay.
+
+    docs/EXPERIMENTS.md has the measurements.
+    """
+    return TrainConfig(
+        run_dir=Path("runs/small-text"),
+        max_steps=0,
+        epochs=10,
+        micro_batch_size=16,
+        tokens_per_step=16 * 128,
+        model=GPTConfig(
+            n_layer=2, bias=False, position="rotary", norm="rmsnorm", mlp="swiglu", qk_norm=True, dropout=0.2
+        ),
+        data=DataConfig(source=(SHAKESPEARE,), vocab_size=1024),
+        lr=LRConfig(max_lr=2e-2, warmup_steps=0),
+        optimizer=OptimizerConfig(name="muon", muon_momentum=0.85, weight_decay=1.6),
+        eval=EvalConfig(interval=100),
+        checkpoint=CheckpointConfig(),
+        sample=TextSampleConfig(prompts=("\n",)),
+    )
+
+
 def _gpt2(name: str, n_layer: int, n_head: int, n_embd: int, max_lr: float) -> TrainConfig:
     """Return a model of the GPT-2 report (table 2) with GPT-3's learning rate and batch of 0.5M tokens (table 2.1)."""
     model = GPTConfig(
@@ -191,6 +214,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": TrainConfig,
     "shakespeare-char": shakespeare_char,
     "speedrun-char": speedrun_char,
+    "small-text": small_text,
     "gpt2-124m": gpt2_124m,
     "gpt2-355m": gpt2_355m,
     "gpt2-774m": gpt2_774m,

@@ -238,9 +238,10 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
     if corpus.val_tokens < 2:
         notes.append("no validation set: val/loss is not reported")
     sources = _plan_sources(config, sequences, max_steps * batch.sequences_per_step)
+    remedy = "add text or lower --max-steps" if config.model.dropout else "add text, or train the preset small-text"
     notes += [
         f"{source.name} is read {source.epochs:.1f} times: beyond {MAX_USEFUL_EPOCHS} epochs a text teaches less and "
-        "less; add text or lower --max-steps"
+        f"less; {remedy}"
         for source in sources
         if source.epochs > MAX_USEFUL_EPOCHS
     ]

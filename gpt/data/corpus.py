@@ -55,9 +55,40 @@ def load_corpus(config: DataConfig, block_size: int, dist: DistContext) -> Corpu
     Raises:
         UserError: a source cannot be read, the cache cannot be written, or a prepared file was changed.
     """
-    found = dist.on_local_main(lambda: [str(folder) for folder in prepare_corpus(config)])
+    own_folders: list[str] = []
+
+    def prepare() -> list[str]:
+        own_folders.extend(map(str, prepare_corpus(config)))
+        return own_folders
+
+    found = dist.on_local_main(prepare)
+    dist.on_every_rank(lambda: _require_same_data(own_folders or found, found))
     folders = [Path(folder) for folder in found]
-    return dist.local_main_first(lambda: open_corpus(folders, config, block_size))  # the first packs
+    corpus = dist.local_main_first(lambda: open_corpus(folders, config, block_size))  # the first packs
+    expected = dist.broadcast(corpus.facts.sha256)
+    dist.on_every_rank(lambda: _require_same_data(corpus.facts.sha256, expected))
+    return corpus
+
+
+def _require_same_data(own: str | Sequence[str], expected: str | Sequence[str]) -> None:
+    """Compare the prepared data of this rank's machine with that of rank 0, which may be on another one.
+
+    Args:
+        own: folders or digest of this rank.
+        expected: those of rank 0.
+
+    Raises:
+        UserError: they differ.
+    """
+    if own != expected:
+        raise UserError(
+            f"the data of --data.source differs from that of rank 0: {_join(own)} here, {_join(expected)} there; give "
+            "every machine the same files"
+        )
+
+
+def _join(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
 
 
 def prepare_corpus(config: DataConfig) -> list[Path]:

@@ -136,17 +136,17 @@ def _attend_cached(
 ) -> torch.Tensor:
     """Store the new keys and values of a layer and attend to all; see `gpt.ops.attention.Attend`."""
     keys, values = keys[place.rows], values[place.rows]  # (B, K, capacity, D)
+    q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
     if place.tokens is not None:
         keys[:, :, place.tokens], values[:, :, place.tokens] = k, v
     else:  # one token per row, at positions that differ
         index = torch.arange(len(q), device=q.device)
-        keys[index, :, place.positions] = k[:, :, 0].to(keys.dtype)
-        values[index, :, place.positions] = v[:, :, 0].to(values.dtype)
+        keys[index, :, place.positions], values[index, :, place.positions] = k[:, :, 0], v[:, :, 0]
     group_size = q.shape[1] // k.shape[1]
     if place.is_first:  # as in training
         return attend(q, repeat_heads(k, group_size), repeat_heads(v, group_size), mask, dropout=0.0)
     return F.scaled_dot_product_attention(
-        q.to(keys.dtype),
+        q,
         keys[:, :, place.keys],
         values[:, :, place.keys],
         attn_mask=place.allowed,

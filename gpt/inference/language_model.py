@@ -39,10 +39,11 @@ class LanguageModel:
     Args:
         model: the model, in evaluation mode.
         tokenizer: the tokenizer that it was trained with.
+        dtype: dtype of matmuls; bfloat16 after `round_weights_to_bfloat16`.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32):
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
 
     @property
     def block_size(self) -> int:
@@ -156,16 +157,19 @@ class LanguageModel:
             completions,
             vocab_size=self.tokenizer.vocab_size,
             end_of_text=self.tokenizer.end_of_text,
+            dtype=self.dtype,
         )
 
     @torch.no_grad()
     def _compute_losses(self, ids: list[int]) -> list[float]:
         """Return the loss of each id but the first, in nats."""
-        losses = list[float]()
+        losses, device = list[float](), self.model.wte.weight.device
+        autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         while len(losses) < len(ids) - 1:
             begin = max(0, len(losses) + 1 - max(1, self.block_size // 2))
-            window = torch.tensor(ids[begin : begin + self.block_size + 1], device=self.model.wte.weight.device)
-            logits = self.model(window[None, :-1])[0].float()  # (T, V)
+            window = torch.tensor(ids[begin : begin + self.block_size + 1], device=device)
+            with autocast:
+                logits = self.model(window[None, :-1])[0].float()  # (T, V)
             losses += F.cross_entropy(logits, window[1:], reduction="none")[len(losses) - begin :].tolist()
         return losses
 

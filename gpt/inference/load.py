@@ -12,6 +12,7 @@ from gpt.configs.load import load_config
 from gpt.data.tokenizer import Tokenizer
 from gpt.device_check import choose_device
 from gpt.errors import UserError
+from gpt.inference.bfloat16 import round_weights_to_bfloat16
 from gpt.inference.language_model import LanguageModel
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cpu_runtime import match_openmp_team
@@ -22,17 +23,23 @@ from gpt.utils.helper import format_count
 
 log = logging.getLogger(__name__)
 
+DTYPES = ("auto", "float32", "bfloat16")
+"""Values of `dtype`."""
 
-def load_for_inference(path: Path, device: str) -> LanguageModel:
+
+def load_for_inference(path: Path, device: str, dtype: str = "auto") -> LanguageModel:
     """Load a trained model and its tokenizer from a run folder (its newest checkpoint) or a checkpoint.
 
     Args:
         path: run folder or checkpoint.
         device: auto, cpu, cuda or mps.
+        dtype: dtype of weights and matmuls, float32 or bfloat16; auto: bfloat16 if the hardware has it.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or this machine multiplies wrongly.
+        UserError: another device or dtype, there is no checkpoint, it is damaged, or this machine multiplies wrongly.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
     match_openmp_team()
     sleep_when_busy(torch.get_num_threads())
     checkpoint = locate_checkpoint(path, "RUN_DIR")
@@ -54,6 +61,10 @@ def load_for_inference(path: Path, device: str) -> LanguageModel:
     model = GPT(config, seed=0).to(used_device)
     load_model_tensors(model, weights)
     used = next(model.parameters()).device
-    name = detect_machine(used.type, world_size=1).device_name
-    require_right_arithmetic(used, name, "float32", model.config, config.block_size, saved.data.cache_dir)
-    return LanguageModel(model.eval(), tokenizer)
+    machine = detect_machine(used.type, world_size=1)
+    if dtype == "auto":
+        dtype = "bfloat16" if machine.has_bfloat16 else "float32"
+    require_right_arithmetic(used, machine.device_name, dtype, model.config, config.block_size, saved.data.cache_dir)
+    if dtype == "bfloat16":
+        round_weights_to_bfloat16(model)
+    return LanguageModel(model.eval(), tokenizer, getattr(torch, dtype))

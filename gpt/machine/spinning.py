@@ -22,11 +22,14 @@ USER_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIB
 """Environment variables by which users decide how threads wait; nothing is changed if one is set."""
 THREADS = Path("/proc/self/task")
 """Folder with a folder for each thread of this process; `schedstat` in it holds its times (Linux, sched-stats.rst)."""
-POLL_SECONDS = 0.25
-MAX_WAITING_SHARE = 0.3
+POLL_SECONDS = 0.5
+MAX_WAITING_SHARE = 0.35
 """Share of its time that a spinning thread may wait for a core; docs/EXPERIMENTS.md has the measurements."""
 MIN_ACTIVE_SHARE = 0.2
-"""Share of an interval that a thread must want a core for; threads that want less compute nothing."""
+"""Share of an interval for which a thread must want a core; idle threads want less."""
+MIN_RUN_SHARE = 0.1
+"""Share of the busiest thread's time that a thread must have run; threads that run less, such as the one that watches
+the others, compute nothing."""
 MIN_SLEEP_SECONDS, MAX_SLEEP_SECONDS = 1.0, 16.0
 """Bounds of the time after which sleeping threads try spinning again."""
 
@@ -112,16 +115,19 @@ class SpinPolicy:
         self._sleep_seconds = MIN_SLEEP_SECONDS
         self._wakes_at = 0.0
 
-    def update(self, waiting_share: float, now: float) -> bool:
+    def update(self, waiting_share: float | None, now: float) -> bool:
         """Return whether threads spin from now on.
 
         Whether spinning pays off is judged only while threads spin: sleeping threads leave their cores to others, and
         wait for them longer.
 
         Args:
-            waiting_share: share of the last interval that a compute thread waited for a core.
+            waiting_share: share of the last interval that a compute thread waited for a core; None if nothing computed,
+                which shows neither free nor busy cores.
             now: seconds on a monotonic clock.
         """
+        if waiting_share is None:
+            return self.spins
         if not self.spins:
             self.spins = now >= self._wakes_at
         elif waiting_share > MAX_WAITING_SHARE:
@@ -217,8 +223,10 @@ def read_thread_times() -> dict[int, ThreadTimes]:
     return times
 
 
-def find_waiting_share(before: Mapping[int, ThreadTimes], after: Mapping[int, ThreadTimes], seconds: float) -> float:
-    """Return the largest share of its time that a compute thread waited for a core.
+def find_waiting_share(
+    before: Mapping[int, ThreadTimes], after: Mapping[int, ThreadTimes], seconds: float
+) -> float | None:
+    """Return the largest share of its time that a compute thread waited for a core; None if no thread computed.
 
         share = waited / (run + waited)
 
@@ -227,9 +235,14 @@ def find_waiting_share(before: Mapping[int, ThreadTimes], after: Mapping[int, Th
         after: times at its end.
         seconds: length of the interval.
     """
-    shares = [0.0]
-    for thread in before.keys() & after.keys():
-        run, waited = after[thread].run - before[thread].run, after[thread].waited - before[thread].waited
-        if run + waited > MIN_ACTIVE_SHARE * seconds * 1e9:
-            shares.append(waited / (run + waited))
-    return max(shares)
+    spent = [
+        ThreadTimes(after[thread].run - before[thread].run, after[thread].waited - before[thread].waited)
+        for thread in before.keys() & after.keys()
+    ]
+    longest_run = max((times.run for times in spent), default=0)
+    shares = [
+        times.waited / (times.run + times.waited)
+        for times in spent
+        if times.run >= MIN_RUN_SHARE * longest_run and times.run + times.waited > MIN_ACTIVE_SHARE * seconds * 1e9
+    ]
+    return max(shares, default=None)

@@ -4,12 +4,13 @@ hatch_build.py compiles it. Shapes: B rows, H heads, T tokens, D = head_dim.
 """
 
 import ctypes
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from gpt.ops.c_library import load_library
 
 SOURCE = Path(__file__).with_suffix(".c")
 LIBRARY = SOURCE.with_name("libattention_cpu.so")
@@ -159,22 +160,4 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _load_library() -> ctypes.CDLL | None:
-    """Return the compiled kernel; None where there is none, its source differs, or this CPU cannot run it."""
-    try:
-        ctypes.CDLL(_find_openmp_runtime(), ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(LIBRARY))
-        library.attention_source.restype = ctypes.c_char_p
-        is_current = library.attention_source().decode() == hashlib.sha256(SOURCE.read_bytes()).hexdigest()
-    except (OSError, AttributeError):
-        return None
-    return library if is_current and library.attention_supported() else None
-
-
-def _find_openmp_runtime() -> str | None:
-    """Return the OpenMP runtime that torch uses: a second one would compete with its threads for the cores."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
-    mapped = {Path(name) for line in maps.splitlines() for name in line.split(maxsplit=5)[5:]}
-    runtimes = [path for path in mapped if path.name.startswith(("libgomp", "libiomp5"))]
-    # torch's is in its own folder or in torch.libs next to it.
-    ranked = sorted(runtimes, key=lambda path: ({"torch", "torch.libs"}.isdisjoint(path.parts), str(path)))
-    return str(ranked[0]) if ranked else None
+    return load_library(SOURCE, LIBRARY, "attention")

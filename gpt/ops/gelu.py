@@ -16,13 +16,18 @@ _ELEMENTS_PER_TILE = 2**18
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _SLOPE
 """2u = _SLOPE * x + _CUBIC * x^3 (Hendrycks and Gimpel 2016, section 2); x * (1 + tanh(u)) / 2 = x * sigmoid(2u)."""
+_SLOPE_TENSOR = torch.tensor(_SLOPE)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Return GELU(x), of any shape."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    out: torch.Tensor = _Gelu.apply(x, x.requires_grad and torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    if not wants_gradient and x.numel() <= _ELEMENTS_PER_TILE:  # the same arithmetic in one tile, for generation
+        value = x.float()
+        return torch.addcmul(_SLOPE_TENSOR, value, value, value=_CUBIC).mul_(value).sigmoid_().mul_(value).to(x.dtype)
+    out: torch.Tensor = _Gelu.apply(x, wants_gradient)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -44,14 +49,13 @@ class _Gelu(torch.autograd.Function):
 
 def _compute(x: torch.Tensor, out: torch.Tensor, derivative: torch.Tensor | None) -> None:
     """Fill `out` and, where given, `derivative`; all are one-dimensional."""
-    slope = torch.tensor(_SLOPE)
     scratch = [torch.empty(min(_ELEMENTS_PER_TILE, len(x))) for _ in range(4)]
     for start in range(0, len(x), _ELEMENTS_PER_TILE):
         tile = slice(start, start + _ELEMENTS_PER_TILE)
         value, sigmoid, result, factor = (buffer[: len(x) - start] for buffer in scratch)
         value.copy_(x[tile])
-        torch.addcmul(slope, value, value, value=_CUBIC, out=sigmoid).mul_(value).sigmoid_()
+        torch.addcmul(_SLOPE_TENSOR, value, value, value=_CUBIC, out=sigmoid).mul_(value).sigmoid_()
         out[tile] = torch.mul(value, sigmoid, out=result)
         if derivative is not None:  # s + x s (1 - s) (2u)'
-            torch.addcmul(slope, value, value, value=3 * _CUBIC, out=factor)
+            torch.addcmul(_SLOPE_TENSOR, value, value, value=3 * _CUBIC, out=factor)
             derivative[tile] = sigmoid.addcmul_(result.addcmul_(result, sigmoid, value=-1), factor)

@@ -33,6 +33,8 @@ class StepTimer:
         self._seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         self._taken: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._current: tuple[Part, float] | None = None
+        self.entered: tuple[int, Part | None] = (0, None)
+        """Number of parts entered so far, and the last of them; other threads may read it."""
         self._events: deque[tuple[Part, torch.cuda.Event, torch.cuda.Event]] = deque()
         self.synchronizes = False
         """Waits for the device at both ends of every phase; exact, but slows a GPU down. For `gpt bench`."""
@@ -40,6 +42,7 @@ class StepTimer:
     @contextmanager
     def phase(self, name: Part) -> Iterator[None]:
         """Time a part."""
+        self.entered = self.entered[0] + 1, name
         if self._device.type == "cuda" and not self.synchronizes and name in PHASES[1:]:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -1,38 +1,48 @@
 """Ranks: joining them, and the few collectives that they need."""
 
 import contextlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from gpt.errors import ReportedError, UserError
+from gpt.errors import OwnError, ReportedError, UserError
 from gpt.utils import launch
-from gpt.utils.helper import describe_mistake, first_line
+from gpt.utils.flight_recorder import FlightRecorder
+from gpt.utils.hang import Limits
+from gpt.utils.heartbeat import RESUME_REMEDY, Heartbeat
+from gpt.utils.helper import describe_mistake, first_line, format_ranks
+from gpt.utils.rendezvous import RankIdentity, meet
 from gpt.utils.tree_sum import tree_sum
 
 Number = TypeVar("Number", int, float)
 T = TypeVar("T")
 
-START_TIMEOUT = timedelta(hours=2)
-"""Long, because the other ranks wait while rank 0 prepares a large corpus."""
+WORK_TIMEOUT = timedelta(days=7)
+"""Long, because the other ranks wait while rank 0 prepares a large corpus; heartbeats show that it is alive."""
 STEP_TIMEOUT_SECONDS = 600.0
 """Default time that a step waits for the slowest rank."""
-_n_joins = itertools.count()
-"""Number of times that this process has joined a group; Python code may train several runs, one after the other."""
+START_TIMEOUT_SECONDS = 300.0
+"""Default time that the ranks wait for each other at the start."""
 ROLL_CALL_SECONDS = 5.0
 """Time in which all ranks that are still there report after one of them is lost."""
+SUSPECT_SECONDS = 2.0
+"""The same if those that have not reported had hung before, by their heartbeats."""
 TIMED_OUT = ("Timed out waiting", "Application timeout")
 """Parts of gloo's messages when another rank does not answer in time: in the same collective, and in others."""
-LOST = (*TIMED_OUT, "Connection closed", "Connection reset", "Broken pipe", "gloo")
-"""Parts of gloo's messages when a rank is gone or does not answer in time; these errors have no type of their own."""
+NCCL_LOST = (
+    *("NCCL error", "ncclRemoteError", "ncclSystemError", "ncclInternalError", "ncclUnhandledCudaError"),
+    *("NCCL communicator was aborted", "Watchdog caught collective operation timeout"),
+)
+"""Parts of NCCL's messages when a rank is gone or does not answer in time."""
+LOST = (*TIMED_OUT, *NCCL_LOST, "Connection closed", "Connection reset", "Broken pipe", "gloo")
+"""Parts of messages when a rank is gone or does not answer in time; gloo's errors have no type of their own."""
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -55,45 +65,85 @@ class DistContext:
     host wait for it. Device tensors are reduced on their device.
     """
 
-    def __init__(self, device: str, step_timeout: float = STEP_TIMEOUT_SECONDS):
+    def __init__(
+        self,
+        device: str,
+        step_timeout: float = STEP_TIMEOUT_SECONDS,
+        *,
+        start_timeout: float = START_TIMEOUT_SECONDS,
+        identity: RankIdentity | None = None,
+        record_folder: Path | None = None,
+    ):
         """Join the processes that torchrun started, if it did.
 
         Args:
             device: cpu, cuda or mps.
             step_timeout: seconds after which a rank that takes no part in a step counts as lost. Outside steps
-                (`on_main`, `on_local_main`, ...) ranks wait for START_TIMEOUT.
+                (`on_main`, `on_local_main`, ...) ranks wait as long as heartbeats show that the others are alive.
+            start_timeout: seconds to wait for the other ranks to come.
+            identity: what this rank runs; a difference to that of rank 0 is an error.
+            record_folder: folder for NCCL's last collectives if the run hangs; None: that of temporary files.
         """
-        self.world_size, self.rank, local_rank = launch.world_size(), launch.rank(), launch.local_rank()
-        self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-        self._step_timeout = step_timeout
+        self.world_size, self.rank = launch.world_size(), launch.rank()
+        self.device = find_rank_device(device)
+        self._step_timeout, self._start_timeout = step_timeout, start_timeout
         self._started: list[Any] = []
         self._store: Any = None
+        self.heartbeat: Heartbeat | None = None
+        """Finds ranks that hang; None if there is one rank."""
+        self.interface = ""
+        """Network interface over which gloo connects the ranks; empty if there is one rank, or gloo chooses."""
+        self._recorder: FlightRecorder | None = None
         self.step_group: dist.ProcessGroup | None = None
         """Process group for the device tensors of a step; None if there is one rank."""
         self._host_step_group: dist.ProcessGroup | None = None
         if self.world_size > 1 and device == "mps":
             raise UserError("--device mps trains in one process only; use --device cpu under torchrun")
         if device == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"torchrun started local rank {local_rank}, but this machine has "
-                    f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
-                )
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            self._join()
+            self._join(identity or RankIdentity(), record_folder)
 
-    def _join(self) -> None:
-        """Form the groups: two for host values, with a long and a short timeout, and one for tensors on GPUs."""
-        self._store = _open_store(self.world_size, self.rank)
-        dist.init_process_group(
-            "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=START_TIMEOUT
+    def _join(self, identity: RankIdentity, record_folder: Path | None) -> None:
+        """Meet the other ranks and form the groups: two for host values, and one for tensors on GPUs."""
+        has_gpu = self.device.type == "cuda"
+        gpu = str(torch.cuda.get_device_properties(self.device).uuid) if has_gpu else ""
+        meeting = meet(self.rank, self.world_size, identity, gpu=gpu, timeout=self._start_timeout)
+        self._store = meeting.store
+        self.interface = launch.choose_gloo_interface(meeting.interface)
+        self._connect_hosts()
+        self._recorder = FlightRecorder(record_folder, self.rank) if has_gpu else None
+        self.heartbeat = Heartbeat(
+            self._store.clone(),
+            self.rank,
+            self.world_size,
+            timeout=self._step_timeout,
+            waits_idle=not has_gpu,
+            recorder=self._recorder,
         )
-        timeout = timedelta(seconds=self._step_timeout)
-        self._host_step_group = self.step_group = dist.new_group(backend="gloo", timeout=timeout)
-        if self.device.type == "cuda":
-            # NCCL ends the process when it times out. The host's group must time out first, to name the lost rank.
-            self.step_group = dist.new_group(backend="nccl", timeout=2 * timeout)
+        if has_gpu:
+            # NCCL ends the process when it times out. The heartbeats must find the lost rank first, to name it.
+            self.step_group = dist.new_group(backend="nccl", timeout=timedelta(seconds=2 * self._step_timeout))
+
+    def _connect_hosts(self) -> None:
+        """Form the groups for host values: one that waits for work of any length, and one for steps.
+
+        Raises:
+            UserError: a connection is refused or does not come about in time.
+        """
+        timeout, step_timeout = timedelta(seconds=self._start_timeout), timedelta(seconds=self._step_timeout)
+        try:
+            dist.init_process_group(
+                "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=timeout
+            )
+            self._host_step_group = self.step_group = dist.new_group(backend="gloo", timeout=step_timeout)
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {self.rank} cannot connect to the other ranks over the network interface "
+                f"{self.interface or 'that gloo chose'} within {self._start_timeout:g} s (--parallel.start-timeout): "
+                f"{first_line(error)}; open the ports between the machines, or set GLOO_SOCKET_IFNAME"
+            ) from error
+        dist.distributed_c10d._set_pg_timeout(WORK_TIMEOUT, dist.group.WORLD)
 
     @property
     def is_main(self) -> bool:
@@ -167,8 +217,12 @@ class DistContext:
 
         A mistake of a user on any rank is raised on all: rank 0 reports it, and the others end silently.
         """
-        if self.world_size == 1:
+        if self.heartbeat is None:
             return work()
+        with self.heartbeat.watching(Limits.for_start(self._start_timeout)):
+            return self._work_and_wait(work, works=works)
+
+    def _work_and_wait(self, work: Callable[[], Any], *, works: bool) -> Any:
         result: Any = None
         failure: Exception | None = None
         try:
@@ -236,11 +290,11 @@ class DistContext:
         return _ReducedFlag(flag, work)
 
     def max(self, value: int) -> int:
-        """Return the largest value of any rank; for use before the first step, because it has START_TIMEOUT."""
+        """Return the largest value of any rank; for use outside steps, because it waits for any work."""
         return -self.min(-value)
 
     def min(self, value: int) -> int:
-        """Return the smallest value of any rank; for use before the first step, because it has START_TIMEOUT."""
+        """Return the smallest value of any rank; for use outside steps, because it waits for any work."""
         if self.world_size == 1:
             return value
         smallest = torch.tensor([value])
@@ -258,17 +312,24 @@ class DistContext:
         try:
             yield
         except Exception as error:
-            if self.world_size == 1 or isinstance(error, ReportedError):
+            if self.heartbeat is None or isinstance(error, ReportedError):
                 raise
+            if self.heartbeat.verdict:  # another thread reports a hang, and is ending the ranks
+                raise ReportedError(self.heartbeat.verdict) from error
+            self.heartbeat.report_failure()
             if not (isinstance(error, RuntimeError) and is_lost_connection(error)):
                 self._announce_failure()
                 raise
             lost = self._find_lost_ranks()
             if self._has_announced(lost):
                 raise ReportedError(str(error)) from error
-            raise UserError(
-                f"{self._describe_loss(lost, error)}; the same command resumes the run from its last checkpoint"
-            ) from error
+            message = f"{self._describe_loss(lost, error)}; {RESUME_REMEDY}"
+            if self._recorder is not None:
+                self._recorder.write()
+                message += self._recorder.note
+            # Where rank 0 cannot report, the first rank that is left does; the others wait for it.
+            is_first = self.rank == min(set(range(self.world_size)) - set(lost)) and self.heartbeat.is_silent(0)
+            raise (OwnError if is_first else UserError)(message) from error
 
     def _announce_failure(self) -> None:
         """Let the other ranks know that this one ends with a message of its own."""
@@ -285,9 +346,9 @@ class DistContext:
             return False
 
     def _describe_loss(self, lost: list[int], error: RuntimeError) -> str:
-        ranks = " and ".join(f"rank {rank}" for rank in lost)
-        if not ranks:
+        if not lost:
             return f"the connection between the ranks broke ({first_line(error)})"
+        ranks = format_ranks(lost)
         if any(words in str(error) for words in TIMED_OUT):
             return f"{ranks} took no part in a step for {self._step_timeout:g} s (--parallel.step-timeout)"
         return f"{ranks} ended"
@@ -297,12 +358,14 @@ class DistContext:
 
         The others answer, because each of them has failed in a collective with the lost rank, too.
         """
-        lost = set(range(self.world_size)) - {self.rank}
-        deadline = time.monotonic() + ROLL_CALL_SECONDS
+        assert self.heartbeat is not None
+        lost, began = set(range(self.world_size)) - {self.rank}, time.monotonic()
         try:
             self._store.set(f"present/{self.rank}", "")
-            while lost and time.monotonic() < deadline:
+            while lost and time.monotonic() < began + ROLL_CALL_SECONDS:
                 lost = {rank for rank in lost if not self._store.check([f"present/{rank}"])}
+                if time.monotonic() > began + SUSPECT_SECONDS and all(map(self.heartbeat.is_stuck, lost)):
+                    break
                 time.sleep(0.05)
         except RuntimeError:  # the store was on the lost machine
             return []
@@ -310,7 +373,8 @@ class DistContext:
 
     def close(self) -> None:
         """Leave the group; call it on a clean end only, because it waits for all ranks."""
-        if self.world_size > 1:
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
             for work in self._started:  # a flag that nobody has read must not be in use by a thread any more
                 work.wait()
             dist.destroy_process_group()
@@ -333,20 +397,22 @@ class _ReducedFlag:
         return int(self._flag)
 
 
-def _open_store(world_size: int, rank: int) -> Any:
-    """Connect to the store where the ranks meet.
+def find_rank_device(kind: str) -> torch.device:
+    """Return the device of this rank: on GPUs that with its local rank, or the only one that the launcher shows it.
 
-    Under torchrun it outlives the ranks, so each attempt has a prefix: no rank may read what a former group wrote.
+    Args:
+        kind: cpu, cuda or mps.
 
     Raises:
-        UserError: there is no store.
+        UserError: this machine has fewer GPUs than ranks.
     """
-    host, port = launch.store_address()
-    is_master = rank == 0 and not launch.keeps_store()
-    try:
-        store = TCPStore(host, port, world_size, is_master, START_TIMEOUT, multi_tenant=True)
-    except dist.DistError as error:
+    if kind != "cuda":
+        return torch.device(kind)
+    local_rank, n_gpus = launch.local_rank(), torch.cuda.device_count()
+    if n_gpus == 1:  # Slurm's --gpus-per-task=1 shows each task its own; ranks that share one are found when they meet
+        return torch.device(kind, 0)
+    if local_rank >= n_gpus:
         raise UserError(
-            f"rank {rank} cannot connect to MASTER_ADDR {host}, port {port}: {first_line(error)}; start rank 0 there"
-        ) from error
-    return PrefixStore(f"attempt{launch.restarts()}/{next(_n_joins)}", store)
+            f"torchrun started local rank {local_rank}, but this machine has {n_gpus} GPUs; lower --nproc-per-node"
+        )
+    return torch.device(kind, local_rank)

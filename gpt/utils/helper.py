@@ -1,6 +1,7 @@
 """A few small functions that several layers need."""
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -119,6 +120,19 @@ def plural(count: int, noun: str, suffix: str = "s") -> str:
     ('1 file', '2,000 files', '2 processes')
     """
     return f"{count} {noun}" if count == 1 else f"{count:,} {noun}{suffix}"
+
+
+def format_ranks(ranks: Sequence[int]) -> str:
+    """Return ranks for people, rows of three and more shortened.
+
+    >>> format_ranks([1]), format_ranks([0, 1]), format_ranks([1, 4, 5, 6, 7])
+    ('rank 1', 'rank 0 and rank 1', 'rank 1 and ranks 4 to 7')
+    """
+    names: list[str] = []
+    for _, members in itertools.groupby(enumerate(sorted(ranks)), key=lambda item: item[1] - item[0]):
+        row = [rank for _, rank in members]
+        names += [f"ranks {row[0]} to {row[-1]}"] if len(row) > 2 else [f"rank {rank}" for rank in row]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def unique_names(names: Iterable[str]) -> list[str]:

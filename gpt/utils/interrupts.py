@@ -18,8 +18,8 @@ import os
 import signal
 import sys
 import threading
+from typing import NoReturn
 
-from gpt.errors import UserError
 from gpt.utils import launch
 from gpt.utils.process_tree import list_descendants
 
@@ -40,20 +40,30 @@ def answer_interrupts() -> None:
     threading.Thread(target=_answer, name=THREAD_NAME, daemon=True).start()
 
 
-def leave() -> None:
+def interrupt() -> None:
+    """Report the interrupt on rank 0, and end this process and those that it started."""
+    if launch.speaks_first():
+        write_error("gpt: interrupted")
+    leave(INTERRUPTED)
+
+
+def write_error(line: str) -> None:
+    """Write a line to stderr from any thread, whatever the main thread is doing."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None and sys.stderr.isatty():
+            os.write(2, b"\r" if launch.has_dumb_terminal() else b"\r" + ERASE_LINE)
+        os.write(2, line.encode(errors="backslashreplace") + b"\n")
+
+
+def leave(status: int) -> NoReturn:
     """End this process and those that it started, without waiting for anything.
 
     Files are complete or absent at any moment, as after a kill, so there is nothing to clean up.
     """
-    with contextlib.suppress(OSError, UserError):  # the launcher's variables may be wrong
-        if launch.speaks_first():
-            if sys.stderr is not None and sys.stderr.isatty():
-                os.write(2, b"\r" if launch.has_dumb_terminal() else b"\r" + ERASE_LINE)
-            os.write(2, b"gpt: interrupted\n")
     for pid in list_descendants(os.getpid()):
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-    os._exit(INTERRUPTED)
+    os._exit(status)
 
 
 def _answer() -> None:
@@ -63,9 +73,9 @@ def _answer() -> None:
         if handler is signal.SIG_IGN:  # the program was started in the background, or by nohup
             continue
         if handler is signal.default_int_handler or not callable(handler):
-            leave()
+            interrupt()
             continue
         try:
             handler(signal.SIGINT, None)
         except KeyboardInterrupt:
-            leave()
+            interrupt()

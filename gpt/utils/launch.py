@@ -140,6 +140,45 @@ def store_address() -> tuple[str, int]:
     return host, int(port)
 
 
+def quiet_native_logs() -> None:
+    """Let torch's C++ code log errors only, unless the user set its level; call it before torch is imported.
+
+    Its warnings about lost connections are dozens of stack frames each, on every rank.
+    """
+    if has_peers():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def choose_gloo_interface(name: str) -> str:
+    """Let gloo use a network interface, unless the user has chosen one; return the one that it uses.
+
+    Args:
+        name: the interface; empty leaves the choice to gloo.
+    """
+    if name and not _read("GLOO_SOCKET_IFNAME"):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    return _read("GLOO_SOCKET_IFNAME")
+
+
+def record_collectives(prefix: str) -> str:
+    """Let NCCL's flight recorder keep the last collectives and write them when one times out; keep the user's settings.
+
+    Args:
+        prefix: path of the files; torch appends the rank.
+
+    Returns:
+        The prefix in use: the user may have set another.
+    """
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"),
+        ("TORCH_FR_DUMP_TEMP_FILE", prefix),
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", prefix),  # its name in earlier versions of torch
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    return os.environ["TORCH_FR_DUMP_TEMP_FILE"]
+
+
 def end_process(status: int = 0) -> NoReturn:
     """End this process at once, after its `atexit` functions.
 

@@ -58,7 +58,7 @@ def test_text_is_joined_to_its_prompt_and_bytes_that_are_not_utf8_are_shown(
     tokenizer = Tokenizer(add_tokens(build_byte_fallback(), ["</s>"]).to_str())
     tokens = [*tokenizer.encode("the ").tolist(), 3 + 0x80, int(tokenizer.encode("a")[-1]), tokenizer.end_of_text or 0]
 
-    def load(path: Path, device: str) -> LanguageModel:
+    def load(path: Path, device: str, dtype: str) -> LanguageModel:
         model = FixedModel(tokens, tokenizer.vocab_size)
         model.config = GPTConfig(block_size=64).resolve()
         return LanguageModel(model, tokenizer)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def test_prompt_that_the_tokenizer_cannot_represent_is_reported(
     model = FixedModel([tokenizer.end_of_text or 0], tokenizer.vocab_size)
     model.config = GPTConfig(block_size=64).resolve()
     language_model = LanguageModel(model, tokenizer)  # type: ignore[arg-type]
-    monkeypatch.setattr("gpt.inference.load.load_for_inference", lambda path, device: language_model)
+    monkeypatch.setattr("gpt.inference.load.load_for_inference", lambda path, device, dtype: language_model)
     assert sample(capsys, "run", "--prompt", "one 你", "--temperature", "0") == "one 你\n"
     assert "--prompt: the tokenizer has no token for 1 character, first '你' at character 4" in caplog.text
 

@@ -43,7 +43,7 @@ def test_preset_keeps_its_released_values_whatever_the_defaults_are(name: str) -
     ("name", "n_parameters"), [("llama-30m", 29_938_560), ("llama-124m", 123_587_328), ("qwen3-0.6b", 596_049_920)]
 )
 def test_presets_of_other_families_have_the_parameters_of_their_names(name: str, n_parameters: int) -> None:
-    """Qwen3-0.6B's is that of the released weights; its tied head counts once."""
+    """Count a tied head once, as the released Qwen3-0.6B does."""
     assert PRESETS[name]().model.n_parameters == n_parameters
 
 

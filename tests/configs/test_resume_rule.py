@@ -13,9 +13,9 @@ from gpt.configs.train_config import TrainConfig
 FIELDS = {
     ResumeRule.SAFE: """
         run_dir compile_mode resume resume_with_changes data.cache_dir data.workers
-        parallel.activation_checkpointing parallel.check_replicas parallel.step_timeout runtime.threads
-        runtime.keep_freed_memory runtime.flush_denormals runtime.fused_attention log.interval eval.interval
-        eval.batches checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
+        parallel.activation_checkpointing parallel.check_replicas parallel.start_timeout parallel.step_timeout
+        runtime.threads runtime.keep_freed_memory runtime.flush_denormals runtime.fused_attention log.interval
+        eval.interval eval.batches checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.keep_best
         checkpoint.asynchronous spike.max_skips spike.window spike.threshold spike.least_rise spike.rollback
         spike.max_rollbacks spike.journal sample.max_new_tokens sample.temperature sample.top_k sample.top_p
         sample.min_p sample.repetition_penalty sample.stop sample.stop_tokens sample.prompts

@@ -26,7 +26,7 @@ from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep
 from gpt.utils.distributed import DistContext
 from tests.cuda.recorder import Recorder
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 DEVICE = torch.device("cuda", 0)
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=64, vocab_size=512)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.busy import DEFAULT, SPINNING, Measurements, find_beyond_share, format_results
+from benchmarks.busy import DEFAULT, SPINNING, format_busy
 from benchmarks.loss_curve import render_svg
 from benchmarks.report import format_peers, format_speedrun
 from benchmarks.training_peers import DEFAULTS, FP32, NANOGPT, OURS
@@ -69,10 +69,12 @@ def test_loss_curve_spans_the_plot_and_names_its_axes() -> None:
 
 
 def test_busy_report_compares_a_slowdown_with_the_share_of_the_cores() -> None:
-    alone = Measurements([0.2, 0.1, 0.3], [0.4] * 3, [2.0] * 3)
-    beside_two = Measurements([0.5] * 3, [0.5] * 3, [1.0] * 3)
-    assert find_beyond_share(alone, alone) == 1
-    assert find_beyond_share(alone, beside_two) == 1.25
-    report = format_results({(DEFAULT, 0): alone, (DEFAULT, 2): beside_two, (SPINNING, 0): alone}, threads=2)
-    assert "- default, 2 disturbers: 1.25 of its share (at most 1.3: met)" in report
-    assert "alone: 1.000 of the time (at most 1.02: met)" in report
+    alone = {"seconds": [0.2, 0.1, 0.3], "cpu_seconds": [0.4] * 3, "cores": [2.0] * 3, "disturbers": 0}
+    beside_two = {"seconds": [0.5] * 3, "cpu_seconds": [0.5] * 3, "cores": [1.0] * 3, "disturbers": 2}
+    results = [alone | {"contender": DEFAULT}, beside_two | {"contender": DEFAULT}, alone | {"contender": SPINNING}]
+    facts = {"preset": "quickstart", "threads": 2, "flags": "", "note": "Others were busy.", "machine": MACHINE}
+    report = format_busy(facts | {"results": results})
+    assert "Python 3.11.7. Others were busy.\n" in report
+    assert "| default | 2 | 500 (500 to 500, n=3) | 500 | 1.00 | 1.25 |" in report
+    assert "- Beside 2 disturbers: 1.25 times as long as its share explains (at most 1.3: met)." in report
+    assert "- Alone: 1.000 times as long as with `no-sleep-when-busy` (at most 1.02: met)." in report

@@ -37,6 +37,13 @@ def test_threads_sleep_on_a_busy_machine_and_spin_again_when_it_is_quiet() -> No
     assert policy.update(QUIET, 10.25 + MIN_SLEEP_SECONDS)
 
 
+def test_intervals_without_computation_change_nothing() -> None:
+    policy = SpinPolicy()
+    assert policy.update(None, 1.0) and not policy.update(BUSY, 2.0)
+    assert not policy.update(None, 100.0)
+    assert policy.update(QUIET, 101.0)
+
+
 def test_threads_of_a_busy_machine_try_spinning_ever_more_rarely() -> None:
     policy, tries = SpinPolicy(), []
     for quarter in range(4 * 120):
@@ -55,10 +62,11 @@ def test_waiting_share_is_that_of_the_compute_thread_that_waits_longest() -> Non
         1: ThreadTimes(10**9 + 200_000_000, 10**9 + 50_000_000),
         2: ThreadTimes(100_000_000, 150_000_000),
         3: ThreadTimes(0, 10_000_000),  # nearly idle
+        4: ThreadTimes(1_000_005, 250_000_005),  # waits for its turn, but computes nothing
         5: ThreadTimes(0, 10**9),  # new
     }
     assert find_waiting_share(before, after, 0.25) == 0.6
-    assert find_waiting_share(before, before, 0.25) == 0
+    assert find_waiting_share(before, before, 0.25) is None
 
 
 SPIN = """

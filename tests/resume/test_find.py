@@ -162,7 +162,7 @@ def test_checkpoint_that_cannot_be_read_now_is_neither_skipped_nor_moved_aside(
     before = folder.list_step_folders()
     fail_to_hash(folder.checkpoint_path(8) / "model.safetensors", code, monkeypatch)
     with pytest.raises(OSError, match=os.strerror(code)) as error:
-        claim_start(folder, tiny(tmp_path), dry_run=False)
+        claim_start(folder, tiny(tmp_path), "cpu", dry_run=False)
     assert error.value.filename == str(folder.checkpoint_path(8) / "model.safetensors")
     assert folder.list_step_folders() == before
     unlock_folder(tmp_path)
@@ -173,7 +173,7 @@ def test_checkpoint_on_a_lost_block_of_the_disk_is_skipped(
 ) -> None:
     folder = RunFolder(finished_run)
     fail_to_hash(folder.checkpoint_path(8) / "model.safetensors", errno.EIO, monkeypatch)
-    start = find_start(folder, tiny(finished_run))
+    start = find_start(folder, tiny(finished_run), "cpu")
     assert start.checkpoint == folder.checkpoint_path(4)
     reason = f"{folder.checkpoint_path(8) / 'model.safetensors'}: cannot be read: Input/output error"
     assert start.damaged == ((folder.checkpoint_path(8), reason),)

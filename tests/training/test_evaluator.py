@@ -6,7 +6,7 @@ from torch import nn
 
 from gpt.training.evaluator import Evaluator
 from gpt.training.events import EvalEnd, MetricsReady, StepEnd
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 
 class Task:

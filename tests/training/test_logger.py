@@ -1,4 +1,3 @@
-import json
 import logging
 import os
 import signal
@@ -8,63 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt.configs.gpt_config import GPTConfig
-from gpt.configs.lr_config import LRConfig
-from gpt.configs.run_plan import CorpusFacts, MachineFacts, StreamFacts, resolve
-from gpt.configs.train_config import TrainConfig
-from gpt.training.events import (
-    CheckpointSaved,
-    EvalEnd,
-    Event,
-    MetricsReady,
-    RolledBack,
-    SpikeSeen,
-    StepEnd,
-    TextSampled,
-    TrainEnd,
-    TrainStart,
-)
+from gpt.training.events import Event
 from gpt.training.logger import Logger
 from gpt.training.observer import Sink
 from gpt.training.sinks.jsonl import JsonlSink
-
-PLAN = resolve(
-    TrainConfig(max_steps=20, tokens_per_step=4096, model=GPTConfig(block_size=256), lr=LRConfig(schedule="cosine")),
-    MachineFacts("cpu", "a CPU", has_bfloat16=False),
-    CorpusFacts(300, (StreamFacts("text", 10**6),), val_tokens=10, val_bytes=30, xz_bits_per_byte=1.75),
-)
-METRICS = {"train/loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 2048.0, "mfu": 0.456, "lr": 1e-3, "tokens": 40960}
-EVENTS: list[Event] = [
-    TrainStart(0, PLAN, "runs/a/checkpoints/step_00000005"),
-    MetricsReady(10, METRICS, (2.6, 2.5)),
-    StepEnd(10, 40960),
-    EvalEnd(10, "val", {"val/loss": 2.0, "val/perplexity": 7.389, "val/bpb": 1.5}),
-    TextSampled(10, "def", " main():\n\x1b[31mred"),
-    CheckpointSaved(10, "runs/a/checkpoints/step_00000010"),
-    TrainEnd(20, "finished"),
-]
-TROUBLE: list[Event] = [
-    MetricsReady(10, METRICS, (2.5,)),
-    TextSampled(10, "def", " main()"),
-    MetricsReady(12, METRICS | {"train/loss": float("nan")}, (float("nan"),) * 2, (11, 12)),
-    SpikeSeen(12, 25.0, 2.5, float("inf")),
-    TextSampled(12, "def", " main()"),
-    RolledBack(12, 10, "the loss of step 12 was 25.0"),
-]
-
-
-def test_metrics_and_samples_are_written_as_json_lines(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl", clock=lambda: 1.5e9)
-    for event in [*EVENTS, EvalEnd(20, "val", {"val/loss": float("nan")})]:
-        sink.write(event)
-    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert metrics == [
-        {"step": 10, "time": 1.5e9} | METRICS,
-        {"step": 10, "val/loss": 2.0, "val/perplexity": 7.389, "val/bpb": 1.5},
-        {"step": 20, "val/loss": None},
-    ]
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert samples == [{"step": 10, "prompt": "def", "text": " main():\n\x1b[31mred"}]
+from tests.training.example_events import EVENTS
 
 
 class Raising(Sink):
@@ -202,15 +149,3 @@ def test_only_the_main_rank_records(tmp_path: Path) -> None:
     logger.detach(sink)
     logger.close(None)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_spikes_skipped_updates_and_rollbacks_are_recorded(tmp_path: Path) -> None:
-    files = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
-    for event in TROUBLE[:-1]:
-        files.write(event)
-    spike = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert spike == {"step": 12, "spike/loss": 25.0, "spike/median": 2.5, "spike/deviations": None}
-    files.write(TROUBLE[-1])
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (record,) = (json.loads(line) for line in (tmp_path / name).read_text().splitlines())
-        assert record["step"] == 10

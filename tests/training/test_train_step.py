@@ -26,7 +26,7 @@ from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep, clip_gradients, scale_or_nan
 from gpt.utils.helper import IGNORED
 from tests.conftest import write_stream
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=13)
 WINDOWS = torch.randint(13, (8, 9), generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,23 @@
-import pytest
+from types import SimpleNamespace
 
-from gpt.errors import UserError
-from gpt.utils.distributed import DistContext
+import pytest
+import torch
+
+from gpt.errors import OwnError, ReportedError, UserError
+from gpt.utils.distributed import DistContext, find_rank_device, is_lost_connection
+
+
+class FakeHeartbeat:
+    """Heartbeat of two ranks of which rank 0 may be silent."""
+
+    def __init__(self, *, verdict: str = "", rank_0_is_silent: bool = False):
+        self.verdict, self._rank_0_is_silent = verdict, rank_0_is_silent
+
+    def report_failure(self) -> None:
+        pass
+
+    def is_silent(self, rank: int) -> bool:
+        return rank == 0 and self._rank_0_is_silent
 
 
 def test_collectives_of_one_rank_are_the_identity() -> None:
@@ -31,7 +47,7 @@ def test_an_unrelated_error_is_not_replaced() -> None:
 )
 def test_a_lost_rank_is_named(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = DistContext("cpu", step_timeout=2)
-    dist.world_size = 2
+    dist.world_size, dist.heartbeat = 2, FakeHeartbeat()  # type: ignore[assignment]
     monkeypatch.setattr(dist, "_find_lost_ranks", lambda: [1])
     with pytest.raises(UserError, match=message), dist.report_lost_ranks():
         raise RuntimeError(error)
@@ -50,3 +66,59 @@ def test_a_user_error_on_rank_0_is_raised() -> None:
 
     with pytest.raises(UserError, match="no such file"):
         DistContext("cpu").on_main(fail)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_rank_1_reports_at_once_only_where_rank_0_is_silent(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist = DistContext("cpu", step_timeout=2)
+    dist.world_size, dist.rank = 2, 1
+    dist.heartbeat = FakeHeartbeat(rank_0_is_silent=silent)  # type: ignore[assignment]
+    monkeypatch.setattr(dist, "_find_lost_ranks", lambda: [0])
+    with pytest.raises(UserError, match="rank 0 took no part in a step") as raised, dist.report_lost_ranks():
+        raise RuntimeError("Timed out waiting 2000ms for recv operation to complete")
+    assert isinstance(raised.value, OwnError) is silent
+
+
+def test_rank_stays_silent_where_heartbeats_have_reported_a_hang() -> None:
+    dist = DistContext("cpu")
+    dist.world_size, dist.heartbeat = 2, FakeHeartbeat(verdict="rank 1 hangs")  # type: ignore[assignment]
+    with pytest.raises(ReportedError, match="rank 1 hangs"), dist.report_lost_ranks():
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited\nncclRemoteError: A call failed",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE) ran for 20 s",
+        "NCCL communicator was aborted on rank 0.",
+    ],
+)
+def test_nccl_error_is_one_line(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_lost_connection(RuntimeError(message))
+    dist = DistContext("cpu", step_timeout=2)
+    dist.world_size, dist.heartbeat = 2, FakeHeartbeat()  # type: ignore[assignment]
+    monkeypatch.setattr(dist, "_find_lost_ranks", list)
+    with pytest.raises(UserError) as raised, dist.report_lost_ranks():
+        raise RuntimeError(message)
+    assert "\n" not in str(raised.value)
+    assert message.splitlines()[0] in str(raised.value)
+
+
+@pytest.mark.parametrize(("n_gpus", "local_rank", "index"), [(1, 3, 0), (8, 3, 3), (1, 0, 0)])
+def test_rank_uses_the_gpu_of_its_local_rank_or_the_only_visible_one(
+    n_gpus: int, local_rank: int, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(device_count=lambda: n_gpus))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert find_rank_device("cuda") == torch.device("cuda", index)
+
+
+def test_local_rank_without_a_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(device_count=lambda: 2))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"^torchrun started local rank 3, but this machine has 2 GPUs; lower"):
+        find_rank_device("cuda")

@@ -26,7 +26,14 @@ from gpt.data.prepare.formats import (
 from gpt.data.prepare.optional import import_extra
 from gpt.data.prepare.records import BadFileError, join, name_left_out, name_reason, shorten
 from gpt.data.prepare.shakespeare import FILE_NAME, fetch_shakespeare
-from gpt.data.prepare.tables import is_dataset, open_dataset, open_stream, read_table_header
+from gpt.data.prepare.tables import (
+    ColumnError,
+    is_dataset,
+    open_dataset,
+    open_stream,
+    read_table_header,
+    require_column,
+)
 from gpt.data.prepare.token_files import HEAD_BYTES
 from gpt.errors import UserError
 from gpt.utils.helper import plural
@@ -182,6 +189,11 @@ def _find_files_of_folder(root: Path, text_field: str, *, skip_bad: bool) -> tup
                 bad_files.append(str(file))
             else:
                 raise UserError(f"{file} (--data.on-error skip leaves such files out)") from file
+    if any(file.kind == "text" for file in files):
+        # Beside text, records without the column are fixtures of a source tree.
+        messages = {file: _find_missing_column(file, text_field) for file in files}
+        foreign += [(file.path, message) for file, message in messages.items() if message]
+        files = [file for file in files if not messages[file]]
     if not files and len(foreign) == 1 and not found.left_out:
         raise UserError(foreign[0][1])
     left_out = [
@@ -226,6 +238,19 @@ def _describe_file_without_text(file: File, text_field: str) -> str | None:
         return str(error)
     except (ValueError, RecursionError):
         return None  # a record that is damaged is an error of its own
+    return None
+
+
+def _find_missing_column(file: File, text_field: str) -> str | None:
+    """Return a message on a Parquet file or a dataset without the column of the text; None for all others."""
+    if file.kind not in ("parquet", "dataset"):
+        return None
+    try:
+        require_column(file.path, text_field)
+    except ColumnError as error:
+        return str(error)
+    except BadFileError:
+        return None  # a damaged file is an error of its own
     return None
 
 

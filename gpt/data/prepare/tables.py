@@ -21,6 +21,10 @@ DELIMITERS = ",;\t|"
 """Delimiters of CSV, by preference; TSV has tabs."""
 
 
+class ColumnError(BadFileError):
+    """Error that a file has no column of the name that was asked for."""
+
+
 def read_table_header(path: Path, text_field: str) -> tuple[list[str], str]:
     """Return the names of the columns of CSV or TSV, and the delimiter.
 
@@ -73,16 +77,27 @@ def read_table(path: Path, name: str, records: Records) -> Iterator[TextDocument
             number += 1
 
 
+def require_column(path: Path, text_field: str) -> None:
+    """Check that a Parquet file or a saved dataset has a column.
+
+    Raises:
+        ColumnError: it has none of this name.
+        UserError: it cannot be read.
+    """
+    names = open_dataset(path).column_names if path.is_dir() else _open_parquet(path).schema_arrow.names
+    if text_field not in names:
+        raise _column_error(path, text_field, names)
+
+
 def read_row_group_sizes(path: Path, text_field: str) -> list[int]:
     """Return the bytes of each row group of a Parquet file.
 
     Raises:
         UserError: the file cannot be read or has no such column.
     """
+    require_column(path, text_field)
     with reraise_as_user_error(path):
-        file = import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise _column_error(path, text_field, file.schema_arrow.names)
+        file = _open_parquet(path)
         return [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
 
 
@@ -93,7 +108,7 @@ def read_parquet(path: Path, name: str, records: Records, start: int, stop: int)
         UserError: the file is damaged, or a row has no text.
     """
     with records.refuse_bad_file(path):
-        file = import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
+        file = _open_parquet(path)
         number = sum(file.metadata.row_group(group).num_rows for group in range(start))
         for batch in file.iter_batches(
             batch_size=ROWS_PER_BATCH, row_groups=range(start, stop), columns=[records.text_field], use_threads=False
@@ -130,9 +145,8 @@ def read_dataset(folder: Path, records: Records, start: int, stop: int) -> Itera
     Raises:
         UserError: a row has no text.
     """
+    require_column(folder, records.text_field)
     dataset, number = open_dataset(folder), start
-    if records.text_field not in dataset.column_names:
-        raise _column_error(folder, records.text_field, dataset.column_names)
     with records.refuse_bad_file(folder):
         column = dataset.select_columns([records.text_field]).with_format("arrow")
         for first in range(start, stop, ROWS_PER_BATCH):
@@ -169,6 +183,11 @@ def read_stream(address: str, records: Records, shard: int, n_shards: int) -> It
             yield from records.read_document(row, f"{place}: row {number} of shard {shard}", f"{shard}:{number}")
 
 
+def _open_parquet(path: Path) -> Any:
+    with reraise_as_user_error(path):
+        return import_extra("pyarrow.parquet", "parquet", str(path)).ParquetFile(path)
+
+
 def _to_values(column: Any) -> list[object]:
     """Return the values of a column of Arrow; a string that is not UTF-8 spoils no other."""
     try:
@@ -188,5 +207,5 @@ def _open_lines(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _column_error(path: Path, text_field: str, columns: list[str]) -> BadFileError:
-    return BadFileError(f"{shorten(path)}: no column {text_field!r}; set --data.text-field to one of: {join(columns)}")
+def _column_error(path: Path, text_field: str, columns: list[str]) -> ColumnError:
+    return ColumnError(f"{shorten(path)}: no column {text_field!r}; set --data.text-field to one of: {join(columns)}")

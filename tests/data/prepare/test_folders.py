@@ -142,6 +142,22 @@ def test_only_file_of_a_folder_that_is_no_text_is_named_with_its_remedy(tmp_path
         find_source(str(folder))
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "saved"])
+def test_records_without_the_column_are_left_out_beside_text_alone(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    rows = datasets.Dataset.from_dict({"body": ["a", "b"]})
+    rows.save_to_disk(str(folder / name)) if name == "saved" else rows.to_parquet(str(folder / name))
+    write_texts(folder, "a.jsonl")
+    (folder / "a.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(UserError, match=rf"{name}: no column 'text'; set --data.text-field to one of: body"):
+        prepare(tmp_path / "out", [folder])
+    write_texts(folder, "a.py")
+    source = find_source(str(folder))
+    assert [file.name for file in source.files] == ["a.jsonl", "a.py"]
+    assert source.left_out == (f"{name} (no column 'text'; set --data.text-field to one of: body)",)
+
+
 def test_tokens_beside_text_are_read_with_their_tokenizer(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "both", "a.txt")
     np.array([104, 255, 106], np.uint16).tofile(folder / "t.bin")

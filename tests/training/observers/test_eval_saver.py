@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from gpt.training.events import EvalEnd, Save, StepEnd
 from gpt.training.observers.eval_saver import EvalSaver
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 PLAN_OF_FIVES = replace(PLAN, checkpoint_interval=5, max_steps=100)
 

@@ -11,7 +11,7 @@ from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.training.events import StepEnd, TrainStart
 from gpt.training.observers.profiler import Profiler
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 
 def count_updates(trace: Path) -> int:

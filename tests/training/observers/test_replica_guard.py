@@ -6,7 +6,7 @@ from gpt.errors import UserError
 from gpt.training.events import StepEnd, TrainStart
 from gpt.training.observers.replica_guard import CHUNK_ELEMENTS, ReplicaGuard, digest, find_differing_ranks
 from gpt.utils.distributed import DistContext
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -1,7 +1,7 @@
 from gpt.training.events import CheckpointSaved, Save, StepEnd, TrainStart
 from gpt.training.observers.save_timer import SaveTimer
 from gpt.utils.distributed import DistContext, PendingFlag
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 
 class Clock:

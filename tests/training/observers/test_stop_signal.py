@@ -6,7 +6,7 @@ import pytest
 from gpt.training.events import StepEnd, Stop, TrainStart
 from gpt.training.observers.stop_signal import StopSignal
 from gpt.utils.distributed import DistContext, PendingFlag
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -14,7 +14,7 @@ from gpt.ops.attention import Cache
 from gpt.training.events import StepEnd, TextSampled
 from gpt.training.observers.text_sampler import TextSampler
 from tests.data.tokenizer_families import add_tokens, build_byte_fallback
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 
 
 def test_each_prompt_is_sampled_when_the_model_is_evaluated() -> None:

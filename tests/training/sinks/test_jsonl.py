@@ -13,15 +13,42 @@ from gpt.commands.train import run as train
 from gpt.configs.train_config import TrainConfig
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
-from gpt.training.events import Event, MetricsReady, RolledBack, StepEnd, TextSampled
+from gpt.training.events import EvalEnd, Event, MetricsReady, RolledBack, StepEnd, TextSampled
 from gpt.training.logger import Logger
 from gpt.training.observer import Sink
 from gpt.training.sinks import jsonl
 from gpt.training.sinks.jsonl import JsonlSink
 from tests.conftest import LossRecorder, limit_file_size
+from tests.training.example_events import EVENTS, METRICS, TROUBLE
 
 Configure = Callable[..., TrainConfig]
 ERRORS = [errno.ENOSPC, errno.EMFILE, errno.EIO, errno.EAGAIN, errno.EDQUOT, errno.EROFS]
+
+
+def test_metrics_and_samples_are_written_as_json_lines(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl", clock=lambda: 1.5e9)
+    for event in [*EVENTS, EvalEnd(20, "val", {"val/loss": float("nan")})]:
+        sink.write(event)
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics == [
+        {"step": 10, "time": 1.5e9} | METRICS,
+        {"step": 10, "val/loss": 2.0, "val/perplexity": 7.389, "val/bpb": 1.5},
+        {"step": 20, "val/loss": None},
+    ]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == [{"step": 10, "prompt": "def", "text": " main():\n\x1b[31mred"}]
+
+
+def test_spikes_skipped_updates_and_rollbacks_are_recorded(tmp_path: Path) -> None:
+    files = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    for event in TROUBLE[:-1]:
+        files.write(event)
+    spike = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert spike == {"step": 12, "spike/loss": 25.0, "spike/median": 2.5, "spike/deviations": None}
+    files.write(TROUBLE[-1])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (record,) = (json.loads(line) for line in (tmp_path / name).read_text().splitlines())
+        assert record["step"] == 10
 
 
 class Disk:

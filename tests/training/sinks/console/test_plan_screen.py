@@ -10,7 +10,7 @@ from gpt.configs.train_config import TrainConfig
 from gpt.machine.memory_estimate import MemoryEstimate
 from gpt.training.sinks.console.plan_screen import Memory, Probe, format_plan, print_plan
 from gpt.utils.terminal import RunConsole
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 from tests.utils.screen import Screen
 from tests.utils.test_terminal import WIDTHS
 
@@ -37,6 +37,13 @@ def test_plan_shows_resolved_values() -> None:
 def test_plan_shows_runtime_settings() -> None:
     text = render(replace(PLAN, machine=replace(PLAN.machine, runtime=RUNTIME)))
     assert "runtime        2 threads, keep-freed-memory, no-flush-denormals" in text
+
+
+def test_plan_of_a_known_gpu_names_the_peak_of_its_data_sheet() -> None:
+    h100 = replace(PLAN.machine, device="cuda", device_name="NVIDIA H100 80GB HBM3")
+    rows = format_plan(replace(PLAN, machine=h100, dtype="bfloat16"))
+    assert rows["data sheet"] == "989 TFLOP/s per GPU; MFU is of the measured peak, and of this one"
+    assert "data sheet" not in format_plan(PLAN)
 
 
 def test_plan_shows_sources_of_a_mixture() -> None:
@@ -91,9 +98,11 @@ def test_plan_names_the_source_that_is_repeated() -> None:
     config = TrainConfig(max_steps=2000, tokens_per_step=2048, data=data)
     corpus = CorpusFacts(300, (StreamFacts("large", 10**7), StreamFacts("small", 10**5)))
     notes = resolve(config, PLAN.machine, corpus).notes
-    assert [note for note in notes if "epochs" in note] == [
-        "small is read 20.5 times: beyond 4 epochs a text teaches less and less; add text or lower --max-steps"
-    ]
+    repeated = "small is read 20.5 times: beyond 4 epochs a text teaches less and less; "
+    assert [note for note in notes if "epochs" in note] == [repeated + "add text, or train the preset small-text"]
+    with_dropout = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.2})})
+    notes = resolve(with_dropout, PLAN.machine, corpus).notes
+    assert [note for note in notes if "epochs" in note] == [repeated + "add text or lower --max-steps"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -25,7 +25,7 @@ from gpt.training.events import (
 from gpt.training.sinks.console.sink import ConsoleSink
 from gpt.training.step_timer import StepTimer
 from gpt.utils.terminal import RunConsole
-from tests.training.test_logger import EVENTS, METRICS, PLAN, TROUBLE
+from tests.training.example_events import EVENTS, METRICS, PLAN, TROUBLE
 from tests.utils.screen import Screen
 from tests.utils.test_terminal import WIDTHS
 

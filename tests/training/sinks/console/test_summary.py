@@ -13,7 +13,7 @@ from gpt.checkpoint.run_folder import RunFolder
 from gpt.training.sinks.console.summary import Ending, print_summary
 from gpt.training.step_timer import Part
 from gpt.utils.terminal import RunConsole
-from tests.training.test_logger import PLAN
+from tests.training.example_events import PLAN
 from tests.utils.screen import Screen
 from tests.utils.test_terminal import WIDTHS
 

@@ -1,0 +1,125 @@
+"""Ranks that hang: stopped, or blocked in C; heartbeats name them, and only them."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt.configs.train_config import TrainConfig
+from tests.distributed.test_torchrun import start_torchrun
+
+HANGING_SCRIPT = """
+import ctypes, os, signal, sys, time
+from gpt.main import program
+from gpt.training.train_step import TrainStep
+
+rank, faults, sys.argv = os.environ["RANK"], dict(item.split("=") for item in sys.argv[1].split(",")), sys.argv[1:]
+train = TrainStep.__call__
+
+def hang(self, step, probes=()):
+    if step == 2:
+        print(f"process {os.getpid()} hangs at {time.monotonic()}", flush=True)
+        if faults.get(rank) == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif faults.get(rank) == "blocked":
+            with self._timer.phase("data"):
+                ctypes.CDLL(None).sleep(1000)
+    return train(self, step, probes)
+
+TrainStep.__call__ = hang
+program()
+"""
+MAX_DELAY_SECONDS = 5
+"""Time after the timeout in which a rank is named and the run ends."""
+PLACE = r"waits in step 3 at gpt/training/trainer\.py:\d+"
+
+
+@pytest.mark.parametrize(
+    ("faults", "timeout", "message"),
+    [
+        (
+            *("0=blocked,1=stopped", 10),
+            r"rank 1 took no part in a step for 10 s \(--parallel\.step-timeout\); rank 1: the process is stopped, or "
+            rf"its machine is gone; rank 0 {PLACE}",
+        ),
+        ("0=blocked", 2, rf"rank 0 took no part in a step for 2 s \(--parallel\.step-timeout\); rank 0 {PLACE}"),
+        (
+            *("0=blocked,1=blocked", 2),
+            rf"rank 0 and rank 1 took no part in a step for 2 s \(--parallel\.step-timeout\); rank 0 {PLACE}; "
+            rf"rank 1 {PLACE}",
+        ),
+    ],
+)
+def test_hung_ranks_are_named_though_no_main_thread_can(
+    faults: str, timeout: int, message: str, tiny: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(HANGING_SCRIPT)
+    config = tiny(tmp_path / "run", parallel={"step_timeout": timeout})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    process = start_torchrun(faults, "train", "--config", str(tmp_path / "config.json"), script=tmp_path / "script.py")
+    began, pids, lines = 0.0, [], []
+    try:
+        assert process.stdout is not None
+        for text in process.stdout:
+            lines.append(text)
+            if hangs := re.search(r"process (\d+) hangs at ([\d.]+)", text):
+                pids.append(int(hangs[1]))
+                began = float(hangs[2])
+            if "gpt: error" in text:
+                seconds = time.monotonic() - began
+            if "closing signal SIGTERM" in text or "exitcode: 2" in text:
+                ended_seconds = time.monotonic() - began
+                break
+    finally:
+        process.kill()
+        for pid in pids:  # torchrun kills a stopped rank half a minute later
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        output = "".join(lines) + process.communicate(timeout=30)[0]
+    assert len(re.findall(f"gpt: error: {message}; the same command resumes", output)) == 1, output
+    assert output.count("gpt: error: ") == 1, output
+    assert timeout < seconds <= ended_seconds < timeout + MAX_DELAY_SECONDS
+    assert re.search(r"exitcode\s*: 2 ", output) or "closing signal SIGTERM" in output, output
+
+
+LONG_WORK_SCRIPT = """
+import sys, time
+from gpt.checkpoint.manager import CheckpointManager
+from gpt.evaluation.val_loss import ValLoss
+from gpt.main import program
+
+def slow_down(kind, name):
+    work = getattr(kind, name)
+
+    def work_slowly(*arguments):
+        time.sleep(8)
+        return work(*arguments)
+
+    setattr(kind, name, work_slowly)
+
+slow_down(ValLoss, "run")
+slow_down(CheckpointManager, "_commit")
+program()
+"""
+
+
+def test_evaluation_and_save_beyond_every_limit_are_no_hangs(tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Work for 8 s with a timeout of 1 s, after which a rank is stalled at 3 s and silent at 7 s."""
+    (tmp_path / "script.py").write_text(LONG_WORK_SCRIPT)
+    config = tiny(
+        tmp_path / "run",
+        max_steps=2,
+        eval={"interval": 2},
+        checkpoint={"interval": 2, "asynchronous": False},
+        parallel={"step_timeout": 1},
+    )
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    process = start_torchrun("train", "--config", str(tmp_path / "config.json"), script=tmp_path / "script.py")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "finished at step 2" in output
