@@ -13,6 +13,7 @@ import contextlib
 import gc
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from gpt.commands import selftest
 from gpt.commands.bench import measure_step
 from gpt.configs.observer_config import SampleConfig
 from gpt.configs.presets import PRESETS
+from gpt.configs.run_plan import MachineFacts
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.inference.generate import Completion, generate
@@ -43,7 +46,7 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- Written by python -m benchmarks.gpu -->", "<!-- End -->"
 """Lines of the document between which the tables stand."""
 NOT_MEASURED = "Not measured: nobody has run `python -m benchmarks.gpu` on a GPU and committed its tables yet."
-EAGER, COMPILED, REPRODUCIBLE, AUTO = "eager", "compiled", "reproducible", "micro-batch auto"
+EAGER, COMPILED, REPRODUCIBLE, DEFAULTS = "eager", "compiled", "reproducible", "defaults"
 MAIN = Path(__file__).resolve().parents[1] / "gpt" / "main.py"
 ITERATION = re.compile(r"time per iteration: ([\d.]+)ms")
 """Part of the last line of nanoGPT's bench.py."""
@@ -88,6 +91,47 @@ def main(argv: list[str] | None = None) -> None:
         write_tables(arguments.document, format_tables(result))
 
 
+class Session:
+    """Measurements one after the other, as long as there is time.
+
+    Args:
+        device: cuda or cpu.
+        seconds: time after which no measurement begins.
+    """
+
+    def __init__(self, device: str, seconds: float):
+        self._device, self._deadline = device, time.monotonic() + seconds
+
+    def attempt(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+        """Return the figures that `work` measures, with the warnings meanwhile, or the reason why there are none."""
+        print(f"measuring {name}", file=sys.stderr)
+        if time.monotonic() > self._deadline:
+            return "out of time"
+        warnings = Warnings()
+        logging.getLogger().addHandler(warnings)
+        try:
+            return work() | {"warnings": warnings.messages}
+        except torch.OutOfMemoryError:
+            return "out of memory"
+        except (UserError, RuntimeError, OSError) as error:
+            return first_line(error)
+        finally:
+            logging.getLogger().removeHandler(warnings)
+            release_memory(self._device)
+
+
+class Warnings(logging.Handler):
+    """The warnings of a measurement, such as that something was not compiled."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.messages.append(record.getMessage())
+
+
 def measure(device: str, seconds: float, nanogpt: Path | None) -> dict[str, Any]:
     """Measure everything, and return the figures; each is a dict, or the reason why there is none.
 
@@ -97,56 +141,55 @@ def measure(device: str, seconds: float, nanogpt: Path | None) -> dict[str, Any]
         nanogpt: checkout of nanoGPT.
     """
     size = GPU_SIZE if device == "cuda" else CPU_SIZE
-    deadline = time.monotonic() + seconds
-    settings = list_settings(size, device)
+    session, settings = Session(device, seconds), list_settings(size, device)
     dist, machine = open_machine(settings[EAGER])
-
-    def attempt(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
-        print(f"measuring {name}", file=sys.stderr)
-        if time.monotonic() > deadline:
-            return "out of time"
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            return "out of memory"
-        except (UserError, RuntimeError, OSError) as error:
-            return first_line(error)
-        finally:
-            release_memory(device)
-
-    result: dict[str, Any] = {
+    result = {
         "device": machine.device_name,
         "kind": device,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": read_gpu_driver(),
-        "size": f"{size.preset}, {size.micro_batch_size} sequences of {settings['eager'].model.block_size} tokens",
-        "selftest": attempt("self-test", lambda: run_selftest(size, device)),
-    }
-    training: dict[str, Any] = {}
-    for name, config in settings.items():
-        if COMPILED in name and device == "cpu":
-            training[name] = "compiling takes longer than all else here"
-        else:
-            training[name] = attempt(name, lambda config=config: measure_step(config, machine, dist, size.steps))
-        if name == COMPILED:  # beside ours, before the time is up
-            training |= {
-                f"nanoGPT, {kind}": attempt(
-                    f"nanoGPT, {kind}", lambda kind=kind: run_nanogpt(nanogpt, device, kind, size)
-                )
-                for kind in (EAGER, COMPILED)
-            }
-    training[REPRODUCIBLE] = attempt(REPRODUCIBLE, lambda: run_reproducible(settings[EAGER], size))
-    generation = {
-        name: attempt(name, lambda rows=rows: measure_generation(settings[EAGER], dist, rows, size.new_tokens))
-        for name, rows in (("1 text", 1), ("8 texts together", 8))
+        "size": f"{size.preset}, {size.micro_batch_size} sequences of {settings[EAGER].model.block_size} tokens",
+        "selftest": session.attempt("self-test", lambda: run_selftest(size, device)),
+        "training": measure_training(session, settings, machine, dist, size, nanogpt),
+        "generation": {
+            name: session.attempt(
+                name, lambda rows=rows: measure_generation(settings[EAGER], dist, rows, size.new_tokens)
+            )
+            for name, rows in (("1 text", 1), ("8 texts together", 8))
+        },
     }
     dist.close()
-    return result | {"training": training, "generation": generation}
+    return result
+
+
+def measure_training(
+    session: Session,
+    settings: Mapping[str, TrainConfig],
+    machine: MachineFacts,
+    dist: DistContext,
+    size: Size,
+    nanogpt: Path | None,
+) -> dict[str, Any]:
+    """Measure a training step of every setting, with nanoGPT's beside the first two."""
+    training: dict[str, Any] = {}
+    for name, config in settings.items():
+        if config.compile == "on" and machine.device == "cpu":
+            training[name] = "compiling takes longer than all else here"
+        else:
+            training[name] = session.attempt(
+                name, lambda config=config: measure_step(config, machine, dist, size.steps)
+            )
+        if name == COMPILED:
+            for kind in (EAGER, COMPILED):
+                work = partial(run_nanogpt, nanogpt, machine.device, kind, size)
+                training[f"nanoGPT, {kind}"] = session.attempt(f"nanoGPT, {kind}", work)
+    training[REPRODUCIBLE] = session.attempt(REPRODUCIBLE, lambda: run_reproducible(settings[EAGER], size))
+    return training
 
 
 def list_settings(size: Size, device: str) -> dict[str, TrainConfig]:
-    """Return the name of each measured setting -> its configuration; one micro-batch is a step.
+    """Return the name of each measured setting -> its configuration; a step is one micro-batch, or 16 with defaults.
 
     The dtype is bfloat16, or what `--dtype auto` takes on a card without it.
     """
@@ -161,7 +204,7 @@ def list_settings(size: Size, device: str) -> dict[str, TrainConfig]:
         "Muon": {"optimizer": base["optimizer"] | {"name": "muon"}},
         "document mask": {"data": base["data"] | {"document_mask": True}},
         "block checkpointing": {"parallel": base["parallel"] | {"activation_checkpointing": "block"}},
-        AUTO: {"micro_batch_size": "auto", "tokens_per_step": 16 * tokens},
+        DEFAULTS: {"micro_batch_size": "auto", "tokens_per_step": 16 * tokens, "compile": "auto"},
         f"{COMPILED}, Muon": {"compile": "on", "optimizer": base["optimizer"] | {"name": "muon"}},
     }
     return {name: TrainConfig.model_validate(base | change) for name, change in changes.items()}
@@ -283,10 +326,11 @@ def _format_training(name: str, figures: dict[str, Any] | str) -> str:
     if isinstance(figures, str) or "mfu" not in figures:
         return f"| {name} | | {_format_speed(figures)} | | | | |"
     milliseconds, memory = figures["milliseconds"], figures["peak_memory_bytes"]
+    size = figures["micro_batch_size"]
     share = milliseconds["optimizer"] / sum(milliseconds.values())
     sheet = "" if figures["mfu_data_sheet"] is None else format_percent(figures["mfu_data_sheet"])
     cells = (
-        f"{name}, {figures['micro_batch_size']} sequences" if name == AUTO else name,
+        "; ".join([name if name != DEFAULTS else f"{name}: {size} sequences", *figures["warnings"]]),
         *(figures["dtype"], _format_speed(figures), sheet, format_percent(figures["mfu"])),
         *("" if memory is None else format_si(memory, "B"), format_percent(share)),
     )

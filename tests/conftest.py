@@ -53,10 +53,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 SLOW_PATHS = (
     *("cuda", "distributed", "e2e", "faults", "invariants", "parity", "soak"),
-    *("checkpoint/test_manifest.py", "commands/test_bench.py", "commands/test_prepare.py", "commands/test_selftest.py"),
+    *(
+        "checkpoint/test_manifest.py",
+        "commands/test_bench.py",
+        "commands/test_export.py",
+        "commands/test_prepare.py",
+        "commands/test_selftest.py",
+    ),
     *("commands/test_verify_resume.py", "data/prepare/test_preparation.py", "data/prepare/test_unfinished.py"),
     *("data/prepare/test_workers.py", "data/test_encoders.py", "data/test_packing.py", "machine/test_cpu_runtime.py"),
-    *("models/test_plain_linears.py", "parallel", "verification/test_kills.py"),
+    *("models/test_plain_linears.py", "parallel", "utils/test_heartbeat.py", "utils/test_training_thread.py"),
+    "verification/test_kills.py",
     *("test_device_check.py", "test_hatch_build.py", "verification/test_processes.py"),
 )
 """Folders and files of tests that start processes or repeat a check many times; `pytest -m fast` leaves them out."""

@@ -31,3 +31,9 @@ def test_operator_without_a_deterministic_form_is_named_before_the_first_step() 
     finally:
         torch.use_deterministic_algorithms(False)
     assert linear.weight.grad is None
+
+
+def test_check_of_operators_does_not_compile() -> None:
+    linear = nn.Linear(2, 1)
+    linear.compile(backend=lambda graph, inputs: pytest.fail("it compiles"))
+    require_deterministic_operators(linear, lambda model: model(torch.ones(2)).sum())

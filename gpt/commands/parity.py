@@ -57,7 +57,7 @@ def _load(command: ParityCommand) -> "tuple[GPT, Tokenizer]":
     from gpt.models.gpt import GPT
 
     if not is_model_folder(command.folder):
-        loaded = load_for_inference(command.folder, "cpu")
+        loaded = load_for_inference(command.folder, "cpu", "float32")
         require_family(loaded.model.config)
         return loaded.model, loaded.tokenizer
     source = open_model_folder(command.folder)

@@ -94,18 +94,16 @@ def _measure_size(path: Path) -> int:
 
 
 def _print_table(verdicts: Sequence[Verdict], counts: dict[str, int]) -> None:
-    from rich.table import Table
-
     from gpt.utils.helper import format_si, plural, printable
 
-    console = build_console()
-    table = Table("checkpoint", "size", "val/loss", "state", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    rows = [("checkpoint", "size", "val/loss", "state")]
     for verdict in verdicts:
         loss = "" if verdict.val_loss is None else f"{verdict.val_loss:.4f}"
-        table.add_row(printable(verdict.name), format_si(verdict.size_bytes, "B"), loss, verdict.state)
-    console.print(table)
+        rows.append((printable(verdict.name), format_si(verdict.size_bytes, "B"), loss, verdict.state))
+    console = build_console()
+    console.write_table(rows)
     for verdict in verdicts:
         if verdict.reason:
-            console.print(printable(f"{verdict.name}: {verdict.reason}"))
+            console.write_text(printable(f"{verdict.name}: {verdict.reason}"))
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
-    console.print(f"{plural(len(verdicts), 'checkpoint')}: {summary}")
+    console.write_text(f"{plural(len(verdicts), 'checkpoint')}: {summary}")

@@ -17,9 +17,8 @@ from gpt.configs.train_config import HORIZON, TrainConfig
 from gpt.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from gpt.checkpoint.run_folder import RunFolder
+    from gpt.utils.terminal import RunConsole
     from gpt.verification.compare import Comparison
     from gpt.verification.kills import KillRecord
     from gpt.verification.plan import RunOutline
@@ -155,7 +154,7 @@ def _create_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be created: {error.strerror}; name another --run-dir") from error
 
 
-def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, console: "Console") -> ResumeVerdict:
+def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, console: "RunConsole") -> ResumeVerdict:
     """Train the reference, kill and resume the second run, compare the two, and print what happens."""
     from gpt.checkpoint.run_folder import RunFolder
     from gpt.utils.helper import plural
@@ -198,8 +197,8 @@ def _verify(command: VerifyResumeCommand, config: TrainConfig, folder: Path, con
     verdict = ResumeVerdict(outline, kills, compare(reference, resumed))
     _print_kills(console, verdict)
     _print_comparison(console, verdict)
-    if not verdict.bit_exact and not config.parallel.reproducible and _ran_on_gpu(reference):
-        console.print("a GPU's kernels may add in any order; with --parallel.reproducible they add in one order")
+    if not verdict.bit_exact and (hint := suggest_flag(config, reference)):
+        console.print(hint)
     return verdict
 
 
@@ -257,29 +256,31 @@ def _outline_run(config: TrainConfig, reference: "RunFolder") -> "RunOutline":
     )
 
 
-def _ran_on_gpu(reference: "RunFolder") -> bool:
+def suggest_flag(config: TrainConfig, reference: "RunFolder") -> str:
+    """Return a hint for runs that differ although nothing is wrong with them; empty if they should not."""
     from gpt.checkpoint.manifest import read_checkpoint_manifest
 
-    return "gpu" in read_checkpoint_manifest(reference.list_checkpoints()[-1]).environment
+    ran_on_gpu = "gpu" in read_checkpoint_manifest(reference.list_checkpoints()[-1]).environment
+    if config.parallel.reproducible or not ran_on_gpu:
+        return ""
+    return "a GPU's kernels may add in any order; with --parallel.reproducible they add in one order"
 
 
-def _print_kills(console: "Console", verdict: ResumeVerdict) -> None:
-    from rich.table import Table
-
+def _print_kills(console: "RunConsole", verdict: ResumeVerdict) -> None:
     from gpt.verification.plan import KillPhase
 
     outline = verdict.outline
-    table = Table("killed", "kills", "most steps lost", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    rows = [("killed", "kills", "most steps lost")]
     for phase in KillPhase:
         lost = [kill.lost_steps for kill in verdict.kills if kill.phase is phase]
         if lost or phase is not KillPhase.EPOCH_BOUNDARY or outline.epoch_ends:
-            table.add_row(phase.value, str(len(lost)), str(max(lost, default="")))
-    console.print(table)
+            rows.append((phase.value, str(len(lost)), str(max(lost, default=""))))
+    console.write_table(rows)
     interval = outline.checkpoint_interval or outline.last_step
     console.print(f"most steps lost by a kill: {verdict.max_lost_steps}; steps between checkpoints: {interval}")
 
 
-def _print_comparison(console: "Console", verdict: ResumeVerdict) -> None:
+def _print_comparison(console: "RunConsole", verdict: ResumeVerdict) -> None:
     from gpt.utils.helper import format_si, plural
 
     compared = verdict.comparison

@@ -67,7 +67,7 @@ class DataConfig(PreparationConfig):
     """Training data: sources, tokenizer, and how sequences are cut from the tokens."""
 
     source: Annotated[Sources, SAFE_IF_SAME_CONTENT] = Field((STDLIB,), min_length=1)
-    """Files or folders of text, source code, JSON lines, Parquet or tokens; saved datasets; hf:NAME[:CONFIG[:SPLIT]];
+    """Files or folders of text, source code, JSON, CSV, Parquet or tokens; saved datasets; hf:NAME[:CONFIG[:SPLIT]];
     folders made by gpt prepare; stdlib: Python's own library; or shakespeare: tinyshakespeare, which is downloaded."""
     weights: tuple[Annotated[float, Field(gt=0, le=1_000_000)], ...] = ()
     """Sampling weight of each source; none: in proportion to the sources' tokens."""

@@ -34,6 +34,12 @@ def build_finder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> F
         definition: content of the tokenizer.json from which `library` was loaded.
         library: encodes text.
     """
+    finder = _build_model_finder(definition, library)
+    return finder if library.normalizer is None else _NormalizerFinder(library.normalizer, finder)
+
+
+def _build_model_finder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> Finder | None:
+    """Return the function that finds characters for which the model has no token."""
     model = definition["model"]
     if isinstance(model["vocab"], dict) and "merges" in model:
         finder = _AlphabetFinder(definition, library)
@@ -41,6 +47,39 @@ def build_finder(definition: dict[str, Any], library: tokenizers.Tokenizer) -> F
     has_names = isinstance(model["vocab"], dict)
     unknown_id = model["vocab"].get(model.get("unk_token")) if has_names else model.get("unk_id")
     return None if unknown_id is None else _UnknownTokenFinder(library, unknown_id)
+
+
+class _NormalizerFinder:
+    """Finds the characters that a normalizer removes, and those that the model has no token for.
+
+    Args:
+        normalizer: of the tokenizer.
+        find_others: finds what the model has no token for; None where it has one for any text.
+    """
+
+    def __init__(self, normalizer: tokenizers.normalizers.Normalizer, find_others: Finder | None):
+        self._normalizer, self._find_others = normalizer, find_others
+        self._is_removed: dict[str, bool] = {}
+
+    def __call__(self, text: str, ids: Ids) -> Unrepresented | None:
+        """Return the characters that no id stands for."""
+        others = None if self._find_others is None else self._find_others(text, ids)
+        counts = {character: text.count(character) for character in set(text) if self._removes(character)}
+        if not counts:
+            return others
+        place, first = min((text.index(character), character) for character in counts)
+        n_bytes = sum(len(character.encode()) * count for character, count in counts.items())
+        removed = Unrepresented(sum(counts.values()), n_bytes, f"{first!r} at character {place}")
+        if others is None:
+            return removed
+        return Unrepresented(others.characters + removed.characters, others.n_bytes + n_bytes, others.first)
+
+    def _removes(self, character: str) -> bool:
+        """Return whether the normalizer leaves nothing of a character; white space at an end may stay elsewhere."""
+        if character not in self._is_removed:
+            removes = not character.isspace() and not self._normalizer.normalize_str(character)
+            self._is_removed[character] = removes
+        return self._is_removed[character]
 
 
 class _AlphabetFinder:

@@ -8,6 +8,7 @@ from gpt.checkpoint.run_folder import RunFolder
 from gpt.checkpoint.store import Snapshot, write_checkpoint
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.configs.data_config import HUB_PREFIX, DataConfig
+from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.lr_config import LRConfig
 from gpt.configs.observer_config import EvalConfig, TextSampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
@@ -66,7 +67,7 @@ def import_model(source: ModelFolder, out: Path, *, block_size: int = 0) -> Path
         )
     model = model.with_(block_size=block_size or model.block_size)
     weights = shorten_context(source.read_weights(), model.block_size)
-    config_json = _recipe(model_folder=out, source=source).with_(model=model.model_dump()).saved_json()
+    config_json = build_recipe(out, model).saved_json()
     progress = {
         "step": 0,
         "tokens": 0,
@@ -99,14 +100,14 @@ def import_into_cache(folder: Path, cache_dir: Path) -> Path:
     return import_model(source, run.path)
 
 
-def _recipe(model_folder: Path, source: ModelFolder) -> TrainConfig:
-    """Return a configuration that fine-tunes the model, with the tokenizer that is saved beside it."""
+def build_recipe(run_dir: Path, model: GPTConfig) -> TrainConfig:
+    """Return a configuration that fine-tunes a model, with the tokenizer that is saved beside it."""
     return TrainConfig(
-        run_dir=model_folder,
+        run_dir=run_dir,
         micro_batch_size="auto",
-        tokens_per_step=FINE_TUNING_SEQUENCES * source.config.block_size,
-        model=source.config,
-        data=DataConfig(tokenizer=str((model_folder / "tokenizer.json").absolute())),
+        tokens_per_step=FINE_TUNING_SEQUENCES * model.block_size,
+        model=model,
+        data=DataConfig(tokenizer=str(RunFolder(run_dir.absolute()).tokenizer)),
         lr=LRConfig(schedule="cosine", max_lr=FINE_TUNING_LR),
         optimizer=OptimizerConfig(),
         eval=EvalConfig(),

@@ -57,12 +57,21 @@ def read_origin(checkpoint: Path) -> Origin:
 
 
 def write_model_card(
-    *, name: str, architecture: str, n_parameters: int, dtype: str, origin: Origin, tokenizer: Tokenizer, proof: str
+    *,
+    name: str,
+    library: str,
+    architecture: str,
+    n_parameters: int,
+    dtype: str,
+    origin: Origin,
+    tokenizer: Tokenizer,
+    proof: str,
 ) -> str:
     """Return the Markdown of a model card.
 
     Args:
         name: name of the model.
+        library: library that loads it, as the Hugging Face hub names it.
         architecture: class of transformers, or architecture of llama.cpp.
         n_parameters: number of parameters.
         dtype: type of the weights in the files.
@@ -96,7 +105,7 @@ def write_model_card(
         ("Results", _list_results(origin)),
         ("Configuration", _list_settings(config)),
     )
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
     lines += [f"Exported by gpt-training-pipeline {__version__} from step {origin.step:,} of a run.", ""]
     for title, rows in sections:
         lines += [f"## {title}", "", "| | |", "| --- | --- |"]

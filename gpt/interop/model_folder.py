@@ -102,6 +102,10 @@ def read_model_config(path: Path) -> GPTConfig:
         raise UserError(f"{path}: no such folder; name a folder with config.json, tokenizer.json and model.safetensors")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: no config.json; name the folder of a model in Hugging Face's format")
+    if not is_model_folder(path):
+        raise UserError(
+            f"{path}: a run or a checkpoint of this program; it needs no import, --init-from takes it as it is"
+        )
     try:
         return parse_config(read_json(path / CONFIG))
     except UserError as error:
@@ -160,8 +164,8 @@ def _is_qwen_tokenizer(tokenizer: Tokenizer) -> bool:
 
 def write_model_folder(
     folder: Path, weights: Mapping[str, torch.Tensor], config: GPTConfig, tokenizer: Tokenizer, *, dtype: torch.dtype
-) -> int:
-    """Write configuration, weights and tokenizer into an empty folder, and return the bytes of the weights.
+) -> None:
+    """Write configuration, weights and tokenizer into an empty folder.
 
     Args:
         folder: the folder.
@@ -182,7 +186,6 @@ def write_model_folder(
     write_text(folder / TOKENIZER_FILE, tokenizer.definition)
     write_json(folder / TOKENIZER_SETTINGS_FILE, _describe_tokenizer(config, tokenizer))
     _write_weights(folder, tensors)
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _describe_generation(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from gpt.utils import launch
 from gpt.utils.flight_recorder import FlightRecorder
 from gpt.utils.hang import Limits
 from gpt.utils.heartbeat import RESUME_REMEDY, Heartbeat
-from gpt.utils.helper import describe_mistake, first_line, format_ranks
+from gpt.utils.helper import describe_mistake, format_ranks
+from gpt.utils.lost_connection import describe_connection, has_timed_out, is_lost_connection
 from gpt.utils.rendezvous import RankIdentity, meet
 from gpt.utils.tree_sum import tree_sum
 
@@ -34,20 +35,6 @@ ROLL_CALL_SECONDS = 5.0
 """Time in which all ranks that are still there report after one of them is lost."""
 SUSPECT_SECONDS = 2.0
 """The same if those that have not reported had hung before, by their heartbeats."""
-TIMED_OUT = ("Timed out waiting", "Application timeout")
-"""Parts of gloo's messages when another rank does not answer in time: in the same collective, and in others."""
-NCCL_LOST = (
-    *("NCCL error", "ncclRemoteError", "ncclSystemError", "ncclInternalError", "ncclUnhandledCudaError"),
-    *("NCCL communicator was aborted", "Watchdog caught collective operation timeout"),
-)
-"""Parts of NCCL's messages when a rank is gone or does not answer in time."""
-LOST = (*TIMED_OUT, *NCCL_LOST, "Connection closed", "Connection reset", "Broken pipe", "gloo")
-"""Parts of messages when a rank is gone or does not answer in time; gloo's errors have no type of their own."""
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether a collective failed because a rank is gone or does not answer in time."""
-    return any(words in str(error) for words in LOST)
 
 
 class PendingFlag(Protocol):
@@ -141,7 +128,7 @@ class DistContext:
             raise UserError(
                 f"rank {self.rank} cannot connect to the other ranks over the network interface "
                 f"{self.interface or 'that gloo chose'} within {self._start_timeout:g} s (--parallel.start-timeout): "
-                f"{first_line(error)}; open the ports between the machines, or set GLOO_SOCKET_IFNAME"
+                f"{describe_connection(error)}; open the ports between the machines, or set GLOO_SOCKET_IFNAME"
             ) from error
         dist.distributed_c10d._set_pg_timeout(WORK_TIMEOUT, dist.group.WORLD)
 
@@ -347,9 +334,9 @@ class DistContext:
 
     def _describe_loss(self, lost: list[int], error: RuntimeError) -> str:
         if not lost:
-            return f"the connection between the ranks broke ({first_line(error)})"
+            return f"the connection between the ranks broke ({describe_connection(error)})"
         ranks = format_ranks(lost)
-        if any(words in str(error) for words in TIMED_OUT):
+        if has_timed_out(error):
             return f"{ranks} took no part in a step for {self._step_timeout:g} s (--parallel.step-timeout)"
         return f"{ranks} ended"
 

@@ -49,7 +49,7 @@ class Heartbeat:
 
     Args:
         store: connection of its own to the store of the ranks.
-        rank: of this process.
+        rank: this process's rank.
         world_size: number of ranks.
         timeout: seconds that a step waits for a rank.
         waits_idle: whether a thread that waits for another rank uses no time, as on a CPU.
@@ -152,17 +152,15 @@ class Heartbeat:
         number = 0
         with contextlib.suppress(RuntimeError):
             while not self._ended.is_set():
-                self._wake.clear()
                 number += 1
-                beat = Beat(
-                    number, *self._training_thread.examine(), self._has_failed, self._training_thread.find_place()
-                )
-                self._store.set(f"beat/{self._rank}", json.dumps(beat))
+                examined, place = self._training_thread.examine(), self._training_thread.find_place()
+                self._store.set(f"beat/{self._rank}", json.dumps(Beat(number, *examined, self._has_failed, place)))
                 for rank in self._peers:
                     if self._store.check([f"beat/{rank}"]):
                         self._see(rank, json.loads(self._store.get(f"beat/{rank}")))
                 self._exchange_verdict()
                 self._wake.wait(self._interval)
+                self._wake.clear()
 
     def _exchange_verdict(self) -> None:
         if self.verdict:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -79,6 +79,14 @@ class RunConsole(Console):
         for name, value in rows.items():
             columns = None if name in unbroken else self.columns
             self.write_text(wrap(value, columns, indent=indent, head=name + " " * (indent - cell_len(name))))
+
+    def write_table(self, rows: Iterable[Sequence[str]]) -> None:
+        """Print rows whose columns are as wide as their longest cell; nothing is padded at the end of a line."""
+        table = list(rows)
+        widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+            self.write_text(GAP.join(cells).rstrip(" "))
 
 
 def wrap(text: str, columns: int | None, *, indent: int = 0, head: str = "") -> str:

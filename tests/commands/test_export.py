@@ -82,6 +82,28 @@ def test_a_model_without_a_class_is_refused_and_says_so_in_its_plan(
     assert not (tmp_path / "out").exists()
 
 
+def test_gguf_without_its_runtime_is_not_proven(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gpt.interop.llama_cpp_runtime.is_installed", lambda: False)
+    assert run([str(finished_run), "--to", "gguf", "--out", str(tmp_path / "tiny")]) == 0
+    assert "not proven: llama-cpp-python is not installed" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / "tiny-F32.gguf").is_file()
+
+
+def test_gguf_needs_its_package(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt.interop.gguf.is_installed", lambda: False)
+    with pytest.raises(
+        UserError, match=r"--to gguf needs the package gguf: pip install 'gpt-training-pipeline\[gguf\]'"
+    ):
+        run([str(finished_run), "--to", "gguf", "--out", str(tmp_path / "out")])
+
+
+def test_a_type_of_another_format_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dtype q8_0 needs --to gguf"):
+        run([str(finished_run), "--to", "hf", "--dtype", "q8_0", "--out", str(tmp_path / "out")])
+
+
 def test_json_names_class_and_weights(
     finished_run: Path, tmp_path: Path, proven: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ def test_valid_run_is_shown_in_a_table_and_not_modified(run_dir: Path, capsys: p
     assert lines[0].split() == ["checkpoint", "size", "val/loss", "state"]
     assert [line.split()[0] for line in lines[1:3]] == ["step_00000004", "step_00000008"]
     assert all(line.split()[-1] == "ok" and 1 < float(line.split()[-2]) < 7 for line in lines[1:3])
+    assert all(line == line.rstrip() for line in lines)
     assert lines[3] == "2 checkpoints: 2 ok, 0 damaged, 0 unfinished"
     assert read_files(run_dir) == before
 

@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt.checkpoint.run_folder import RunFolder
-from gpt.commands.verify_resume import run
+from gpt.commands.verify_resume import run, suggest_flag
+from gpt.configs.parallel_config import ParallelConfig
+from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
 from gpt.verification import kills
 from gpt.verification.kills import KillRecord
+from tests.checkpoint.test_store import trained_state, write_checkpoint
 
 
 @pytest.fixture
@@ -54,11 +57,22 @@ def test_flipped_bit_in_the_last_weights_is_reported_and_both_runs_are_kept(
     assert "instead of" not in output  # a length that the user sets is not changed
     assert "first difference: step_00000006/model.safetensors: wpe.weight[7, 3]: " in output
     assert "values that differ: 1\n" in output
+    assert "--parallel.reproducible" not in output  # a CPU is bit-exact without it
     folder = tmp_path / "runs/mine-verify-resume"
     assert f"both runs are in {folder}" in output
     assert {path.name for path in folder.iterdir()} >= {"reference", "resumed", "reference.log", "resumed.log"}
     with pytest.raises(UserError, match=f"{folder} exists already"):
         run(flags)
+
+
+def test_flag_for_gpus_is_named_where_a_run_on_one_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu, on_cpu = RunFolder(tmp_path / "gpu"), RunFolder(tmp_path / "cpu")
+    write_checkpoint(on_cpu.checkpoint_path(1), trained_state(), "{}")
+    monkeypatch.setattr("gpt.checkpoint.manifest.describe_gpu", lambda: {"gpu": "NVIDIA H100, capability 9.0"})
+    write_checkpoint(on_gpu.checkpoint_path(1), trained_state(), "{}")
+    plain, reproducible = TrainConfig(), TrainConfig(parallel=ParallelConfig(reproducible=True))
+    assert "; with --parallel.reproducible they add in one order" in suggest_flag(plain, on_gpu)
+    assert suggest_flag(reproducible, on_gpu) == suggest_flag(plain, on_cpu) == ""
 
 
 def test_another_seed_in_the_resumed_run_differs_from_the_first_step_on(

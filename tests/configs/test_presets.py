@@ -5,6 +5,7 @@ import pytest
 
 from gpt.configs.batch_plan import plan_batch
 from gpt.configs.presets import PRESETS
+from gpt.configs.run_plan import resolve_compile
 from gpt.resume.compatibility import flatten
 
 RELEASED = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
@@ -48,8 +49,9 @@ def test_presets_of_other_families_have_the_parameters_of_their_names(name: str,
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m"])
-def test_gpt2_presets_leave_the_micro_batch_to_a_gpu(name: str) -> None:
+def test_gpt2_presets_leave_micro_batch_and_compile_to_a_gpu(name: str) -> None:
     config = PRESETS[name]()
+    assert (resolve_compile(config, "cuda"), resolve_compile(config, "cpu")) == (True, False)
     assert config.on_device("cuda").micro_batch_size == "auto"
     assert config.on_device("mps").micro_batch_size == 4
     assert config.model_copy(update={"micro_batch_size": 8}).on_device("cuda").micro_batch_size == 8

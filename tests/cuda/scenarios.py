@@ -17,10 +17,11 @@ from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.presets import PRESETS
 from gpt.data.data_loader import MicroBatch, StepBatch
 from gpt.models.gpt import GPT
-from gpt.ops import attention
+from gpt.ops import attention, cross_entropy
 from gpt.optim.build import build_optimizer
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.parallel.gradient_sync import AveragedGradients
+from gpt.parallel.reproducible import TreeGradients
 from gpt.training.metrics import Meter
 from gpt.training.step_timer import StepTimer
 from gpt.training.train_step import TrainStep
@@ -29,6 +30,7 @@ from tests.cuda.recorder import Recorder
 from tests.training.example_events import PLAN
 
 DEVICE = torch.device("cuda", 0)
+MEMORY = 80 * 10**9
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=64, vocab_size=512)
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 1, "qk_norm": True}
 
@@ -60,6 +62,8 @@ def fake_cuda() -> Iterator[None]:
             ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             ("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
             ("torch.cuda.Event", event),
+            ("torch.cuda.get_device_properties", lambda device: mock.Mock(total_memory=MEMORY)),
+            ("torch.cuda.get_device_capability", lambda device: (9, 0)),
             ("torch.nn.functional.scaled_dot_product_attention", _flash_attention),
             # The weights' values do not matter, and the generator that draws them is the CPU's.
             ("gpt.models.gpt.init_weights", lambda *args: None),
@@ -88,7 +92,13 @@ def make_batch(config: GPTConfig, *, sequences: int, micro_batches: int, masked:
 
 
 def make_step(
-    config: GPTConfig, batch: StepBatch, *, dtype: str = "bfloat16", optimizer: str = "adamw", mode: str = "none"
+    config: GPTConfig,
+    batch: StepBatch,
+    *,
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    mode: str = "none",
+    reproducible: bool = False,
 ) -> tuple[TrainStep, AppState]:
     with DEVICE:
         model = GPT(config, seed=0)
@@ -111,7 +121,9 @@ def make_step(
         loader=RepeatedBatch(batch),
         schedule=lambda step: 1.0,
         autocast=partial(torch.autocast, "cuda", getattr(torch, dtype), enabled=dtype != "float32"),
-        gradients=AveragedGradients(model, world_size=1),
+        gradients=(
+            TreeGradients(model.parameters(), DistContext("cpu")) if reproducible else AveragedGradients(model, 1)
+        ),
         grad_clip=1.0,
         timer=StepTimer(DEVICE),
     )
@@ -130,13 +142,36 @@ def train_step(
 ) -> dict[str, Any]:
     """Record the second step of a small model, accumulated over three micro-batches."""
     config = TINY.model_copy(update={"dropout": dropout} | (LLAMA if llama else {}))
-    with fake_cuda(), mock.patch.object(attention, "HAS_TRITON", has_triton):
+    with (
+        fake_cuda(),
+        mock.patch.object(attention, "HAS_TRITON", has_triton),
+        mock.patch.object(cross_entropy, "HAS_TRITON", has_triton),
+        # Nothing can be compiled for the device.
+        mock.patch.object(attention, "_flex_works", lambda *args: True),
+        mock.patch.object(attention, "_compile", lambda function: function),
+        mock.patch("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
+    ):
         batch = make_batch(config, sequences=2, micro_batches=3, masked=masked)
         step, _ = make_step(config, batch, dtype=dtype, optimizer=optimizer, mode=mode)
         step(0)  # allocates the optimizer's state
         with Recorder() as recorder:
             stats = step(1)
         assert stats.loss_sum.device == stats.grad_norm.device == DEVICE
+    return recorder.to_json()
+
+
+def reproducible_step(*, dtype: str, optimizer: str) -> dict[str, Any]:
+    """Record the second step of a reproducible run with document masks, where Triton is installed."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with fake_cuda(), mock.patch.object(attention, "HAS_TRITON", True):
+            batch = make_batch(TINY, sequences=2, micro_batches=4, masked=True)
+            step, _ = make_step(TINY, batch, dtype=dtype, optimizer=optimizer, reproducible=True)
+            step(0)
+            with Recorder() as recorder:
+                step(1)
+    finally:
+        torch.use_deterministic_algorithms(False)
     return recorder.to_json()
 
 

@@ -25,6 +25,27 @@ def test_step_does_no_host_sync_and_no_copy(fake_cuda: FakeCudaProcess, dtype: s
         assert record["launches"] > 100
 
 
+@pytest.mark.parametrize("mode", ["none", "block", "selective"])
+def test_step_with_triton_and_shared_heads_does_no_host_sync_and_no_copy(fake_cuda: FakeCudaProcess, mode: str) -> None:
+    for dtype, masked in itertools.product(("bfloat16", "float16", "float32"), (False, True)):
+        variant = {"mode": mode, "dtype": dtype, "masked": masked, "dropout": 0.0}
+        record = fake_cuda.run("train_step", optimizer="muon", llama=True, has_triton=True, **variant)
+        assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], []), variant
+        launches = record["launches_by_op"]
+        assert launches["cross_entropy_chunk"] == 3, variant
+        if masked and dtype != "float32":  # selective saves its output, block recomputes it
+            assert launches["flex_attention"] == (6 if mode == "block" else 3), variant
+
+
+@pytest.mark.parametrize(("dtype", "optimizer"), [("bfloat16", "adamw"), ("float16", "muon")])
+def test_reproducible_step_does_no_host_sync_and_uses_no_flex_attention(
+    fake_cuda: FakeCudaProcess, dtype: str, optimizer: str
+) -> None:
+    record = fake_cuda.run("reproducible_step", dtype=dtype, optimizer=optimizer)
+    assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], [])
+    assert not [name for name in record["launches_by_op"] if "flex" in name]
+
+
 def test_report_has_one_host_sync(fake_cuda: FakeCudaProcess) -> None:
     record = fake_cuda.run("report")
     assert len(record["syncs"]) == 1, record

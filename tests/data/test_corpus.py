@@ -9,11 +9,12 @@ from safetensors.numpy import load_file
 
 from gpt.configs.data_config import DataConfig
 from gpt.configs.train_config import TrainConfig
-from gpt.data.corpus import Corpus, open_corpus, prepare_corpus
+from gpt.data.corpus import Corpus, load_corpus, open_corpus, prepare_corpus
 from gpt.data.prepare import compression
 from gpt.errors import UserError
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
+from gpt.utils.distributed import DistContext
 from tests.conftest import limit_file_size, make_text
 
 BLOCK = 16
@@ -257,3 +258,29 @@ def test_cache_may_not_lie_in_a_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^--data.cache-dir {tmp_path / 'cache'} lies in the source {tmp_path}; name"):
         prepare_corpus(config)
     assert len(prepare_corpus(config.with_(cache_dir=tmp_path / ".cache"))) == 1
+
+
+class RankOfAnotherMachine(DistContext):
+    """A rank that gets from rank 0 what another machine has prepared."""
+
+    def __init__(self, folders: list[str] | None, sha256: str):
+        super().__init__("cpu")
+        self._folders, self._sha256 = folders, sha256
+
+    def on_local_main(self, work: Callable[[], Any]) -> Any:
+        own = work()
+        return own if self._folders is None else self._folders
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        return self._sha256
+
+
+def test_other_data_than_that_of_rank_0_is_an_error(config: DataConfig) -> None:
+    own = prepare_corpus(config)
+    sha256 = open_corpus(own, config, 8).facts.sha256
+    assert load_corpus(config, 8, RankOfAnotherMachine(None, sha256)).facts.sha256 == sha256
+    message = f"^the data of --data.source differs from that of rank 0: {own[0]} here, /cache/0a there; give every"
+    with pytest.raises(UserError, match=message):
+        load_corpus(config, 8, RankOfAnotherMachine(["/cache/0a"], sha256))
+    with pytest.raises(UserError, match=f"^the data of --data.source differs .*: {sha256} here, 0a there; give every"):
+        load_corpus(config, 8, RankOfAnotherMachine(None, "0a"))

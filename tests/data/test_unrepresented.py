@@ -80,6 +80,16 @@ def test_added_tokens_and_normalized_characters_are_represented() -> None:
     assert find(library, "AB") is None
 
 
+def test_characters_that_a_normalizer_removes_are_counted() -> None:
+    library = Library.from_str(BUILDERS["byte"]().definition)
+    library.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    assert find(library, "cafe\u0301 e\u0301") == Unrepresented(2, 4, "'\u0301' at character 4")
+    assert find(library, "cafe e") is None
+    dropping = build_dropping_bpe()
+    dropping.normalizer = normalizers.Sequence([normalizers.Replace("b", ""), normalizers.Strip()])
+    assert find(dropping, " abz ") == Unrepresented(2, 2, "'z' at character 1")
+
+
 def test_white_space_that_only_separates_words_is_represented() -> None:
     library = build_dropping_bpe()
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu`: it runs without a GPU at a small size, and only a GPU's figures reach the document."""
 
 import json
+import logging
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ FIGURES = {
     "peak_memory_bytes": 30 * 10**9,
     "mfu": 0.3,
     "mfu_data_sheet": 0.25,
+    "warnings": [],
 }
 H100: dict[str, Any] = {
     "device": "NVIDIA H100 80GB HBM3",
@@ -42,11 +44,11 @@ def test_everything_is_measured_on_a_cpu_and_the_document_is_left(
     result = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     measured = {name for name, figures in result["training"].items() if isinstance(figures, dict)}
     assert measured == {
-        *("eager", "float16", "Muon", "document mask", "block checkpointing", "micro-batch auto", "reproducible")
+        *("eager", "float16", "Muon", "document mask", "block checkpointing", "defaults", "reproducible")
     }
     assert result["selftest"]["passed"] is True
     assert all(figures["tokens_per_second"] > 0 for figures in result["generation"].values())
-    assert "| micro-batch auto, " in capsys.readouterr().out
+    assert "| defaults: " in capsys.readouterr().out
     assert document.read_text(encoding="utf-8") == gpu.DOCUMENT.read_text(encoding="utf-8")
 
 
@@ -99,6 +101,19 @@ def test_measurement_that_fails_is_named_and_the_others_go_on(monkeypatch: pytes
     assert result["training"]["eager"] == "out of memory"
     assert result["selftest"] == result["training"]["reproducible"] == "no such thing"
     assert gpu.measure("cpu", -1, None)["training"]["eager"] == "out of time"
+
+
+def test_setting_that_was_not_compiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_eagerly(*arguments: object) -> dict[str, Any]:
+        logging.getLogger("gpt").warning("torch.compile does not work here (%s)", "no Triton")
+        return FIGURES
+
+    for name in ("run_selftest", "run_reproducible", "measure_generation"):
+        monkeypatch.setattr(gpu, name, lambda *arguments: FIGURES)
+    monkeypatch.setattr(gpu, "measure_step", measure_eagerly)
+    figures = gpu.measure("cpu", 60, None)["training"]["eager"]
+    row = gpu.format_tables(H100 | {"training": {"compiled": figures}})
+    assert "| compiled; torch.compile does not work here (no Triton) | bfloat16 |" in row
 
 
 def test_nanogpt_is_measured_by_its_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpt.checkpoint.manifest import verify
+from gpt.configs.batch_plan import plan_batch
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
@@ -26,7 +27,7 @@ def test_an_imported_run_is_loaded_like_any_other(tmp_path: Path) -> None:
     source = open_model_folder(write_folder(tmp_path / "model", "qwen3"))
     checkpoint = import_model(source, tmp_path / "run")
     verify(checkpoint)
-    loaded = load_for_inference(tmp_path / "run", "cpu")
+    loaded = load_for_inference(tmp_path / "run", "cpu", "float32")
     assert loaded.tokenizer.sha256 == make_tokenizer().sha256
     assert all(
         torch.equal(loaded.model.state_dict()[name], value) for name, value in make_model("qwen3").state_dict().items()
@@ -38,8 +39,9 @@ def test_an_imported_run_is_loaded_like_any_other(tmp_path: Path) -> None:
 def test_a_shorter_context_gives_the_same_logits(tmp_path: Path, name: str) -> None:
     source = open_model_folder(write_folder(tmp_path / "model", name))
     import_model(source, tmp_path / "run", block_size=12)
-    model = load_for_inference(tmp_path / "run", "cpu").model
+    model = load_for_inference(tmp_path / "run", "cpu", "float32").model
     assert model.config.block_size == 12
+    plan_batch(load_config(tmp_path / "run" / "config.json").model_copy(update={"micro_batch_size": 1}), world_size=1)
     tokens = torch.arange(12)[None]
     assert torch.equal(model(tokens), make_model(name)(tokens))
 

@@ -152,6 +152,11 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
         open_model_folder(tmp_path / "nowhere")
 
 
+def test_a_run_is_not_imported(finished_run: Path) -> None:
+    with pytest.raises(UserError, match="a run or a checkpoint of this program; it needs no import"):
+        open_model_folder(finished_run)
+
+
 def test_a_run_and_a_checkpoint_are_no_model_folders(tmp_path: Path, finished_run: Path) -> None:
     assert is_model_folder(write_folder(tmp_path / "model"))
     assert not is_model_folder(tmp_path)

@@ -72,7 +72,7 @@ def test_an_exported_folder_is_proven_and_round_trips_to_the_byte(name: str, tmp
     assert (result.texts, result.skipped_texts) == (len(proof.AWKWARD_TEXTS), 0)
     assert result.greedy_tokens == 24 or result.greedy_tie
     import_folder(open_model_folder(folder), tmp_path / "run")
-    loaded = load_for_inference(tmp_path / "run", "cpu")
+    loaded = load_for_inference(tmp_path / "run", "cpu", "float32")
     weights, config = loaded.model.state_dict(), loaded.model.config
     (tmp_path / "second").mkdir()
     write_model_folder(tmp_path / "second", weights, config, loaded.tokenizer, dtype=torch.float32)

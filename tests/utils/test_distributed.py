@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gpt.errors import OwnError, ReportedError, UserError
-from gpt.utils.distributed import DistContext, find_rank_device, is_lost_connection
+from gpt.utils.distributed import DistContext, find_rank_device
+from gpt.utils.lost_connection import is_lost_connection
 
 
 class FakeHeartbeat:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,16 +110,21 @@ def test_rank_that_reports_a_failed_collective_judges_no_more(start: Callable[..
     assert not first.is_silent(0)
 
 
-def test_suspended_process_does_not_take_others_for_silent(start: Callable[..., Heartbeat], ends: list[Any]) -> None:
-    """Move the time of the last beats back, as if this process had not listened; the judge then renews it."""
-    first = start(0)
-    start(1)
+def test_suspended_process_does_not_take_others_for_silent(
+    start: Callable[..., Heartbeat], ends: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let the clock jump by 100 s, as it does for a process that was stopped and goes on."""
+    jump = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + jump[0], sleep=time.sleep)
+    monkeypatch.setattr(module, "time", clock)
+    first, second = start(0), start(1)
     wait_until(lambda: len(first._sightings) == 2)
-    before = first._sightings[1]
-    first._sightings[1] = module.Sighting(before.beat, before.heard_at - 100, before.advanced_at - 100)
     with first.watching(WAITS):
-        time.sleep(0.3)
-    assert ends == []
+        jump[0] = 100.0
+        time.sleep(0.5)
+        assert ends == []
+        second.stop()
+        wait_until(lambda: bool(ends))
 
 
 def test_flight_record_is_written_and_named(

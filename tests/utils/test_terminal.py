@@ -103,6 +103,14 @@ def test_rows_of_a_pipe_are_one_line_each() -> None:
     assert out.getvalue() == "a   " + "word " * 100 + "end\nbc  x\n"
 
 
+@pytest.mark.parametrize("file", [StringIO, lambda: Screen(20)])
+def test_table_is_aligned_and_neither_padded_nor_broken(file: Any) -> None:
+    out = file()
+    RunConsole(file=out, width=20).write_table([("name", "size", "state"), ("日本語", "7 kB", ""), ("a", "", "x" * 30)])
+    lines = out.lines[:-1] if isinstance(out, Screen) else out.getvalue().splitlines()
+    assert lines == ["name    size  state", "日本語  7 kB", "a             " + "x" * 30]
+
+
 def test_text_is_broken_between_words_only() -> None:
     assert wrap("one two  three", 8, indent=2) == "one two\n  three"
     assert wrap("one  two", 8) == "one  two"

@@ -34,6 +34,7 @@ FOREIGN_SUFFIXES = {
     ".arrow": ("an Arrow IPC stream", "save it as Parquet, or name the folder of a saved dataset"),
     ".feather": ("a Feather file", "save it as Parquet"),
     ".pkl": ("a pickle", TO_JSON_LINES),
+    ".ds": ("a file of datatrove's tokens", "save them by numpy.save as .npy"),
     ".br": ("brotli-compressed", "decompress it, or compress it with zstd"),
     ".lzma": ("lzma-compressed", "decompress it, or compress it with xz"),
 }
@@ -41,6 +42,8 @@ FOREIGN_SUFFIXES = {
 LITDATA_CHUNK = re.compile(r"chunk-\d+-\d+\b.*\.bin")
 CHUNK_INDEX = "index.json"
 MAX_INDEX_BYTES = 2**26
+NPY_MAGIC = b"\x93NUMPY"
+WARC_START = re.compile(rb"WARC/\d\.\d\r?\n")
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 TOKENIZER_START = re.compile(rb'\s*\{\s*"version"\s*:\s*"[\d.]+"\s*,\s*"truncation"\s*:')
 DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
@@ -92,7 +95,11 @@ def _name_foreign_format(path: Path, head: bytes) -> tuple[str, str] | None:
         return "a tar archive (as of WebDataset)", "unpack it into a folder"
     if _is_tfrecord(head):
         return FOREIGN_SUFFIXES[".tfrecord"]
+    if WARC_START.match(head):
+        return "a WARC file (as of Common Crawl)", TO_JSON_LINES
     is_binary = b"\0" in head or head.startswith(b"\x80")
+    if is_binary and path.suffix.lower() == ".npy" and not head.startswith(NPY_MAGIC):
+        return "a .npy without its header (raw tokens, as of OLMo)", "rename it to .bin if its ids are uint16"
     return next((found for suffix, found in FOREIGN_SUFFIXES.items() if is_binary and suffix in path.suffixes), None)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gpt.data.prepare.foreign import NPY_MAGIC
 from gpt.data.prepare.records import BadFileError
 from gpt.data.shards import Tokens
 from gpt.utils.helper import first_line
@@ -42,7 +43,6 @@ MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
 """6 and 7 are floats; 9 and 10 are written by forks only."""
 
-NPY_MAGIC = b"\x93NUMPY"
 MAX_NPY_HEADER_BYTES = 10_000
 """numpy has the same limit, but reads the header before it checks."""
 

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import struct
@@ -39,6 +40,7 @@ def write_tar(path: Path) -> None:
         archive.addfile(member, io.BytesIO(b"text"))
 
 
+WARC = b"WARC/1.0\r\nWARC-Type: conversion\r\n\r\nA text.\r\n"
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a.arrow": (write_arrow, "an Arrow IPC file; save it as Parquet"),
     "b.arrow": (write_arrow_stream, "an Arrow IPC stream; save it as Parquet"),
@@ -46,6 +48,16 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a.tar": (write_tar, r"a tar archive \(as of WebDataset\); unpack it into a folder"),
     "a.tar.gz": (write_tar, r"a tar archive \(as of WebDataset\); unpack it into a folder"),
     "shard.00000.mds": (lambda path: path.write_bytes(struct.pack("<2I", 1, 12) + b"text"), "MosaicML"),
+    "a.warc": (lambda path: path.write_bytes(WARC), "a WARC file .*; write its texts as JSON lines"),
+    "a.warc.wet.gz": (lambda path: path.write_bytes(gzip.compress(WARC)), "a WARC file .*; write its texts as JSON"),
+    "part-0-00000.npy": (
+        lambda path: path.write_bytes(struct.pack("<600H", *range(600))),
+        "a .npy without its header .*; rename it to .bin if its ids are uint16",
+    ),
+    "00000_unshuffled.ds": (
+        lambda path: path.write_bytes(struct.pack("<600H", *range(600))),
+        "a file of datatrove's tokens; save them by numpy.save as .npy",
+    ),
     "a.zip": (lambda path: path.write_bytes(b"PK\x03\x04\x14\0" + bytes(30)), "a zip archive; unpack it into a folder"),
 }
 
@@ -91,7 +103,9 @@ def test_packed_chunks_of_another_project_are_refused_by_name(
     assert source.left_out[0].startswith(f"packed ({what}")
 
 
-@pytest.mark.parametrize("start", ["PARENTS", "ORCAS are", "LZIP", "ARROW1", "Obj\x01", "BZh91", "(", "[section]"])
+@pytest.mark.parametrize(
+    "start", ["PARENTS", "ORCAS are", "LZIP", "ARROW1", "Obj\x01", "BZh91", "WARC/1.0 is", "(", "[section]"]
+)
 def test_text_that_begins_like_another_format_is_text(tmp_path: Path, start: str) -> None:
     (tmp_path / "a.txt").write_text(f"{start} and more of the text")
     assert find_source(str(tmp_path / "a.txt")).files[0].kind == "text"
