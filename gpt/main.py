@@ -53,6 +53,7 @@ examples:
   gpt prepare examples/texts --vocab-size 1024 --out data/texts
   gpt sample runs/quickstart --prompt "def main("
   gpt export runs/quickstart --to hf --out exported/quickstart
+  gpt serve runs/quickstart                OpenAI's API and a page on http://127.0.0.1:8000
   gpt data-at runs/quickstart --step 100   the documents of a step
   gpt verify runs/quickstart               compare every checkpoint with its SHA-256 digests
   gpt verify-resume debug --kills 10       kill and resume a run 10 times; compare it bit by bit

@@ -30,10 +30,11 @@ from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cuda_runtime import name_nondeterministic_operator
 from gpt.machine.data_sheet import find_data_sheet_peak
 from gpt.machine.flops import flops_per_token
-from gpt.machine.hardware import find_free_memory, peak_memory
+from gpt.machine.hardware import find_free_memory, peak_memory, reset_peak_memory
 from gpt.machine.memory_estimate import estimate_memory
 from gpt.machine.peak_flops import load_or_measure_peak_flops
 from gpt.models.gpt import GPT
+from gpt.ops.cross_entropy import find_chunk_bytes
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
 from gpt.resume.journal import Journal
@@ -126,6 +127,7 @@ def compare_memory(run: Run) -> Memory:
         plan.dtype,
         activation_checkpointing=run.config.parallel.activation_checkpointing,
         copies_state=run.config.checkpoint.asynchronous and device != "cuda",  # a GPU's state is copied to the host
+        chunk_bytes=find_chunk_bytes(run.dist.device),
     )
     free = find_free_memory(device)
     return Memory(needed, free if free is None or device == "cuda" else free // local_world_size())
@@ -176,6 +178,7 @@ def build_train_step(
     if compile_mode is not None:
         with work_line("compiling the model", is_shown=dist.is_main):
             compile_or_fall_back(state.model, model, trial)
+    reset_peak_memory(dist.device.type)
     return TrainStep(
         model,
         state,

@@ -31,6 +31,7 @@ VERBS = {
     "train": "train a model, or resume a run",
     "prepare": "turn texts into tokens, once for many runs",
     "sample": "generate text with a trained model",
+    "serve": "serve a trained model over HTTP, with OpenAI's API and a page",
     "export": "write a model for transformers or llama.cpp, and prove that it is equal",
     "import": "make a run of a model in Hugging Face's format",
     "parity": "compare a model with the same weights in transformers",

@@ -44,6 +44,16 @@ def _read(
     return logits.float()
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, in nats, before temperature and filters."""
+
+    logprob: float
+    """Value of the sampled token."""
+    top: dict[int, float]
+    """Values of the most likely tokens, by their ids."""
+
+
 @dataclass(eq=False)
 class Completion:
     """A prompt and the tokens generated after it."""
@@ -51,7 +61,11 @@ class Completion:
     prompt: Sequence[int]
     config: SampleConfig
     seed: int
+    n_top_logprobs: int | None = None
+    """Number of most likely tokens to report at each position; None: no log-probabilities at all."""
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those of each token, where n_top_logprobs is given."""
     finish_reason: FinishReason | None = None
     """None while it is being generated; setting it ends the generation."""
 
@@ -130,11 +144,19 @@ class Batch:
                 completion.finish_reason = "stop"
                 continue
             completion.tokens.append(token)
+            if completion.n_top_logprobs is not None:
+                completion.logprobs.append(_compute_logprobs(row, token, completion.n_top_logprobs))
             if len(completion.tokens) == completion.config.max_new_tokens:
                 completion.finish_reason = "length"
             elif len(completion.prompt) + len(completion.tokens) > self._cache.capacity:
                 completion.finish_reason = "context"
         return changed
+
+
+def _compute_logprobs(logits: torch.Tensor, token: int, n_top: int) -> TokenLogprobs:
+    logprobs = logits.log_softmax(dim=0)  # (V,)
+    top = logprobs.topk(min(n_top, len(logprobs)))
+    return TokenLogprobs(float(logprobs[token]), dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
 def generate(

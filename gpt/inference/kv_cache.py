@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.configs.gpt_config import GPTConfig
-from gpt.ops.attention import Attend, DocumentMask, attend, repeat_heads
+from gpt.ops.attention import Attend, DocumentMask, attend
 
 
 class KVCache:
@@ -144,7 +144,7 @@ def _attend_cached(
         keys[index, :, place.positions], values[index, :, place.positions] = k[:, :, 0], v[:, :, 0]
     group_size = q.shape[1] // k.shape[1]
     if place.is_first:  # as in training
-        return attend(q, repeat_heads(k, group_size), repeat_heads(v, group_size), mask, dropout=0.0)
+        return attend(q, k, v, mask, dropout=0.0)
     return F.scaled_dot_product_attention(
         q,
         keys[:, :, place.keys],

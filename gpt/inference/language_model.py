@@ -112,30 +112,44 @@ class LanguageModel:
         pieces = split_text(self.tokenizer, ids)
         return [TokenScore(*values) for values in zip(ids, pieces, nats[: len(ids)], strict=True)]
 
-    def build_completion(self, prompt: str, config: SampleConfig, seed: int, place: str = "prompt") -> CompletionText:
+    def build_completion(
+        self, prompt: str | Sequence[int], config: SampleConfig, seed: int, place: str = "prompt"
+    ) -> CompletionText:
         """Return the text of a completion that is not yet begun.
 
         Args:
-            prompt: text to continue.
+            prompt: text to continue, or its token ids.
             config: settings.
             seed: seed of the text.
             place: name of the prompt in messages.
 
         Raises:
-            UserError: the prompt does not fit the context or the tokenizer, or a stop token is unknown.
+            UserError: the prompt does not fit the context or the vocabulary, or a stop token is unknown.
         """
         try:
-            ids = self.tokenizer.encode_prompt(prompt)
+            ids = self._encode_prompt(prompt, place) if isinstance(prompt, str) else self._check_ids(prompt)
             require_fitting_prompt(ids, self.block_size)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         require_known_tokens(config.stop_tokens, self.tokenizer.vocab_size)
+        # The end-of-text token before a new document is not part of it.
+        return CompletionText(Completion(ids, config, seed), self.tokenizer, joined_to=ids if prompt else ())
+
+    def _encode_prompt(self, prompt: str, place: str) -> list[int]:
+        """Return the ids of a prompt; warn of characters that have none."""
+        ids = self.tokenizer.encode_prompt(prompt)
         lost = self.tokenizer.find_unrepresented(prompt, np.array(ids))
         if lost is not None:
             characters = plural(lost.characters, "character")
             log.warning("%s: the tokenizer has no token for %s, first %s", place, characters, lost.first)
-        # The end-of-text token before a new document is not part of it.
-        return CompletionText(Completion(ids, config, seed), self.tokenizer, joined_to=ids if prompt else ())
+        return ids
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        unknown = [token for token in ids if not 0 <= token < self.tokenizer.vocab_size]
+        if unknown or not ids:
+            named = f"token {unknown[0]} is not in the vocabulary" if unknown else "no tokens"
+            raise UserError(f"{named}; ids are 0 to {self.tokenizer.vocab_size - 1}")
+        return list(ids)
 
     def run(self, texts: Sequence[CompletionText]) -> Iterator[tuple[CompletionText, str]]:
         """Generate completions together; yield each at each of its tokens, with its next piece of text, often empty."""

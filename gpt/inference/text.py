@@ -19,16 +19,18 @@ class CompletionText:
 
     def __init__(self, completion: Completion, tokenizer: Tokenizer, joined_to: Sequence[int] = ()):
         self.completion, self._stop = completion, completion.config.stop
+        self._tokenizer = tokenizer
         self._decoder = tokenizer.build_stream_decoder(joined_to)
-        self._n_read = 0
+        self.token_texts = list[str]()
+        """Text that each token settles; a character of several tokens belongs to the last of them."""
         self._held = ""
 
     def read(self) -> str:
         """Return the text that is settled since the last call; all of the rest once the completion has ended."""
         text = self._held
-        for token in self.completion.tokens[self._n_read :]:
-            text += self._decoder.push(token)
-        self._n_read = len(self.completion.tokens)
+        for token in self.completion.tokens[len(self.token_texts) :]:
+            self.token_texts.append(self._decoder.push(token))
+            text += self.token_texts[-1]
         if self.completion.finish_reason is not None:
             text += self._decoder.finish()
         end = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
@@ -38,6 +40,10 @@ class CompletionText:
         n_held = 0 if self.completion.finish_reason else _count_held(text, self._stop)
         text, self._held = text[: len(text) - n_held], text[len(text) - n_held :]
         return text
+
+    def decode_token(self, token: int) -> str:
+        """Return the text of a token by itself."""
+        return self._tokenizer.decode([token])
 
 
 def _count_held(text: str, stop: Sequence[str]) -> int:

@@ -58,6 +58,12 @@ def peak_memory(device: str) -> int | None:
     return int(kilobytes) * 1024 if device == "cpu" and kilobytes else None
 
 
+def reset_peak_memory(device: str) -> None:
+    """Start to measure the peak of a GPU's memory anew: trials of what fits use as much as there is."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def find_free_memory(device: str) -> int | None:
     """Return the bytes that are free on a GPU, or on the host for all processes together; None if unknown."""
     if device == "cuda":

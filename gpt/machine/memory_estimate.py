@@ -42,6 +42,7 @@ def estimate_memory(
     *,
     activation_checkpointing: str = "none",
     copies_state: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> MemoryEstimate:
     """Estimate the memory of one process.
 
@@ -54,6 +55,7 @@ def estimate_memory(
         dtype: float32, bfloat16 or float16.
         activation_checkpointing: none, block or selective.
         copies_state: whether a checkpoint is copied in the same memory.
+        chunk_bytes: bytes of logits that the loss materialises at a time.
     """
     weights = FLOAT32_BYTES * model.n_parameters
     *hidden, _ = linear_layers(model)
@@ -63,12 +65,12 @@ def estimate_memory(
         weights=weights,
         gradients=weights,
         optimizer=state,
-        activations=_estimate_activations(model, batch, DTYPE_BYTES[dtype], activation_checkpointing),
+        activations=_estimate_activations(model, batch, DTYPE_BYTES[dtype], activation_checkpointing, chunk_bytes),
         checkpoint=weights + state if copies_state else 0,
     )
 
 
-def _estimate_activations(model: GPTConfig, batch: BatchPlan, size: int, checkpointing: str) -> int:
+def _estimate_activations(model: GPTConfig, batch: BatchPlan, size: int, checkpointing: str, chunk_bytes: int) -> int:
     """Return the bytes of a micro-batch; `size` is the compute dtype's."""
     n_tokens = batch.micro_batch_size * batch.block_size
     stream = FLOAT32_BYTES * model.n_embd  # bytes per token of the residual stream
@@ -82,7 +84,7 @@ def _estimate_activations(model: GPTConfig, batch: BatchPlan, size: int, checkpo
         rounded_weights = size * sum(linear.n_in * linear.n_out * linear.layers for linear in hidden)
     # The loss needs the head's gradient, its rounded weight, some of the logits, and the hidden states' gradient.
     head = model.vocab_size * model.n_embd
-    logits = min(n_tokens * model.vocab_size * size, CHUNK_BYTES)
+    logits = min(n_tokens * model.vocab_size * size, chunk_bytes)
     loss = FLOAT32_BYTES * head + (size * head if size < FLOAT32_BYTES else 0) + logits
     loss += n_tokens * model.n_embd * (size + FLOAT32_BYTES)
     backward = FLOAT32_BYTES * head + n_tokens * (recomputed + size * 3 * sum(model.fc_sizes))

@@ -12,7 +12,7 @@ from torch import nn
 from gpt.configs.gpt_config import GPTConfig
 from gpt.models.init import init_weights
 from gpt.ops.activations import ACTIVATIONS
-from gpt.ops.attention import Attend, Cache, DocumentMask, attend, positions_in_documents, repeat_heads
+from gpt.ops.attention import Attend, Cache, DocumentMask, attend, positions_in_documents
 from gpt.ops.cross_entropy import LinearCrossEntropy, soft_cap, summed_cross_entropy
 from gpt.ops.linear import FusedLinear, Linear, is_plain_linear
 from gpt.ops.norm import build_norm
@@ -30,7 +30,6 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.group_size = config.n_head // config.n_kv_head
         self.dropout = config.dropout
         self.qkv_sizes = config.qkv_sizes
         self.c_attn = FusedLinear(config.n_embd, config.qkv_sizes, bias=bool(config.qkv_bias))
@@ -55,7 +54,6 @@ class Attention(nn.Module):
         if attend_cached is not None:
             y = attend_cached(q, k, v, mask)  # (B, H, T, D)
         else:
-            k, v = repeat_heads(k, self.group_size), repeat_heads(v, self.group_size)  # (B, H, T, D)
             y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         out: torch.Tensor = self.resid_dropout(self.c_proj(y))

@@ -4,6 +4,7 @@ Shapes: B rows, H heads, T tokens, D = head_dim. `documents` is (B, T) int64: th
 non-decreasing along the row; padding at a row's end has a number of its own.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,7 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gpt.ops import attention_cpu as kernel
-from gpt.ops.precision import to_compute_dtype
+from gpt.ops.precision import autocast_off, compute_dtype, to_compute_dtype
+from gpt.utils.helper import first_line
+
+log = logging.getLogger(__name__)
 
 HAS_TRITON = find_spec("triton") is not None
 """FlexAttention's kernels can be compiled; torch for Windows comes without Triton."""
@@ -30,6 +34,9 @@ SAVE_WEIGHTS_MAX_LEN = 512
 model saves, and are recomputed."""
 FLEX_MIN_HEAD_DIM = 16
 """Narrowest head that Triton's matmul takes (torch/_inductor/kernel/flex/flex_attention.py)."""
+FLEX_TRIAL_TOKENS = 128
+"""Length of the row that tries whether FlexAttention works: one block of its mask."""
+HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
 class DocumentMask:
@@ -60,7 +67,7 @@ class DocumentMask:
         self.doc_starts: torch.Tensor | None = None  # (B, T) int32, the first position that each position attends to
         self.allowed: torch.Tensor | None = None  # (B, 1, T, T) bool, the same for every head
         self.masked: torch.Tensor | None = None  # ~allowed
-        if _supports_flex(documents.device, dropout=dropout, head_dim=head_dim):
+        if _supports_flex(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             self.blocks = _build_block_mask(documents, window)
         elif _supports_kernel(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
@@ -96,8 +103,8 @@ def attend(
 
     Args:
         q: (B, H, T, D), queries.
-        k: (B, H, T, D), keys.
-        v: (B, H, T, D), values.
+        k: (B, K, T, D), keys; heads of a group of H / K share them (Ainslie et al. 2023, "GQA").
+        v: (B, K, T, D), values.
         mask: document mask, built for these rows, this head_dim and this dropout; None: each row is one document.
         dropout: probability that an attention weight is dropped.
 
@@ -105,6 +112,9 @@ def attend(
         (B, H, T, D).
     """
     out: torch.Tensor
+    shares_heads = k.shape[1] < q.shape[1] and _supports_shared_heads(q, mask)
+    if not shares_heads:
+        k, v = (repeat_heads(x, q.shape[1] // x.shape[1]) for x in (k, v))
     q, k, v = to_compute_dtype(q, k, v)
     if mask is None:
         uses_kernel = _supports_kernel(q.device, q.dtype, dropout=dropout, head_dim=q.shape[3])
@@ -117,10 +127,10 @@ def attend(
         out = _MatmulAttention.apply(q, k, v, mask and mask.masked)  # type: ignore[no-untyped-call]
         return out
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shares_heads)
     if mask.blocks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, dropout_p=dropout)
-    out = _compile_if_eager(flex_attention)(q, k, v, block_mask=mask.blocks)
+    out = _compile_if_eager(flex_attention)(q, k, v, block_mask=mask.blocks, enable_gqa=shares_heads)
     return out
 
 
@@ -237,11 +247,46 @@ def _supports_kernel(device: torch.device, dtype: torch.dtype, *, dropout: float
     return dropout == 0 and kernel.supports(device, dtype, head_dim)
 
 
-def _supports_flex(device: torch.device, *, dropout: float, head_dim: int) -> bool:
+def _supports_shared_heads(q: torch.Tensor, mask: DocumentMask | None) -> bool:
+    # Of SDPA's implementations, FlashAttention shares heads; the one in plain operations, which holds all scores, would
+    # be taken where it does not work. FlexAttention always does.
+    if mask is not None:
+        return mask.blocks is not None
+    return _is_ampere(q.device) and compute_dtype(q) in HALF_DTYPES
+
+
+def _supports_flex(device: torch.device, dtype: torch.dtype, *, dropout: float, head_dim: int) -> bool:
     # FlexAttention has no dropout, and no backward pass on a CPU or on MPS. Its kernels do not say if they are
-    # deterministic; those of SDPA do.
-    is_usable = device.type == "cuda" and HAS_TRITON and not torch.are_deterministic_algorithms_enabled()
-    return is_usable and dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM
+    # deterministic; those of SDPA do. In float32, and on GPUs before Ampere, its tiles may not fit.
+    is_usable = _is_ampere(device) and HAS_TRITON and not torch.are_deterministic_algorithms_enabled()
+    fits = dropout == 0 and head_dim >= FLEX_MIN_HEAD_DIM and dtype in HALF_DTYPES
+    return is_usable and fits and (torch.compiler.is_compiling() or _flex_works(device, dtype, head_dim))
+
+
+def _is_ampere(device: torch.device) -> bool:
+    """Return whether a device is an NVIDIA GPU of compute capability 8.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# A compiler calls it instead of tracing it; see `gpt.ops.attention_cpu.is_enabled`.
+_is_ampere._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _flex_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Compile FlexAttention forward and backward for a short row; warn and return False where that fails."""
+    documents = torch.zeros((1, FLEX_TRIAL_TOKENS), dtype=torch.int64, device=device)
+    q = torch.zeros((1, 1, FLEX_TRIAL_TOKENS, head_dim), dtype=dtype, device=device, requires_grad=True)
+    try:
+        with torch.enable_grad(), autocast_off(device):
+            blocks = _build_block_mask(documents, FLEX_TRIAL_TOKENS)
+            _compile(flex_attention)(q, q, q, block_mask=blocks).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler raises many
+        log.warning("FlexAttention does not work here (%s); document masks hold T x T booleans", first_line(error))
+        return False
+    return True
 
 
 def _build_block_mask(documents: torch.Tensor, window: int) -> BlockMask:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, N = B * T positions, C channels, V = vocabulary.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,12 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpt.ops.attention import HAS_TRITON
 from gpt.ops.precision import autocast_off, compute_dtype
-from gpt.utils.helper import IGNORED
+from gpt.utils.helper import IGNORED, first_line
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**27
 """Bytes of logits materialised at a time, whose gradient then overwrites them. The more, the faster are the matmuls,
-and the fewer parts of the head's gradient are added up."""
+and the fewer parts of the head's gradient are added up; see `find_chunk_bytes`."""
+CUDA_CHUNK_SHARE = 64
+"""A GPU's chunk is at most its memory divided by this, a power of two: 1 GiB of 80 GB."""
+FLOAT16_GRAD_SCALE = 1024.0
+"""Factor of the logits' gradient in float16 on CUDA, where probabilities below 6e-8 would vanish. A power of two; the
+matmuls that read it put out float32, which cannot overflow, and divide by it."""
 MIN_CHUNK_ROWS = 256
 """Positions of a chunk below which its matmul would be inefficient."""
 _ELEMENTS_PER_TILE = 2**20
@@ -64,6 +73,18 @@ def fused_linear_cross_entropy(
     return loss
 
 
+def find_chunk_bytes(device: torch.device) -> int:
+    """Return the bytes of logits that are materialised at a time on `device`; they depend on its memory alone."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    share: int = torch.cuda.get_device_properties(device).total_memory // CUDA_CHUNK_SHARE
+    return max(CHUNK_BYTES, 1 << (share.bit_length() - 1))
+
+
+# A compiler calls it instead of tracing it; see `gpt.ops.attention_cpu.is_enabled`.
+find_chunk_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class LinearCrossEntropy(nn.Module):
     """`fused_linear_cross_entropy` as a module, so that it is compiled by itself; the head's weight is an argument.
 
@@ -98,7 +119,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         wants_gradients: bool,
     ) -> torch.Tensor:
         # oneDNN is faster with full tiles of 64 rows.
-        rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (weight.shape[0] * dtype.itemsize) // 64 * 64)
+        chunk_bytes = find_chunk_bytes(hidden.device)
+        rows = max(MIN_CHUNK_ROWS, chunk_bytes // (weight.shape[0] * dtype.itemsize) // 64 * 64)
         losses: list[torch.Tensor] = []
         hidden_grads: list[torch.Tensor] = []
         weight_grad = torch.empty_like(weight, dtype=torch.float32) if wants_gradients else None  # (V, C)
@@ -135,15 +157,26 @@ def _compute_chunk(
     """
     # A GPU has the bandwidth, and a compiler fuses the operations.
     is_tiled = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    # The GPU adds up products in float32, so it need not round them before they are added to other chunks'.
+    widens = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+    grad_scale = FLOAT16_GRAD_SCALE if widens and x.dtype == torch.float16 else 1.0
     n_vocab = len(weight)
     rows, words = (max(1, _ELEMENTS_PER_TILE // n_vocab), _VOCAB_PER_TILE) if is_tiled else (len(x), n_vocab)
     logits = x @ weight.T
     tiles = zip(logits.split(rows), targets.split(rows), strict=True)
-    losses = [_compute_tile(tile, target, softcap, into_gradient=weight_grad is not None) for tile, target in tiles]
-    loss = torch.stack(losses).sum()
+    wants_gradient = weight_grad is not None
+    if x.device.type == "cuda" and HAS_TRITON:
+        loss = CHUNK_OP(logits, targets, softcap, wants_gradient, grad_scale)
+    else:
+        losses = [_compute_tile(*tile, softcap, into_gradient=wants_gradient, grad_scale=grad_scale) for tile in tiles]
+        loss = torch.stack(losses).sum()
     if weight_grad is None:
         return loss, None
     is_counted = (targets != IGNORED)[:, None].to(x.dtype)
+    if widens:
+        product = torch.mm(logits.T, x * is_counted, out_dtype=torch.float32).mul_(1 / grad_scale)
+        weight_grad.copy_(product) if is_first else weight_grad.add_(product)
+        return loss, torch.mm(logits, weight, out_dtype=torch.float32).mul_(is_counted / grad_scale)
     _accumulate_weight_grad(weight_grad.split(words), logits.split(words, dim=1), x * is_counted, is_first=is_first)
     return loss, (logits @ weight).mul_(is_counted)
 
@@ -163,11 +196,13 @@ def _accumulate_weight_grad(
             total += product
 
 
-def _compute_tile(logits: torch.Tensor, targets: torch.Tensor, softcap: float, *, into_gradient: bool) -> torch.Tensor:
+def _compute_tile(
+    logits: torch.Tensor, targets: torch.Tensor, softcap: float, *, into_gradient: bool, grad_scale: float = 1.0
+) -> torch.Tensor:
     """Return the summed loss of (rows, V) logits, float32; with `into_gradient` overwrite them with its gradient.
 
-    The gradient is softmax(logits) less one at the target. Rows whose target is IGNORED get one too, which the caller
-    masks. Exponentials are taken once: log-sum-exp = largest logit - log(largest probability).
+    The gradient is softmax(logits) less one at the target, times `grad_scale`. Rows whose target is IGNORED get one
+    too, which the caller masks. Exponentials are taken once: log-sum-exp = largest logit - log(largest probability).
     """
     capped = soft_cap(logits.float(), softcap) if softcap else logits
     probabilities = torch.softmax(capped, dim=1, dtype=torch.float32)
@@ -179,5 +214,42 @@ def _compute_tile(logits: torch.Tensor, targets: torch.Tensor, softcap: float, *
         grad = probabilities.scatter_add_(1, index, index.new_full(index.shape, -1, dtype=torch.float32))
         if softcap:  # the derivative of c * tanh(x / c)
             grad.mul_(1 - (capped / softcap).square_())
+        if grad_scale != 1:
+            grad.mul_(grad_scale)
         logits.copy_(grad)
     return loss
+
+
+_triton_works = True
+"""False once a kernel could not be compiled."""
+
+
+def _compute_cuda_chunk(
+    logits: torch.Tensor, targets: torch.Tensor, softcap: float, into_gradient: bool, grad_scale: float
+) -> torch.Tensor:
+    """Compute what `_compute_tile` does by the Triton kernel, or without it where it cannot be compiled."""
+    global _triton_works
+    if _triton_works:
+        try:
+            from gpt.ops.cross_entropy_triton import compute_chunk
+
+            return compute_chunk(logits, targets, softcap, into_gradient=into_gradient, grad_scale=grad_scale)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton raises many: no C compiler, an unsupported GPU
+            log.warning("the loss's Triton kernel does not work here (%s); going on without it", first_line(error))
+            _triton_works = False
+    return _compute_tile(logits, targets, softcap, into_gradient=into_gradient, grad_scale=grad_scale)
+
+
+# An op of torch's own kind, which a compiler calls without looking inside.
+_library = torch.library.Library("gpt", "FRAGMENT")
+_library.define(
+    "cross_entropy_chunk(Tensor(a!) logits, Tensor targets, float softcap, bool into_gradient, float grad_scale) "
+    "-> Tensor"
+)
+_library.impl("cross_entropy_chunk", _compute_cuda_chunk, "CUDA")
+torch.library.register_fake(
+    "gpt::cross_entropy_chunk", lambda logits, *_: logits.new_empty((), dtype=torch.float32), lib=_library
+)
+CHUNK_OP = torch.ops.gpt.cross_entropy_chunk.default

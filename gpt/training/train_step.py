@@ -134,11 +134,8 @@ class TrainStep:
 
     def _update(self, is_finite: torch.Tensor) -> None:
         """Update the parameters, unless the gradient is not finite, and clear the gradients."""
-        if self._scaler.is_enabled():
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        else:
-            update_if(is_finite, self._optimizer)
+        update_if(is_finite, self._optimizer)  # not scaler.step, which does not see a norm that overflows
+        self._scaler.update()
         self._skipped_updates += ~is_finite
         self._optimizer.zero_grad(set_to_none=True)
 

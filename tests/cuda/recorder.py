@@ -28,6 +28,8 @@ WITHOUT_KERNEL = frozenset(
 class Recorder(TorchDispatchMode):
     """Records every op while it is active."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.syncs: list[str] = []
@@ -36,7 +38,8 @@ class Recorder(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
+        is_plain = isinstance(function, torch._ops.OpOverload)
+        name = function.overloadpacket.__name__ if is_plain else function.name()
         if name in SYNCS:
             self.syncs.append(f"{name} at {_find_caller()}")
         out = function(*args, **(kwargs or {}))

@@ -17,7 +17,7 @@ from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.presets import PRESETS
 from gpt.data.data_loader import MicroBatch, StepBatch
 from gpt.models.gpt import GPT
-from gpt.ops import attention
+from gpt.ops import attention, cross_entropy
 from gpt.optim.build import build_optimizer
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.parallel.gradient_sync import AveragedGradients
@@ -30,6 +30,7 @@ from tests.cuda.recorder import Recorder
 from tests.training.example_events import PLAN
 
 DEVICE = torch.device("cuda", 0)
+MEMORY = 80 * 10**9
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=64, vocab_size=512)
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 1, "qk_norm": True}
 
@@ -61,6 +62,8 @@ def fake_cuda() -> Iterator[None]:
             ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             ("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
             ("torch.cuda.Event", event),
+            ("torch.cuda.get_device_properties", lambda device: mock.Mock(total_memory=MEMORY)),
+            ("torch.cuda.get_device_capability", lambda device: (9, 0)),
             ("torch.nn.functional.scaled_dot_product_attention", _flash_attention),
             # The weights' values do not matter, and the generator that draws them is the CPU's.
             ("gpt.models.gpt.init_weights", lambda *args: None),
@@ -139,7 +142,15 @@ def train_step(
 ) -> dict[str, Any]:
     """Record the second step of a small model, accumulated over three micro-batches."""
     config = TINY.model_copy(update={"dropout": dropout} | (LLAMA if llama else {}))
-    with fake_cuda(), mock.patch.object(attention, "HAS_TRITON", has_triton):
+    with (
+        fake_cuda(),
+        mock.patch.object(attention, "HAS_TRITON", has_triton),
+        mock.patch.object(cross_entropy, "HAS_TRITON", has_triton),
+        # Nothing can be compiled for the device.
+        mock.patch.object(attention, "_flex_works", lambda *args: True),
+        mock.patch.object(attention, "_compile", lambda function: function),
+        mock.patch("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
+    ):
         batch = make_batch(config, sequences=2, micro_batches=3, masked=masked)
         step, _ = make_step(config, batch, dtype=dtype, optimizer=optimizer, mode=mode)
         step(0)  # allocates the optimizer's state

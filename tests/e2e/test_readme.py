@@ -28,6 +28,7 @@ EXCLUDED_COMMANDS = (
     "source ",
     "python -m benchmarks.",
     "gpt bench speedrun",
+    "gpt serve",
 )
 SHORTENING_FLAGS = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
 VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "verify", "data-at", "verify-resume", "export", "import", "parity"}
@@ -43,6 +44,7 @@ EXPECTED_RUNS = {
     "docs/resume.md": {"debug", "fork", "tuned"},
     "docs/run-folder.md": {"debug"},
     "docs/sampling.md": {"debug"},
+    "docs/serve.md": {"debug"},
     "docs/training.md": {"debug", "wide", "debug-again", "small"},
 }
 """Document -> names of the folders below runs/ that its commands leave."""

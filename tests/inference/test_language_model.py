@@ -62,13 +62,13 @@ def test_text_ends_before_the_first_stop_text(model: LanguageModel) -> None:
 def test_stop_text_is_never_shown_in_part() -> None:
     # The model repeats "abc". Text that may begin a stop text is held back, and shown if it does not.
     tokenizer = build_char_tokenizer("abcd")
-    repeating = LanguageModel(_build_cycle(tokenizer, "abc"), tokenizer)
+    repeating = LanguageModel(build_cycle(tokenizer, "abc"), tokenizer)
     assert list(repeating.stream("c", max_new_tokens=9, temperature=0, stop=("cab",))) == ["a", "b"]
     assert list(repeating.stream("c", max_new_tokens=5, temperature=0, stop=("cad",))) == ["a", "b", "cab"]
     assert list(repeating.stream("c", max_new_tokens=3, temperature=0, stop=("cad",))) == ["a", "b", "c"]
 
 
-def _build_cycle(tokenizer: Tokenizer, text: str) -> GPT:
+def build_cycle(tokenizer: Tokenizer, text: str) -> GPT:
     """Return a model that follows each character of a text by the next one."""
     model = GPT(build_config("gpt2, untied head", n_layer=1, vocab_size=tokenizer.vocab_size), seed=0).eval()
     assert model.lm_head is not None and model.wpe is not None

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.machine.hardware import cpu_has_bfloat16, detect_machine, find_device, find_free_memory, peak_memory
+from gpt.machine.hardware import (
+    cpu_has_bfloat16,
+    detect_machine,
+    find_device,
+    find_free_memory,
+    peak_memory,
+    reset_peak_memory,
+)
 from gpt.utils.helper import plural
 
 
@@ -52,3 +59,12 @@ def test_free_memory_of_the_host_is_less_than_its_total() -> None:
     free = find_free_memory("cpu")
     assert free is not None
     assert 0 < free < total
+
+
+def test_peak_of_a_gpu_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    reset_peak_memory("cpu")
+    assert calls == []
+    reset_peak_memory("cuda")
+    assert calls == ["reset"]

@@ -162,19 +162,61 @@ def test_flex_attention_matches_sdpa(flex_on_cpu: None, model_is_compiled: bool)
 
 
 @pytest.mark.parametrize(
-    ("device", "dropout", "head_dim", "serves"),
-    [("cuda", 0.0, 16, True), ("cuda", 0.1, 64, False), ("cuda", 0.0, 8, False), ("cpu", 0.0, 64, False)],
+    ("device", "dtype", "dropout", "head_dim", "serves"),
+    [
+        *(("cuda", torch.bfloat16, 0.0, 16, True), ("cuda", torch.float16, 0.0, 16, True)),
+        *(("cuda", torch.float32, 0.0, 16, False), ("cuda", torch.bfloat16, 0.1, 64, False)),
+        *(("cuda", torch.bfloat16, 0.0, 8, False), ("cpu", torch.bfloat16, 0.0, 64, False)),
+    ],
 )
-def test_supports_flex_needs_cuda_triton_and_no_dropout(
-    device: str, dropout: float, head_dim: int, serves: bool, monkeypatch: pytest.MonkeyPatch
+def test_supports_flex_needs_an_ampere_gpu_triton_a_half_dtype_and_no_dropout(
+    device: str, dtype: torch.dtype, dropout: float, head_dim: int, serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def supports() -> bool:
+        return attention._supports_flex(torch.device(device), dtype, dropout=dropout, head_dim=head_dim)
+
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "_flex_works", lambda *args: True)
     monkeypatch.setattr(attention, "HAS_TRITON", True)
-    assert attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim) == serves
+    assert supports() == serves
     with monkeypatch.context() as patch:
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-        assert not attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim)
+        assert not supports()
+    capability = (7, 5)
+    assert not supports()
+    capability = (9, 0)
     monkeypatch.setattr(attention, "HAS_TRITON", False)
-    assert not attention._supports_flex(torch.device(device), dropout=dropout, head_dim=head_dim)
+    assert not supports()
+
+
+def test_document_mask_is_boolean_where_flex_attention_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_to_compile(function: object) -> None:
+        raise RuntimeError("out of resource: shared memory\nRequired: 131072")
+
+    monkeypatch.setattr(attention, "_is_ampere", lambda device: True)
+    monkeypatch.setattr(attention, "_flex_works", attention._flex_works.__wrapped__)
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    monkeypatch.setattr(attention, "_compile", fail_to_compile)
+    documents = make_documents(300)
+    mask = DocumentMask(documents, dropout=0, head_dim=16, dtype=torch.bfloat16)
+    assert mask.blocks is None
+    assert mask.allowed is not None
+    assert "FlexAttention does not work here (out of resource: shared memory)" in caplog.text
+
+
+def test_shared_heads_equal_repeated_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 16, generator=generator, requires_grad=True) for heads in (6, 2, 2))
+    results = []
+    for shares in (False, True):
+        monkeypatch.setattr(attention, "_supports_shared_heads", lambda *args, shares=shares: shares)
+        out = attend(q, k, v, None, dropout=0.0)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,3 +1,5 @@
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,3 +143,42 @@ def test_summed_and_fused_cross_entropy_agree(softcap: float) -> None:
     torch.testing.assert_close(plain, fused)
     rounded = summed_cross_entropy((hidden @ head.t()).bfloat16(), targets, softcap=softcap)
     assert rounded.dtype == torch.float32
+
+
+def test_chunk_grows_with_a_gpus_memory_and_not_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = []
+    for gigabytes in (4, 16, 24, 80, 141):
+        properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        chunks.append(module.find_chunk_bytes(torch.device("cuda", 0)) / 2**20)
+    assert chunks == [128, 128, 256, 1024, 2048]
+    assert module.find_chunk_bytes(torch.device("cpu")) == module.CHUNK_BYTES
+
+
+def test_float16_gradients_of_improbable_words_survive_on_cuda() -> None:
+    logits = torch.tensor([[0.0, -18.0, 0.0]])  # the second word's probability is 7.6e-9, float16's smallest 6e-8
+    targets = torch.tensor([0])
+    rounded, scaled, exact = logits.half(), logits.half(), logits.clone()
+    module._compute_tile(rounded, targets, 0.0, into_gradient=True)
+    module._compute_tile(scaled, targets, 0.0, into_gradient=True, grad_scale=module.FLOAT16_GRAD_SCALE)
+    module._compute_tile(exact, targets, 0.0, into_gradient=True)
+    assert rounded[0, 1] == 0
+    torch.testing.assert_close(scaled.float() / module.FLOAT16_GRAD_SCALE, exact, rtol=0.01, atol=0)
+
+
+def test_loss_goes_on_without_a_kernel_that_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compute_chunk(*args: object, **options: object) -> None:
+        raise RuntimeError("no C compiler\nfound")
+
+    monkeypatch.setitem(sys.modules, "gpt.ops.cross_entropy_triton", SimpleNamespace(compute_chunk=compute_chunk))
+    monkeypatch.setattr(module, "_triton_works", True)
+    given, expected = torch.randn(2, 3, 7)[:1].repeat(2, 1, 1)
+    targets = torch.tensor([1, 2, 3])
+    for _ in range(2):
+        ours = module._compute_cuda_chunk(given, targets, 0.0, True, 1.0)
+        theirs = module._compute_tile(expected, targets, 0.0, into_gradient=True)
+        assert torch.equal(ours, theirs)
+        assert torch.equal(given, expected)
+    assert caplog.text.count("the loss's Triton kernel does not work here (no C compiler)") == 1

@@ -145,7 +145,7 @@ def bits(step: TrainStep, model: GPT) -> list[bytes]:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fault", ["nan loss", "inf loss", "nan gradient", "inf gradient"])
+@pytest.mark.parametrize("fault", ["nan loss", "inf loss", "nan gradient", "inf gradient", "huge gradient"])
 def test_non_finite_loss_or_gradient_skips_update_bit_exactly(name: str, dtype: torch.dtype, fault: str) -> None:
     model = GPT(CONFIG, seed=0)
     optimizer = build_optimizer(model, OptimizerConfig(name=name), max_lr=1e-2, hidden=model.hidden_matrices())
@@ -155,11 +155,12 @@ def test_non_finite_loss_or_gradient_skips_update_bit_exactly(name: str, dtype: 
     second = batch.micro_batches[1]
     step = make(model, batch, optimizer=optimizer, scaler=scaler, autocast=autocast)
     step(0)
-    before, value = bits(step, model), float(fault.split()[0])
+    before, value = bits(step, model), {"nan": math.nan, "inf": math.inf, "huge": 1e38}[fault.split()[0]]
     if "loss" in fault:  # of one micro-batch alone; an inf that is added has a finite gradient
         handle = model.register_forward_hook(lambda _, args, loss: loss + value if args[1] is second.targets else loss)
     else:
-        handle = model.wpe.weight.register_hook(lambda gradient: gradient * value)
+        # A huge one is finite, and its norm is not.
+        handle = model.wpe.weight.register_hook(lambda gradient: torch.ones_like(gradient) * value)
     stats = step(1)
     handle.remove()
     assert not stats.grad_norm.isfinite()

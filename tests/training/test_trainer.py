@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt import pipeline
 from gpt.configs.train_config import TrainConfig
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
@@ -26,6 +27,7 @@ from gpt.training.events import (
     TrainStart,
 )
 from gpt.training.observer import Observer, Sink
+from gpt.training.train_step import TrainStep
 from tests.conftest import LossRecorder
 
 Configure = Callable[..., TrainConfig]
@@ -190,12 +192,19 @@ def test_compiled_run_equals_the_eager_run_and_compiles_before_its_first_step(
     tiny: Callable[..., TrainConfig],
     record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"max_steps": 3, "model": {"n_layer": 1}, "eval": {"interval": 2, "batches": 1}}
     plain, _ = record(tiny(tmp_path / "plain", **settings))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    order: list[str] = []
+    trial, step = pipeline.compile_or_fall_back, TrainStep.__call__
+    monkeypatch.setattr(pipeline, "compile_or_fall_back", lambda *args: (order.append("trial"), trial(*args))[1])
+    monkeypatch.setattr(pipeline, "reset_peak_memory", lambda device: order.append("reset"))
+    monkeypatch.setattr(TrainStep, "__call__", lambda *args: (order.append("step"), step(*args))[1])
     compiled, weights = record(tiny(tmp_path / "compiled", compile="on", **settings))
+    assert order == ["trial", "reset", "step", "step", "step"]  # the trial's peak of memory is not the run's
     assert compiled == pytest.approx(plain, abs=1e-4)
     assert not [name for name in weights if "_orig_mod" in name]
     # A block and the loss, in training and in evaluation: the trial's graphs, and no others.

@@ -1,0 +1,1 @@
+"""An HTTP server of a trained model, in the form of OpenAI's API."""
