@@ -6,7 +6,7 @@ import pytest
 
 from tests.cuda.device import FakeCudaProcess
 
-MAX_LAUNCHES = 1_200
+MAX_LAUNCHES = 1_100
 """Kernels of one micro-batch of 4 x 1024 tokens of GPT-2 124M; lower it when there are fewer."""
 
 

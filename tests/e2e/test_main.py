@@ -133,7 +133,7 @@ def test_json_leaves_errors_on_stderr(flags: list[str], tmp_path: Path, capsys: 
         ([*flags, "--json"], "--json needs --dry-run"),
         (["verify", str(tmp_path), "--json"], "not a run"),
         (["sample", str(tmp_path), "--json"], "holds no checkpoint"),
-        (["data-at", str(tmp_path), "--step", "1", "--json"], "config.json: No such file"),
+        (["data-at", str(tmp_path), "--step", "1", "--json"], "not a run: it has no config.json"),
         (["prepare", "--inspect", str(tmp_path), "--json"], "no prepared corpus"),
         (["verify-resume", "debug", "--kills", "0", "--json"], "--kills 0: must be at least 1"),
     ):
