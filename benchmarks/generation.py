@@ -20,6 +20,7 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.observer_config import SampleConfig
 from gpt.inference.bfloat16 import round_weights_to_bfloat16
 from gpt.inference.generate import Completion, generate
+from gpt.machine.spinning import sleep_when_busy
 from gpt.models.gpt import GPT
 
 SIZES = {
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
+    sleep_when_busy(torch.get_num_threads())  # as in every program here; it helps both
     print(f"{options.dtype}, {torch.get_num_threads()} threads, {options.new_tokens} new tokens; ms per new token")
     for size in options.sizes:
         ours, theirs = build_models(size, dtype)

@@ -34,15 +34,15 @@ class LlamaCppRuntime:
 
     def __init__(self, path: Path, *, context: int, vocab_size: int):
         self.name = f"llama-cpp-python {version('llama-cpp-python')}"
-        self._path, self._vocab_size = path, vocab_size
+        self._vocab_size = vocab_size
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
-        arguments = [str(path), str(context), str(torch.get_num_threads())]
+        arguments = [str(path.absolute()), str(context), str(torch.get_num_threads())]
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[2],  # where the worker's module is found, also if nothing is installed
         )
 
     def __enter__(self) -> Self:

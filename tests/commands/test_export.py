@@ -1,5 +1,6 @@
 import errno
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,3 +111,22 @@ def test_json_names_class_and_weights(
     assert run([str(finished_run), "--to", "hf", "--out", str(tmp_path / "out"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["class"], facts["folder"]) == ("GPT2LMHeadModel", str(tmp_path / "out"))
+
+
+KILLED_WHILE_PROVING = """
+import os, signal, sys
+from gpt.commands import export
+export._prove_hf = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+export.run(sys.argv[1:])
+"""
+
+
+def test_a_killed_export_leaves_no_folder_and_the_next_one_succeeds(
+    finished_run: Path, tmp_path: Path, proven: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_PROVING, *argv], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(argv) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

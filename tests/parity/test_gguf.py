@@ -58,10 +58,10 @@ def test_tokenizers_agree_with_llama_cpp(tmp_path: Path, kind: str) -> None:
 
 
 def test_export_writes_a_proven_file_and_its_card(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = [str(finished_run), "--to", "gguf", "--dtype", "q8_0", "--out", str(tmp_path / "tiny")]
-    assert export.run(argv) == 0
+    monkeypatch.chdir(tmp_path)
+    assert export.run([str(finished_run), "--to", "gguf", "--dtype", "q8_0", "--out", "tiny"]) == 0
     assert "54 texts tokenized identically" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "tiny").iterdir()} == {"tiny-Q8_0.gguf", "README.md"}
     assert "library_name: gguf" in (tmp_path / "tiny" / "README.md").read_text()
