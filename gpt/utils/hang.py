@@ -109,12 +109,16 @@ def find_hung_ranks(sightings: Mapping[int, Sighting], now: float, limits: Limit
 
 
 def describe_hang(hung: Sequence[int], sightings: Mapping[int, Sighting], now: float, limits: Limits) -> str:
-    """Return one line that names the ranks that hang, and where they and the blocked ranks are."""
+    """Return one line that names the ranks that hang, and where they are and those that have stalled in a step."""
     parts = [f"{format_ranks(hung)} {limits.failure}"]
     silent = find_silent_ranks({rank: sightings[rank] for rank in hung}, now, limits)
     if silent:
         parts.append(f"{format_ranks(silent)}: the process is stopped, or its machine is gone")
-    waiting = [rank for rank, seen in sightings.items() if seen.beat.blocked and rank not in hung]
+    waiting = [
+        rank
+        for rank, seen in sightings.items()
+        if rank not in hung and seen.beat.progress.in_step and now - seen.advanced_at > limits.stall / 2
+    ]
     for rank in [rank for rank in (*hung, *waiting) if rank not in silent][:MAX_PLACES]:
         beat = sightings[rank].beat
         parts.append(f"rank {rank} waits in step {beat.progress.step + 1} at {beat.place or 'an unknown place'}")

@@ -44,6 +44,8 @@ pytestmark = pytest.mark.soak
 KILLS_PER_RUN = 50
 N_RUNS = 20
 """Runs of `gpt verify-resume`, one in four of them with two ranks: 1,000 kills in all."""
+STEPS_PER_KILL = 15
+"""Steps of a run for each of its kills; on a busy machine a kill comes some steps late."""
 N_FLIPS = 10_000
 N_MUTATIONS = 20_000
 N_MUTATED_RUN_FOLDERS = 400
@@ -56,7 +58,12 @@ VARIANTS = [
     ["--checkpoint.no-asynchronous", "--optimizer.name", "muon"],
     ["--dtype", "bfloat16", "--data.packing", "best-fit", "--data.document-mask"],
     [],
+    [
+        *("--spike.rollback", "--spike.window", "16", "--spike.threshold", "2", "--spike.least-rise", "0.02"),
+        *("--spike.max-rollbacks", "100000"),
+    ],
 ]
+"""Settings of four runs each, one of them with two ranks."""
 
 
 @pytest.fixture
@@ -74,6 +81,7 @@ def test_killed_run_is_bit_exact(
     seed: int, scale: float, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ranks = 2 if seed % 4 == 3 else 1
+    settings = VARIANTS[seed // 4 % len(VARIANTS)]
     (tmp_path / "text.txt").write_text("\n\n".join(make_text(100, index) for index in range(60)))  # an epoch: ~60 steps
     n_kills = max(1, round(scale * KILLS_PER_RUN))
     started = time.monotonic()
@@ -83,18 +91,22 @@ def test_killed_run_is_bit_exact(
             *("--micro-batch-size", "2", "--checkpoint.interval", "5", "--eval.interval", "7"),
             *("--data.source", str(tmp_path / "text.txt"), "--data.cache-dir", str(cache_dir)),
             *("--run-dir", str(tmp_path / "run"), "--ranks", str(ranks), "--kills", str(n_kills)),
-            *("--kill-seed", str(seed), "--seed", str(seed), *VARIANTS[seed // 4 % len(VARIANTS)]),
+            *("--kill-seed", str(seed), "--seed", str(seed), *settings),
+            *("--max-steps", str(STEPS_PER_KILL * n_kills)),
         ]
     )
     output = capfd.readouterr().out
     assert status == 0, output
     phases = Counter(re.findall(r"^kill \d+: (.*?), after", output, re.MULTILINE))
     assert sum(phases.values()) >= 0.9 * n_kills, output  # a short run may finish before the last kills
+    rollbacks = int(re.findall(r"(\d+) rollbacks?", output)[0]) if "--spike.rollback" in settings else 0
+    assert rollbacks >= 3 * scale or "--spike.rollback" not in settings, output
     max_lost_steps = re.findall(r"most steps lost by a kill: (\d+)", output)[0]
     seconds = time.monotonic() - started
     print_figures(
         capfd,
-        f"kills, {ranks} rank(s): {dict(phases)}; most steps lost {max_lost_steps}; {seconds:.0f} s; 0 differing bits",
+        f"kills, {ranks} rank(s): {dict(phases)}; {rollbacks} rollbacks; most steps lost {max_lost_steps}; "
+        f"{seconds:.0f} s; 0 differing bits",
     )
 
 

@@ -1,11 +1,17 @@
+import os
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from gpt.errors import OwnError, ReportedError, UserError
+from gpt.utils import distributed
 from gpt.utils.distributed import DistContext, find_rank_device
 from gpt.utils.lost_connection import is_lost_connection
+from gpt.utils.rendezvous import Meeting
 
 
 class FakeHeartbeat:
@@ -123,3 +129,40 @@ def test_local_rank_without_a_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"^torchrun started local rank 3, but this machine has 2 GPUs; lower"):
         find_rank_device("cuda")
+
+
+def test_ranks_on_gpus_compare_them_and_record_collectives_before_nccl_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def meet(*arguments: Any, gpu: str, timeout: float) -> Meeting:
+        calls.append((gpu, timeout))
+        return Meeting(HashStore(), "")
+
+    def new_group(backend: str, timeout: Any) -> None:
+        calls.append((backend, timeout.total_seconds(), os.environ["TORCH_FR_DUMP_TEMP_FILE"]))
+
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "find_rank_device", lambda kind: torch.device(kind, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(distributed, "meet", meet)
+    monkeypatch.setattr(DistContext, "_connect_hosts", lambda self: None)
+    monkeypatch.setattr(distributed.dist, "new_group", new_group)
+    dist = DistContext("cuda", 10, start_timeout=20, record_folder=tmp_path)
+    assert dist.heartbeat is not None
+    dist.heartbeat.stop()
+    assert calls == [("GPU-1", 20), ("nccl", 20.0, str(tmp_path / "flight_recorder_rank_"))]
+    monkeypatch.setattr(dist, "_find_lost_ranks", lambda: [1])
+    files = f"{tmp_path}/flight_recorder_rank_"
+    with (
+        pytest.raises(UserError, match=rf"; {files}\* hold the last collectives of each rank$"),
+        dist.report_lost_ranks(),
+    ):
+        raise RuntimeError("NCCL error in: ProcessGroupNCCL.cpp")
+    assert Path(f"{files}0").exists()

@@ -72,9 +72,10 @@ def test_short_timeouts_leave_a_busy_machine_time_to_beat() -> None:
 
 def test_message_names_each_rank_and_its_place() -> None:
     sightings = {
-        0: make_sighting(6, blocked=True, advanced=13, place="gpt/training/metrics.py:62"),
+        0: make_sighting(6, advanced=9, place="gpt/training/metrics.py:62"),
         1: make_sighting(heard=13, advanced=13),
-        2: make_sighting(in_step=False),
+        2: make_sighting(in_step=False, advanced=9),
+        3: make_sighting(advanced=3),
     }
     assert describe_hang([1], sightings, NOW, LIMITS) == (
         "rank 1 took no part in a step for 10 s (--parallel.step-timeout); rank 1: the process is stopped, or its "

@@ -132,3 +132,25 @@ def test_text_is_formatted_for_a_least_width(columns: str, expected: str, monkey
     monkeypatch.setenv("COLUMNS", columns)
     launch.widen_terminal()
     assert os.environ["COLUMNS"] == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "level", "expected"), [("2", None, "ERROR"), ("2", "INFO", "INFO"), ("1", None, None)]
+)
+def test_native_warnings_are_off_with_several_ranks(
+    size: str, level: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", level or "")  # so that it is restored
+    if level is None:
+        monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    launch.quiet_native_logs()
+    assert os.environ.get("TORCH_CPP_LOG_LEVEL") == expected
+
+
+def test_gloo_uses_the_interface_that_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    assert launch.choose_gloo_interface("") == ""
+    assert launch.choose_gloo_interface("eth0") == "eth0" == os.environ["GLOO_SOCKET_IFNAME"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert launch.choose_gloo_interface("eth0") == "ib0"
