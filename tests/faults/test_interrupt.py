@@ -238,7 +238,7 @@ print("alive")
 
 @pytest.mark.parametrize(("term", "erase"), [("xterm", b"\x1b[2K"), ("dumb", b"")])
 def test_interrupt_erases_the_line_that_the_terminal_shows(term: str, erase: bytes) -> None:
-    program = "import os; from gpt.utils.interrupts import leave; os.write(2, b'a bar ^C'); leave(130)"
+    program = "import os; from gpt.utils.interrupts import interrupt; os.write(2, b'a bar ^C'); interrupt()"
     terminal, stderr = pty.openpty()
     with os.fdopen(terminal, "rb", buffering=0) as shown, os.fdopen(stderr):
         process = subprocess.run([sys.executable, "-c", program], stderr=stderr, env=os.environ | {"TERM": term})
