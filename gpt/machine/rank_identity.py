@@ -1,7 +1,6 @@
 """Flags, versions and code of this process, for the comparison of the ranks."""
 
 import hashlib
-import os
 import platform
 
 import torch
@@ -18,8 +17,11 @@ CODE_SUFFIXES = (".py", ".c")
 
 
 def describe_rank(config: TrainConfig) -> RankIdentity:
-    """Return the flags, versions and code that this process runs with."""
-    values = config.map_paths(os.path.abspath).model_dump(mode="json")
+    """Return the flags, versions and code that this process runs with.
+
+    Paths are compared as they were given: machines may have the same files in different folders.
+    """
+    values = config.model_dump(mode="json")
     return RankIdentity(
         flags={
             format_flag(name): _find_value(values, name)
