@@ -111,7 +111,7 @@ def open_machine(config: TrainConfig) -> tuple[DistContext, MachineFacts]:
         device,
         config.parallel.step_timeout,
         start_timeout=config.parallel.start_timeout,
-        identity=describe_rank(config),
+        describe=lambda: describe_rank(config),
         record_folder=config.run_dir,
     )
     if device == "cuda":

@@ -22,8 +22,9 @@ from gpt.checkpoint.store import Snapshot, load_checkpoint, take_snapshot, write
 from gpt.configs.checkpoint_config import CheckpointConfig
 from gpt.errors import UserError
 from gpt.utils.atomic_io import fsync, make_folder, remove_folder
-from gpt.utils.distributed import DistContext, PendingFlag
+from gpt.utils.distributed import DistContext
 from gpt.utils.helper import first_line, format_si
+from gpt.utils.pending_flag import PendingFlag
 
 log = logging.getLogger(__name__)
 

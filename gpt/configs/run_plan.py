@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -216,35 +217,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
     per_epoch = sum(sequences.values())
     max_steps = _resolve_max_steps(config, batch, per_epoch)
     dtype = _resolve_dtype(config, machine)
-    notes = [*machine.notes]
-    if config.micro_batch_size == "auto":
-        bound = "make a CPU faster or fit in memory" if machine.device == "cpu" else "fit in memory"
-        notes.append(
-            f"--micro-batch-size auto is {batch.micro_batch_size}, which divides the step: "
-            f"at most {machine.max_micro_batch} sequences {bound}"
-        )
-    notes += _note_device(config, machine, dtype)
-    if config.lr.warmup_steps >= max_steps:
-        length = f"all {max_steps} steps" if max_steps > 1 else "the only step"
-        warmup = f"{config.lr.warmup_steps} step{'' if config.lr.warmup_steps == 1 else 's'}"
-        notes.append(f"warmup of {warmup} lasts for {length} of the run")
-    if config.spike.rollback and not config.checkpoint.interval:
-        notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
-    if config.optimizer.name == "adamw" and config.lr.max_lr > HIGH_ADAMW_LR:
-        notes.append(
-            f"--lr.max-lr {config.lr.max_lr:g} suits the few weights that muon leaves to adamw; adamw alone usually "
-            "needs 1e-4 to 3e-3"
-        )
-    if corpus.val_tokens < 2:
-        notes.append("no validation set: val/loss is not reported")
     sources = _plan_sources(config, sequences, max_steps * batch.sequences_per_step)
-    remedy = "add text or lower --max-steps" if config.model.dropout else "add text, or train the preset small-text"
-    notes += [
-        f"{source.name} is read {source.epochs:.1f} times: beyond {MAX_USEFUL_EPOCHS} epochs a text teaches less and "
-        f"less; {remedy}"
-        for source in sources
-        if source.epochs > MAX_USEFUL_EPOCHS
-    ]
     return RunPlan(
         machine=machine,
         corpus=corpus,
@@ -263,8 +236,51 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         eval_interval=config.eval.interval,
         checkpoint_interval=config.checkpoint.interval,
         eval_batches=config.eval.batches,
-        notes=tuple(notes),
+        notes=(
+            *machine.notes,
+            *_note_batch(config, machine, batch),
+            *_note_device(config, machine, dtype),
+            *_note_schedule(config, max_steps),
+            *_note_data(config, corpus, sources),
+        ),
     )
+
+
+def _note_batch(config: TrainConfig, machine: MachineFacts, batch: BatchPlan) -> list[str]:
+    if config.micro_batch_size != "auto":
+        return []
+    bound = "make a CPU faster or fit in memory" if machine.device == "cpu" else "fit in memory"
+    return [
+        f"--micro-batch-size auto is {batch.micro_batch_size}, which divides the step: "
+        f"at most {machine.max_micro_batch} sequences {bound}"
+    ]
+
+
+def _note_schedule(config: TrainConfig, max_steps: int) -> list[str]:
+    notes = []
+    if config.lr.warmup_steps >= max_steps:
+        length = f"all {max_steps} steps" if max_steps > 1 else "the only step"
+        warmup = f"{config.lr.warmup_steps} step{'' if config.lr.warmup_steps == 1 else 's'}"
+        notes.append(f"warmup of {warmup} lasts for {length} of the run")
+    if config.spike.rollback and not config.checkpoint.interval:
+        notes.append("--checkpoint.interval is 0, so --spike.rollback goes back to the first step")
+    if config.optimizer.name == "adamw" and config.lr.max_lr > HIGH_ADAMW_LR:
+        notes.append(
+            f"--lr.max-lr {config.lr.max_lr:g} suits the few weights that muon leaves to adamw; adamw alone usually "
+            "needs 1e-4 to 3e-3"
+        )
+    return notes
+
+
+def _note_data(config: TrainConfig, corpus: CorpusFacts, sources: Sequence[SourcePlan]) -> list[str]:
+    notes = ["no validation set: val/loss is not reported"] if corpus.val_tokens < 2 else []
+    remedy = "add text or lower --max-steps" if config.model.dropout else "add text, or train the preset small-text"
+    return notes + [
+        f"{source.name} is read {source.epochs:.1f} times: beyond {MAX_USEFUL_EPOCHS} epochs a text teaches less and "
+        f"less; {remedy}"
+        for source in sources
+        if source.epochs > MAX_USEFUL_EPOCHS
+    ]
 
 
 def _count_sequences(config: TrainConfig, batch: BatchPlan, corpus: CorpusFacts) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from gpt.utils.hang import Limits
 from gpt.utils.heartbeat import RESUME_REMEDY, Heartbeat
 from gpt.utils.helper import describe_mistake, format_ranks
 from gpt.utils.lost_connection import describe_connection, has_timed_out, is_lost_connection
+from gpt.utils.pending_flag import KnownFlag, PendingFlag, ReducedFlag
 from gpt.utils.rendezvous import RankIdentity, meet
 from gpt.utils.tree_sum import tree_sum
 
@@ -37,14 +38,6 @@ SUSPECT_SECONDS = 2.0
 """The same if those that have not reported had hung before, by their heartbeats."""
 
 
-class PendingFlag(Protocol):
-    """A flag that is being reduced over the ranks."""
-
-    def read(self) -> int:
-        """Return the largest value of any rank, after waiting for it."""
-        ...
-
-
 class DistContext:
     """Rank facts and collectives; with one rank every collective is the identity.
 
@@ -58,7 +51,7 @@ class DistContext:
         step_timeout: float = STEP_TIMEOUT_SECONDS,
         *,
         start_timeout: float = START_TIMEOUT_SECONDS,
-        identity: RankIdentity | None = None,
+        describe: Callable[[], RankIdentity] = RankIdentity,
         record_folder: Path | None = None,
     ):
         """Join the processes that torchrun started, if it did.
@@ -68,7 +61,7 @@ class DistContext:
             step_timeout: seconds after which a rank that takes no part in a step counts as lost. Outside steps
                 (`on_main`, `on_local_main`, ...) ranks wait as long as heartbeats show that the others are alive.
             start_timeout: seconds to wait for the other ranks to come.
-            identity: what this rank runs; a difference to that of rank 0 is an error.
+            describe: returns what this rank runs, if there are others; a difference to that of rank 0 is an error.
             record_folder: folder for NCCL's last collectives if the run hangs; None: that of temporary files.
         """
         self.world_size, self.rank = launch.world_size(), launch.rank()
@@ -89,7 +82,7 @@ class DistContext:
         if device == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            self._join(identity or RankIdentity(), record_folder)
+            self._join(describe(), record_folder)
 
     def _join(self, identity: RankIdentity, record_folder: Path | None) -> None:
         """Meet the other ranks and form the groups: two for host values, and one for tensors on GPUs."""
@@ -270,11 +263,11 @@ class DistContext:
     def all_reduce_max_async(self, value: int) -> PendingFlag:
         """Start to find the largest value over the ranks, without waiting for it; several may be under way."""
         if self.world_size == 1:
-            return _KnownFlag(value)
+            return KnownFlag(value)
         flag = torch.tensor([value])
         work: Any = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._host_step_group, async_op=True)
         self._started = [earlier for earlier in self._started if not earlier.is_completed()] + [work]
-        return _ReducedFlag(flag, work)
+        return ReducedFlag(flag, work)
 
     def max(self, value: int) -> int:
         """Return the largest value of any rank; for use outside steps, because it waits for any work."""
@@ -365,23 +358,6 @@ class DistContext:
             for work in self._started:  # a flag that nobody has read must not be in use by a thread any more
                 work.wait()
             dist.destroy_process_group()
-
-
-class _KnownFlag:
-    def __init__(self, value: int):
-        self._value = value
-
-    def read(self) -> int:
-        return self._value
-
-
-class _ReducedFlag:
-    def __init__(self, flag: torch.Tensor, work: Any):
-        self._flag, self._work = flag, work
-
-    def read(self) -> int:
-        self._work.wait()
-        return int(self._flag)
 
 
 def find_rank_device(kind: str) -> torch.device:

@@ -46,7 +46,9 @@ def test_float32_files_agree_with_llama_cpp(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_rounded_files_agree_with_llama_cpp(tmp_path: Path, name: str, dtype: str) -> None:
-    prove_file(tmp_path, make_model(name, n_embd=64), make_tokenizer(), dtype)
+    proof = prove_file(tmp_path, make_model(name, n_embd=64), make_tokenizer(), dtype)
+    assert proof.logits_difference <= GGUF_TOLERANCES[dtype]
+    assert proof.texts == len(AWKWARD_TEXTS)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "byte", "qwen2"])

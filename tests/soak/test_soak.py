@@ -212,8 +212,10 @@ def limit_time(seconds: float) -> Iterator[None]:
     assert time.monotonic() - started < seconds
 
 
-def read_mutations(name: str, content: bytes, read: Callable[[bytes], object], n_mutations: int, capfd: Any) -> None:
-    """Read mutations of a content, each of which must give a result or be refused in one line."""
+def assert_mutations_are_read_or_refused(
+    name: str, content: bytes, read: Callable[[bytes], object], n_mutations: int, capfd: Any
+) -> None:
+    """Check that each mutation of a content gives a result or is refused in one line."""
     n_refused, max_seconds, started = 0, 0.0, time.monotonic()
     for number in range(n_mutations):
         generator = random.Random(f"{name} {number}")
@@ -256,7 +258,9 @@ def test_mutated_input_is_read_or_refused_in_one_line(
 ) -> None:
     content, read = make_reader(name, finished_run, cache_dir, tmp_path)
     read(content)
-    read_mutations(name, content, read, round(scale * (N_MUTATIONS - N_MUTATED_RUN_FOLDERS) / len(INPUTS)), capfd)
+    assert_mutations_are_read_or_refused(
+        name, content, read, round(scale * (N_MUTATIONS - N_MUTATED_RUN_FOLDERS) / len(INPUTS)), capfd
+    )
 
 
 def make_reader(

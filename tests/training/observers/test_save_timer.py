@@ -1,6 +1,7 @@
 from gpt.training.events import CheckpointSaved, Save, StepEnd, TrainStart
 from gpt.training.observers.save_timer import SaveTimer
-from gpt.utils.distributed import DistContext, PendingFlag
+from gpt.utils.distributed import DistContext
+from gpt.utils.pending_flag import PendingFlag
 from tests.training.example_events import PLAN
 
 

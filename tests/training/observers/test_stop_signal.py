@@ -5,7 +5,8 @@ import pytest
 
 from gpt.training.events import StepEnd, Stop, TrainStart
 from gpt.training.observers.stop_signal import StopSignal
-from gpt.utils.distributed import DistContext, PendingFlag
+from gpt.utils.distributed import DistContext
+from gpt.utils.pending_flag import PendingFlag
 from tests.training.example_events import PLAN
 
 
