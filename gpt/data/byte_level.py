@@ -1,7 +1,7 @@
 """GPT-2's byte-level BPE: how text is cut into words, bytes are written as characters, and ranks imply merges."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -51,3 +51,25 @@ def derive_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
                 for pair in (at - 1, at)[at == 0 : len(parts) - at]:  # the new part's neighbours
                     joined[pair] = rank_of(parts[pair] + parts[pair + 1], rank)
             yield parts[0], parts[1]
+
+
+def list_all_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield every pair of tokens that forms a token, by its rank and theirs, as a tokenizer.json made of ranks does.
+
+    transformers writes Llama 3's and GPT-4o's this way (convert_slow_tokenizer.py, TikTokenConverter).
+    """
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
+        yield from sorted(
+            (pair for pair in pairs if pair[0] in ranks and pair[1] in ranks),
+            key=lambda pair: (ranks[pair[0]], ranks[pair[1]]),
+        )
+
+
+def list_ambiguous_words(merges: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    """Yield words x y z in which one token is both x y and y z, so that its place depends on the order of merges."""
+    pairs = set(merges)
+    for x, y in sorted(pairs):
+        z = (x + y)[len(y) :]
+        if (x + y).startswith(y) and (y, z) in pairs:
+            yield x + y + z

@@ -5,7 +5,7 @@ where it is known, or was checked, to give the library's ids; every other tokeni
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,15 @@ import tiktoken
 import tokenizers
 from tokenizers import normalizers
 
-from gpt.data.byte_level import CHAR_TO_BYTE, END_OF_TEXT, GPT2_PATTERN, chars_to_bytes, derive_merges
+from gpt.data.byte_level import (
+    CHAR_TO_BYTE,
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    chars_to_bytes,
+    derive_merges,
+    list_all_merges,
+    list_ambiguous_words,
+)
 from gpt.data.word_boundaries import split_at_words
 from gpt.errors import UserError
 
@@ -76,18 +84,22 @@ def build_encoder(
     pattern = _find_word_pattern(pre_tokenizer)
     special = {token["content"] for token in definition.get("added_tokens", ())}
     vocabulary = {token: index for token, index in model["vocab"].items() if token not in special}
-    if pattern is not None and (is_known_tiktoken_compatible or merges_like_tiktoken(vocabulary, model["merges"])):
-        return _build_if_exact(
-            lambda: TiktokenEncoder(vocabulary, pattern, library.normalizer, encode_by_library), encode_by_library
-        )
+    if pattern is not None:
+        probe = PROBE_TEXT if is_known_tiktoken_compatible else find_probe(vocabulary, model)
+        if probe is not None:
+            return _build_if_exact(
+                lambda: TiktokenEncoder(vocabulary, pattern, library.normalizer, encode_by_library),
+                encode_by_library,
+                probe,
+            )
     is_characters = not model["merges"] and all(len(token) == 1 for token in model["vocab"])
     if pre_tokenizer is None and library.normalizer is None and is_characters:
         return CharEncoder(model["vocab"])
     return encode_by_library
 
 
-def _build_if_exact(build: Callable[[], Encoder], reference: Encoder) -> Encoder:
-    """Return the encoder that `build` makes if it encodes PROBE_TEXT as `reference` does, else `reference`.
+def _build_if_exact(build: Callable[[], Encoder], reference: Encoder, probe: str) -> Encoder:
+    """Return the encoder that `build` makes if it encodes `probe` as `reference` does, else `reference`.
 
     The regular expression of a tokenizer.json was written for another engine than tiktoken's, and need not match every
     character.
@@ -96,14 +108,15 @@ def _build_if_exact(build: Callable[[], Encoder], reference: Encoder) -> Encoder
         encoder = build()
     except ValueError:  # an expression that tiktoken does not understand
         return reference
-    return encoder if np.array_equal(encoder(PROBE_TEXT), reference(PROBE_TEXT)) else reference
+    return encoder if np.array_equal(encoder(probe), reference(probe)) else reference
 
 
 def _find_word_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """Return the regular expression that cuts text into words before byte-level BPE; None if text is cut otherwise.
 
     GPT-2's tokenizer.json leaves the expression to the ByteLevel step. Later ones (Llama 3, Qwen) give their own in a
-    Split step before it.
+    Split step before it, which keeps the matches alone (`Removed`, as in GPT-4o's) or also what is between them; the
+    latter is nothing in an expression that matches every text, which a probe shows.
     """
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
@@ -111,7 +124,8 @@ def _find_word_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}
+                | {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:
@@ -119,20 +133,32 @@ def _find_word_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return None
 
 
-def merges_like_tiktoken(vocabulary: dict[str, int], merges: Sequence[Sequence[str] | str]) -> bool:
-    """Return whether tiktoken, which knows ranks of tokens but no merges, would do exactly these merges.
+def find_probe(vocabulary: dict[str, int], model: dict[str, Any]) -> str | None:
+    """Return a text that tiktoken must encode as a BPE model does; None if tiktoken would not do the model's merges.
 
-    tiktoken joins any two neighbours that form a token, lowest id first. That equals a list of merges only if each
-    token has one merge, the merges are in the order of the ids, and each is the one by which tiktoken arrives at its
-    token.
+    tiktoken, which knows ranks of tokens but no merges, joins any two neighbours that form a token, lowest id first.
+    The merges must be in the order of the ids, and for each token either the one by which tiktoken arrives at it, or
+    all there are. With all, the two may still join in another order where a token can be formed at two places that
+    overlap, so the probe has all words that consist of such places.
+
+    Args:
+        vocabulary: ordinary tokens.
+        model: `model` of the tokenizer.json.
     """
     if not (vocabulary.keys() >= set(CHAR_TO_BYTE) and set().union(*vocabulary) <= set(CHAR_TO_BYTE)):
-        return False
+        return None
     if len(set(vocabulary.values())) < len(vocabulary):  # two tokens with one id make tiktoken panic
-        return False
+        return None
     ranks = {chars_to_bytes(token): rank for token, rank in vocabulary.items()}
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    return [(chars_to_bytes(left), chars_to_bytes(right)) for left, right in pairs] == list(derive_merges(ranks))
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merges = [(chars_to_bytes(left), chars_to_bytes(right)) for left, right in pairs]
+    if merges == list(derive_merges(ranks)):
+        return PROBE_TEXT
+    # tiktoken takes a word that is a token as this token, also where no merges lead to it.
+    if model.get("ignore_merges") and merges == list(list_all_merges(ranks)):
+        words = (word.decode(errors="ignore") for word in list_ambiguous_words(merges))
+        return "\n".join([PROBE_TEXT, *(text for word in words for text in (word, word * 3, f"a{word}a"))])
+    return None
 
 
 class TiktokenEncoder:

@@ -1,11 +1,13 @@
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 
-from gpt.data.byte_level import END_OF_TEXT
-from gpt.data.encoders import TiktokenEncoder, merges_like_tiktoken
+from gpt.data.byte_level import END_OF_TEXT, bytes_to_chars, chars_to_bytes, list_all_merges
+from gpt.data.encoders import PROBE_TEXT, TiktokenEncoder, find_probe
 from gpt.data.tokenizer import KNOWN_TIKTOKEN_COMPATIBLE, Tokenizer
 from gpt.data.tokenizer_builders import (
     build_byte_tokenizer,
@@ -19,7 +21,7 @@ def test_definitions_known_as_tiktoken_compatible_are_compatible() -> None:
     gpt2 = build_gpt2_tokenizer()
     model = json.loads(gpt2.definition)["model"]
     assert {gpt2.sha256} == KNOWN_TIKTOKEN_COMPATIBLE
-    assert merges_like_tiktoken(model["vocab"], model["merges"])
+    assert find_probe(model["vocab"], model) == PROBE_TEXT
 
 
 @pytest.mark.parametrize("text", [END_OF_TEXT, f"a{END_OF_TEXT}{END_OF_TEXT}\n{END_OF_TEXT[:-1]}", END_OF_TEXT[1:] * 9])
@@ -58,10 +60,13 @@ LLAMA3_PATTERN = (
 )
 
 
-def with_split(pattern: str, normalizer: str | None = None) -> str:
+ISOLATED, REMOVED = {"behavior": "Isolated", "invert": False}, {"behavior": "Removed", "invert": True}
+
+
+def with_split(pattern: str, normalizer: str | None = None, behavior: dict[str, Any] = ISOLATED) -> str:
     """Return a byte-level BPE whose words are cut by its own expression, as in Llama 3's and Qwen's tokenizer.json."""
     definition = json.loads(BUILDERS["bpe"]().definition)
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, **behavior}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     definition["normalizer"] = normalizer and {"type": normalizer}
@@ -70,12 +75,52 @@ def with_split(pattern: str, normalizer: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("normalizer", [None, "NFC"])
-def test_word_pattern_of_the_file_is_encoded_by_tiktoken(normalizer: str | None) -> None:
-    definition = with_split(LLAMA3_PATTERN, normalizer)
+@pytest.mark.parametrize("behavior", [ISOLATED, REMOVED], ids=["llama3", "gpt4o"])
+def test_word_pattern_of_the_file_is_encoded_by_tiktoken(normalizer: str | None, behavior: dict[str, Any]) -> None:
+    definition = with_split(LLAMA3_PATTERN, normalizer, behavior)
     tokenizer, library = Tokenizer(definition), tokenizers.Tokenizer.from_str(definition)
     library.encode_special_tokens = True
     assert isinstance(tokenizer._encode, TiktokenEncoder)
     assert tokenizer.encode(fuzz_text()).tolist() == library.encode(fuzz_text()).ids
+
+
+def with_all_merges(kind: str) -> dict[str, Any]:
+    """Return a vocabulary with every merge that forms one of its tokens, as Llama 3's tokenizer.json lists them."""
+    definition: dict[str, Any] = json.loads(with_split(LLAMA3_PATTERN))
+    vocabulary = json.loads(BUILDERS[kind]().definition)["model"]["vocab"]
+    vocabulary.pop(END_OF_TEXT, None)
+    ranks = {chars_to_bytes(token): rank for token, rank in vocabulary.items()}
+    merges = [(bytes_to_chars(left), bytes_to_chars(right)) for left, right in list_all_merges(ranks)]
+    definition["model"] |= {"vocab": vocabulary, "merges": merges}
+    return definition | {"added_tokens": []}
+
+
+def test_merges_of_every_way_to_each_token_are_encoded_by_tiktoken() -> None:
+    definition = with_all_merges("gpt2")
+    tokenizer, library = Tokenizer(json.dumps(definition)), tokenizers.Tokenizer.from_str(json.dumps(definition))
+    assert len(definition["model"]["merges"]) > 2 * len(definition["model"]["vocab"])
+    assert isinstance(tokenizer._encode, TiktokenEncoder)
+    draw = random.Random(0)
+    tokens = [chars_to_bytes(token).decode(errors="ignore") for token in definition["model"]["vocab"]]
+    runs = [token for token in tokens if len(set(token)) == 1 < len(token)]  # where places of a token overlap
+    words = ["".join(draw.choices(draw.choice([tokens, runs]), k=draw.randrange(1, 8))) for _ in range(20_000)]
+    for text in (fuzz_text(), " ".join(words), "\n".join(words)):
+        assert tokenizer.encode(text).tolist() == library.encode(text).ids
+
+
+@pytest.mark.parametrize("change", ["ignore_merges", "missing", "order"])
+def test_other_merges_than_every_way_to_each_token_are_encoded_by_the_library(change: str) -> None:
+    definition = with_all_merges("bpe")
+    assert isinstance(Tokenizer(json.dumps(definition))._encode, TiktokenEncoder)
+    merges = definition["model"]["merges"]
+    match change:
+        case "ignore_merges":
+            definition["model"]["ignore_merges"] = False
+        case "missing":
+            del merges[len(merges) // 2]
+        case "order":
+            merges[100], merges[200] = merges[200], merges[100]
+    assert not isinstance(Tokenizer(json.dumps(definition))._encode, TiktokenEncoder)
 
 
 @pytest.mark.parametrize("pattern", [r"\w+", r"(?<=a)\p{L}+|.", r"[a&&[^b]]|\s+|\S+"])
