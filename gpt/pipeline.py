@@ -28,11 +28,10 @@ from gpt.evaluation.val_loss import ValLoss
 from gpt.inference.generate import require_fitting_prompt, require_known_tokens
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cuda_runtime import name_nondeterministic_operator
-from gpt.machine.data_sheet import find_data_sheet_peak
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import find_free_memory, peak_memory, reset_peak_memory
 from gpt.machine.memory_estimate import estimate_memory
-from gpt.machine.peak_flops import load_or_measure_peak_flops
+from gpt.machine.peak_flops import find_peak_flops
 from gpt.models.gpt import GPT
 from gpt.ops.cross_entropy import find_chunk_bytes
 from gpt.optim.build import build_optimizer
@@ -212,20 +211,14 @@ def build_loop(
 ) -> Trainer:
     """Build the Trainer with its meter and logger; nothing is attached."""
     dist, plan = run.dist, run.plan
-    with work_line("measuring the machine's peak FLOP/s", is_shown=dist.is_main):
-        peak_flops = dist.on_main(
-            lambda: load_or_measure_peak_flops(
-                dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir
-            )
-        )
-    data_sheet = find_data_sheet_peak(plan.machine.device_name, plan.dtype)
+    peak = find_peak_flops(plan, dist, run.config.data.cache_dir)
     meter = Meter(
         plan.batch.tokens_per_step,
         state.skipped_updates,
         dist,
         flops_per_token=flops_per_token(plan.model),
-        peak_flops=peak_flops * dist.world_size,
-        data_sheet_flops=None if data_sheet is None else data_sheet * dist.world_size,
+        peak_flops=peak.measured,
+        data_sheet_flops=peak.data_sheet,
         peak_memory=partial(peak_memory, dist.device.type),
     )
     return Trainer(
