@@ -33,9 +33,11 @@ from gpt.machine.hardware import find_free_memory, peak_memory, reset_peak_memor
 from gpt.machine.memory_estimate import estimate_memory
 from gpt.machine.peak_flops import find_peak_flops
 from gpt.models.gpt import GPT
+from gpt.models.init import init_weights
 from gpt.ops.cross_entropy import find_chunk_bytes
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
+from gpt.resume.find import Start
 from gpt.resume.journal import Journal
 from gpt.resume.restore import restore_state
 from gpt.run import Run, write_run_files
@@ -83,7 +85,7 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     sequences = build_sequences(run.corpus, config.data, plan.batch.block_size, plan.seed)
     loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
     prompts = encode_prompts(config.sample, run.corpus.tokenizer, plan.batch.block_size)
-    state = build_state(config, plan, dist)
+    state = build_state(config, plan, dist, run.start)
     targets = find_rollback_targets(run)
     spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal, targets)
     restore_state(run.start, state, dist)
@@ -132,9 +134,20 @@ def compare_memory(run: Run) -> Memory:
     return Memory(needed, free if free is None or device == "cuda" else free // local_world_size())
 
 
-def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppState:
-    """Build the model with its initial weights, and its optimizer."""
-    model = GPT(plan.model, seed=plan.seed).to(dist.device)
+def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext, start: Start | None = None) -> AppState:
+    """Build the model and its optimizer.
+
+    Args:
+        config: the run's configuration.
+        plan: resolved for it.
+        dist: the ranks.
+        start: where the run starts; weights that it loads are not drawn before. None: at step 0, with initial weights.
+    """
+    draws = start is None or not start.loads_weights
+    model = GPT.build_empty(plan.model, torch.device("cpu") if draws and dist.is_main else dist.device)
+    if draws:  # each weight once, and not by every rank
+        dist.on_main(lambda: init_weights(model, model.config, plan.seed))
+        dist.broadcast_tensors([*model.to(dist.device).parameters()])
     optimizer = build_optimizer(
         model,
         config.optimizer,
