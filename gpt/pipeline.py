@@ -5,6 +5,7 @@ plan -> loader -> model -> optimizer -> Trainer -> observers
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -89,8 +90,9 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     targets = find_rollback_targets(run)
     spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal, targets)
     restore_state(run.start, state, dist)
+    train_step, plan = build_train_step(config, plan, dist, state, loader, timer)
+    run = replace(run, plan=plan)
     write_run_files(run)
-    train_step = build_train_step(config, plan, dist, state, loader, timer)
     protected = targets if config.spike.rollback else None
     checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, protected)
     trainer = build_loop(run, state, train_step, checkpoints, journal, timer)
@@ -162,8 +164,11 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext, start: St
 
 def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, loader: DataLoader, timer: StepTimer
-) -> TrainStep:
+) -> tuple[TrainStep, RunPlan]:
     """Build the step that updates `state`: check the machine's matmuls, parallelize the model, and compile it.
+
+    Returns:
+        The step, and the plan, which differs from `plan` if the compiler does not work here.
 
     Raises:
         UserError: the machine multiplies wrongly, or a reproducible run needs an operator that is not deterministic.
@@ -189,9 +194,12 @@ def build_train_step(
         dist.on_every_rank(lambda: require_deterministic_operators(state.model, trial))
     if compile_mode is not None:
         with work_line("compiling the model", is_shown=dist.is_main):
-            compile_or_fall_back(state.model, model, trial)
+            failure = compile_or_fall_back(state.model, model, trial, dist)
+        if failure:
+            note = f"the run is not compiled, because torch.compile does not work here: {failure}"
+            plan = replace(plan, compiles=False, notes=(*plan.notes, note))
     reset_peak_memory(dist.device.type)
-    return TrainStep(
+    train_step = TrainStep(
         model,
         state,
         plan,
@@ -202,6 +210,7 @@ def build_train_step(
         grad_clip=config.grad_clip,
         timer=timer,
     )
+    return train_step, plan
 
 
 def require_deterministic_operators(model: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> None:

@@ -136,7 +136,7 @@ def build_synthetic_step(config: TrainConfig, plan: RunPlan, dist: "DistContext"
 
     tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, document_mask=config.data.document_mask)
     loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
-    return build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)
+    return build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)[0]
 
 
 def _drop_source_weights(config: TrainConfig) -> TrainConfig:

@@ -41,7 +41,7 @@ class PeakFlops:
 
     measured: float
     data_sheet: float | None
-    """By the GPU's data sheet; None if it is not known."""
+    """That of the GPU's data sheet; None if it is not known."""
 
 
 def find_peak_flops(plan: RunPlan, dist: DistContext, cache_dir: Path) -> PeakFlops:

@@ -162,6 +162,13 @@ def train_step(
     return recorder.to_json()
 
 
+def try_loss_kernel(*, has_triton: bool) -> dict[str, Any]:
+    """Return whether the loss's kernel works, and what its trial launches."""
+    with fake_cuda(), mock.patch.object(cross_entropy, "HAS_TRITON", has_triton), Recorder() as recorder:
+        works = cross_entropy.loss_kernel_works(DEVICE, torch.bfloat16, 0.0)
+    return {"works": works, "kernels": recorder.launches["cross_entropy_chunk"]}
+
+
 def reproducible_step(*, dtype: str, optimizer: str) -> dict[str, Any]:
     """Record the second step of a reproducible run with document masks, where Triton is installed."""
     torch.use_deterministic_algorithms(True)
