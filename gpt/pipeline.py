@@ -36,6 +36,7 @@ from gpt.machine.peak_flops import find_peak_flops
 from gpt.models.gpt import GPT
 from gpt.models.init import init_weights
 from gpt.ops.cross_entropy import find_chunk_bytes
+from gpt.ops.precision import round_output
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
 from gpt.resume.find import Start
@@ -128,6 +129,7 @@ def compare_memory(run: Run) -> Memory:
         plan.batch,
         plan.optimizer,
         plan.dtype,
+        rounds_residuals=plan.rounds_residuals,
         activation_checkpointing=run.config.parallel.activation_checkpointing,
         copies_state=run.config.checkpoint.asynchronous and device != "cuda",  # a GPU's state is copied to the host
         chunk_bytes=find_chunk_bytes(run.dist.device),
@@ -150,6 +152,8 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext, start: St
     if draws:  # each weight once, and not by every rank
         dist.on_main(lambda: init_weights(model, model.config, plan.seed))
         dist.broadcast_tensors([*model.to(dist.device).parameters()])
+    if plan.rounds_residuals:
+        round_output(model.drop)
     optimizer = build_optimizer(
         model,
         config.optimizer,

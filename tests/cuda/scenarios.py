@@ -20,6 +20,7 @@ from gpt.data.data_loader import MicroBatch, StepBatch
 from gpt.inference.generate import Batch, Completion
 from gpt.models.gpt import GPT
 from gpt.ops import attention, cross_entropy
+from gpt.ops.precision import round_output
 from gpt.optim.build import build_optimizer
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.parallel.gradient_sync import AveragedGradients
@@ -101,9 +102,12 @@ def make_step(
     optimizer: str = "adamw",
     mode: str = "none",
     reproducible: bool = False,
+    rounds_residuals: bool = False,
 ) -> tuple[TrainStep, AppState]:
     with DEVICE:
         model = GPT(config, seed=0)
+    if rounds_residuals:
+        round_output(model.drop)
     checkpoint_activations(model.h, mode)
     precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     built = build_optimizer(
@@ -141,6 +145,7 @@ def train_step(
     masked: bool,
     llama: bool = False,
     has_triton: bool = False,
+    rounds_residuals: bool = False,
 ) -> dict[str, Any]:
     """Record the second step of a small model, accumulated over three micro-batches."""
     config = TINY.model_copy(update={"dropout": dropout} | (LLAMA if llama else {}))
@@ -154,7 +159,9 @@ def train_step(
         mock.patch("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
     ):
         batch = make_batch(config, sequences=2, micro_batches=3, masked=masked)
-        step, _ = make_step(config, batch, dtype=dtype, optimizer=optimizer, mode=mode)
+        step, _ = make_step(
+            config, batch, dtype=dtype, optimizer=optimizer, mode=mode, rounds_residuals=rounds_residuals
+        )
         step(0)  # allocates the optimizer's state
         with Recorder() as recorder:
             stats = step(1)

@@ -37,6 +37,15 @@ def test_step_with_triton_and_shared_heads_does_no_host_sync_and_no_copy(fake_cu
             assert launches["flex_attention"] == (6 if mode == "block" else 3), variant
 
 
+@pytest.mark.parametrize("llama", [False, True])
+def test_step_with_rounded_residual_stream_does_no_host_sync_and_no_copy(
+    fake_cuda: FakeCudaProcess, llama: bool
+) -> None:
+    variant = {"dtype": "bfloat16", "optimizer": "adamw", "mode": "none", "dropout": 0.0, "masked": False}
+    record = fake_cuda.run("train_step", llama=llama, rounds_residuals=True, **variant)
+    assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], [])
+
+
 @pytest.mark.parametrize(("dtype", "optimizer"), [("bfloat16", "adamw"), ("float16", "muon")])
 def test_reproducible_step_does_no_host_sync_and_uses_no_flex_attention(
     fake_cuda: FakeCudaProcess, dtype: str, optimizer: str
