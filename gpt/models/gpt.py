@@ -99,7 +99,7 @@ class GPT(nn.Module):
     """The language model; by default its head shares the token embedding's weight."""
 
     def __init__(self, config: GPTConfig, *, seed: int):
-        """Build on the CPU, with weights that depend on `config` and `seed` alone.
+        """Build with weights that depend on `config` and `seed` alone; on the meta device, without weights.
 
         Raises:
             ValueError: `config.vocab_size` is 0, which only a tokenizer can resolve.
@@ -115,7 +115,8 @@ class GPT(nn.Module):
         self.ln_f = _norm(config, config.n_embd)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
         self.loss = LinearCrossEntropy(config.logit_softcap)
-        init_weights(self, config, seed)
+        if not self.wte.weight.is_meta:
+            init_weights(self, config, seed)
 
     def forward(
         self,

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     FORWARD = 3
     TEXT = 4
     MIXTURE = 5
+    INIT = 6
 
 
 def random_bits(*address: int) -> int:
