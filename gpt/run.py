@@ -20,6 +20,7 @@ from gpt.data.chat_template import find_chat_template
 from gpt.data.corpus import Corpus, load_corpus
 from gpt.device_check import choose_device
 from gpt.errors import UserError
+from gpt.fast_paths import try_fast_paths
 from gpt.interop.families import explain_obstacles, find_families
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.cuda_runtime import set_up_cuda, uses_tf32
@@ -89,6 +90,7 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
             dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
             plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
+            plan = try_fast_paths(config, plan, dist)
             plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config), *_note_no_export(plan.model)])
             plan = _resume_plan(config, plan, start, has_validation=bool(corpus.val))
             records = dist.on_main(lambda: collect_records(folder, start, plan.order, config.spike.journal))

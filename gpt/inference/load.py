@@ -60,7 +60,7 @@ def load_for_inference(path: Path, device: str, dtype: str = "auto") -> Language
     used_device, notes = choose_device(device, saved.model, saved.data.cache_dir)
     for note in notes:
         log.warning("%s", note)
-    model = GPT(config, seed=0).to(used_device)
+    model = GPT.build_empty(config, torch.device(used_device))
     load_model_tensors(model, weights)
     used = next(model.parameters()).device
     machine = detect_machine(used.type, world_size=1)

@@ -67,7 +67,7 @@ class DocumentMask:
         self.doc_starts: torch.Tensor | None = None  # (B, T) int32, the first position that each position attends to
         self.allowed: torch.Tensor | None = None  # (B, 1, T, T) bool, the same for every head
         self.masked: torch.Tensor | None = None  # ~allowed
-        if _supports_flex(documents.device, dtype, dropout=dropout, head_dim=head_dim):
+        if supports_flex(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             self.blocks = _build_block_mask(documents, window)
         elif _supports_kernel(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
@@ -255,7 +255,8 @@ def _supports_shared_heads(q: torch.Tensor, mask: DocumentMask | None) -> bool:
     return _is_ampere(q.device) and compute_dtype(q) in HALF_DTYPES
 
 
-def _supports_flex(device: torch.device, dtype: torch.dtype, *, dropout: float, head_dim: int) -> bool:
+def supports_flex(device: torch.device, dtype: torch.dtype, *, dropout: float, head_dim: int) -> bool:
+    """Return whether document masks use FlexAttention; tries it once, and warns where it does not compile."""
     # FlexAttention has no dropout, and no backward pass on a CPU or on MPS. Its kernels do not say if they are
     # deterministic; those of SDPA do. In float32, and on GPUs before Ampere, its tiles may not fit.
     is_usable = _is_ampere(device) and HAS_TRITON and not torch.are_deterministic_algorithms_enabled()
