@@ -144,7 +144,9 @@ def write_gguf(
         for file in writer.fout or ():
             with contextlib.suppress(OSError):
                 file.close()
-        reason = error.strerror or first_line(error)  # numpy gives no errno
+        reason = (
+            error.strerror or f"the disk took a part of a tensor alone ({first_line(error)})"
+        )  # numpy gives no errno
         raise UserError(f"{path}: cannot be written: {reason}; free space, or name another --out") from error
 
 

@@ -1,5 +1,6 @@
 """A few small functions that several layers need."""
 
+import errno
 import hashlib
 import itertools
 import math
@@ -167,7 +168,8 @@ def describe_mistake(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'output'}: {error.strerror or error}"
+        remedy = "; free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{error.filename or 'output'}: {error.strerror or error}{remedy}"
     return _describe_shortage(error)
 
 
