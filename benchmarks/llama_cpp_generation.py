@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import llama_cpp
 import numpy as np
 
 MAX_ROWS = 8
@@ -26,6 +25,9 @@ class Model:
     """
 
     def __init__(self, path: str, *, threads: int, context: int):
+        import llama_cpp  # here, so that the module is imported without it
+
+        self._library = llama_cpp
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = 0
@@ -43,7 +45,7 @@ class Model:
 
     def generate(self, prompts: Sequence[Sequence[int]], n_new: int) -> tuple[float, float]:
         """Generate greedily after each prompt, and return the seconds of prefill and of all."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         start = time.perf_counter()
         tokens = self._read(prompts, begin=0)
         prefill_seconds = time.perf_counter() - start
@@ -61,8 +63,8 @@ class Model:
                 batch.logits[place] = position == begin + len(tokens) - 1
                 place += 1
         batch.n_tokens = place
-        assert llama_cpp.llama_decode(self._context, batch) == 0
-        logits = llama_cpp.llama_get_logits(self._context)
+        assert self._library.llama_decode(self._context, batch) == 0
+        logits = self._library.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(len(rows), self._vocab_size)).argmax(axis=1).tolist()
 
 

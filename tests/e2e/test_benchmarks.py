@@ -14,14 +14,9 @@ from benchmarks.training_peers import DEFAULTS, FP32, NANOGPT, OURS
 REPOSITORY = Path(__file__).resolve().parents[2]
 MACHINE = {"cpu": "CPU", "cpu_capability": "AVX512", "libraries": {"torch": "2.13.0"}, "python": "3.11.7"}
 
-NEEDED_PACKAGES = {"llama_cpp_generation": "llama_cpp"}
-"""Benchmark -> package that no extra for development installs."""
-
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "benchmarks").glob("[!_]*.py")))
 def test_benchmark_imports(name: str) -> None:
-    if name in NEEDED_PACKAGES:
-        pytest.importorskip(NEEDED_PACKAGES[name])
     assert importlib.import_module(f"benchmarks.{name}").__doc__
 
 
