@@ -148,3 +148,23 @@ def test_fork_of_a_run_keeps_its_chat_template(tiny: Tiny, tmp_path: Path, finis
     with open_run(tiny(tmp_path / "fork", resume=str(checkpoint))) as run:
         build_trainer(run).train()
     assert find_chat_template(tmp_path / "fork") == build_chat_template()
+
+
+def test_downloaded_model_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "qwen3")
+    (folder / "README.md").write_text("not needed")
+    asked = list[str]()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        """Return the folder with the files that match, as the hub's client does."""
+        asked.append(name)
+        for file in folder.iterdir():
+            if not any(file.match(pattern) for pattern in allow_patterns):
+                file.unlink()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    import_model(open_model_folder(download_model("hf:some/model")), tmp_path / "run")
+    assert asked == ["some/model"]
+    assert not (folder / "README.md").exists()
+    assert load_for_inference(tmp_path / "run", "cpu", "float32").tokenizer.sha256 == make_tokenizer().sha256
