@@ -43,10 +43,11 @@ def build_app(engine: Engine, model_id: str, *, api_key: str = "") -> FastAPI:
         UserError: the model's chat template is not valid.
     """
     app = FastAPI(openapi_url=None)
-    created, model = int(time.time()), engine.model
+    model = engine.model
     chat = None if model.chat_template is None else ChatEncoder(model.tokenizer, model.chat_template)
     install_error_handlers(app)
     app.add_middleware(Gate, api_key=api_key, metrics=engine.metrics)
+    _add_information(app, engine, model_id)
 
     async def respond(
         body: CompletionRequest | ChatRequest,
@@ -61,24 +62,6 @@ def build_app(engine: Engine, model_id: str, *, api_key: str = "") -> FastAPI:
             return await answer.wait(request)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(answer.stream(include_usage=include_usage), media_type="text/event-stream")
-
-    @app.get("/")
-    async def page() -> HTMLResponse:
-        html = (files("gpt.serving") / "page.html").read_text(encoding="utf-8")
-        return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY})
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok"}) if engine.is_alive else JSONResponse({"status": "stopping"}, 503)
-
-    @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(engine.metrics.format(), media_type="text/plain; version=0.0.4")
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, object]:
-        entry = {"id": model_id, "object": "model", "created": created, "owned_by": "local"}
-        return {"object": "list", "data": [entry | {"max_model_len": model.block_size}]}
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -102,6 +85,29 @@ def build_app(engine: Engine, model_id: str, *, api_key: str = "") -> FastAPI:
         return JSONResponse({"tokens": [{"id": s.token, "text": s.text, "nats": s.nats} for s in scores]})
 
     return app
+
+
+def _add_information(app: FastAPI, engine: Engine, model_id: str) -> None:
+    """Add the page, and the answers that need no generation."""
+    created = int(time.time())
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        html = (files("gpt.serving") / "page.html").read_text(encoding="utf-8")
+        return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"}) if engine.is_alive else JSONResponse({"status": "stopping"}, 503)
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(engine.metrics.format(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        entry = {"id": model_id, "object": "model", "created": created, "owned_by": "local"}
+        return {"object": "list", "data": [entry | {"max_model_len": engine.model.block_size}]}
 
 
 class Gate:
