@@ -168,7 +168,8 @@ def describe_mistake(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        remedy = "; free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        is_full = error.filename is not None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free space there" if is_full else ""
         return f"{error.filename or 'output'}: {error.strerror or error}{remedy}"
     return _describe_shortage(error)
 

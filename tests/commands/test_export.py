@@ -11,6 +11,7 @@ import pytest
 from gpt.commands.export import run
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
+from gpt.main import main
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from tests.conftest import limit_file_size
@@ -58,6 +59,19 @@ def test_a_full_disk_leaves_nothing(finished_run: Path, tmp_path: Path, proven: 
     with limit_file_size(20_000), pytest.raises(OSError, match="File too large") as caught:
         run([str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")])
     assert (caught.value.errno, Path(caught.value.filename).name) == (errno.EFBIG, "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_remedy(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(folder: Path, *args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr("gpt.interop.model_folder.write_tensors", fill)
+    assert main(["export", str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("model.safetensors: No space left on device; free space there\n") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
