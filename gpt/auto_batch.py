@@ -71,7 +71,9 @@ def max_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> in
     Raises:
         UserError: not even one sequence fits.
     """
-    model = GPT(plan.model, seed=plan.seed).to(dist.device)
+    model = GPT.build_empty(plan.model, dist.device)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)  # what is in memory may be NaN, or slow to compute with
     checkpoint_activations(model.h, config.parallel.activation_checkpointing)
     forward = partial(
         trial_loss,

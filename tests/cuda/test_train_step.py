@@ -46,6 +46,12 @@ def test_reproducible_step_does_no_host_sync_and_uses_no_flex_attention(
     assert not [name for name in record["launches_by_op"] if "flex" in name]
 
 
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_loss_kernel_is_tried_where_triton_is_installed(has_triton: bool, fake_cuda: FakeCudaProcess) -> None:
+    expected = {"works": has_triton, "kernels": int(has_triton)}
+    assert fake_cuda.run("try_loss_kernel", has_triton=has_triton) == expected
+
+
 def test_report_has_one_host_sync(fake_cuda: FakeCudaProcess) -> None:
     record = fake_cuda.run("report")
     assert len(record["syncs"]) == 1, record
