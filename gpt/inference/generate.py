@@ -24,7 +24,7 @@ NOT_FINITE = -1
 """Token id that stands for logits that are not finite."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(model: nn.Module, cache: KVCache, prompts: Sequence[Sequence[int]], first_row: int = 0) -> torch.Tensor:
     """Read prompts into empty rows of the cache; return the logits after each, (B, V) float32."""
     length = max(map(len, prompts))
@@ -33,7 +33,7 @@ def prefill(model: nn.Module, cache: KVCache, prompts: Sequence[Sequence[int]], 
     return _read(model, cache, padded, rows, counts=[len(prompt) for prompt in prompts])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model: nn.Module, cache: KVCache, tokens: Sequence[int]) -> torch.Tensor:
     """Read the next token of each of the first rows; return the logits after each, (B, V) float32."""
     return _read(model, cache, [[token] for token in tokens], range(len(tokens)), counts=[1] * len(tokens))

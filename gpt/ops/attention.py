@@ -276,10 +276,11 @@ _is_ampere._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def _flex_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Compile FlexAttention forward and backward for a short row; warn and return False where that fails."""
-    documents = torch.zeros((1, FLEX_TRIAL_TOKENS), dtype=torch.int64, device=device)
-    q = torch.zeros((1, 1, FLEX_TRIAL_TOKENS, head_dim), dtype=dtype, device=device, requires_grad=True)
     try:
-        with torch.enable_grad(), autocast_off(device):
+        # Generation may be the first to ask, in inference mode, where nothing has gradients.
+        with torch.inference_mode(mode=False), torch.enable_grad(), autocast_off(device):
+            documents = torch.zeros((1, FLEX_TRIAL_TOKENS), dtype=torch.int64, device=device)
+            q = torch.zeros((1, 1, FLEX_TRIAL_TOKENS, head_dim), dtype=dtype, device=device, requires_grad=True)
             blocks = _build_block_mask(documents, FLEX_TRIAL_TOKENS)
             _compile(flex_attention)(q, q, q, block_mask=blocks).sum().backward()
     except torch.OutOfMemoryError:

@@ -207,6 +207,19 @@ def test_document_mask_is_boolean_where_flex_attention_does_not_compile(
     assert "FlexAttention does not work here (out of resource: shared memory)" in caplog.text
 
 
+def test_flex_attention_is_tried_with_gradients_also_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = list[tuple[bool, bool]]()
+
+    def record(function: object) -> None:
+        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        raise RuntimeError("not compiled in this test")
+
+    monkeypatch.setattr(attention, "_compile", record)
+    with torch.inference_mode():
+        attention._flex_works.__wrapped__(torch.device("cpu"), torch.bfloat16, 16)
+    assert modes == [(False, True)]
+
+
 def test_shared_heads_equal_repeated_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 40, 16, generator=generator, requires_grad=True) for heads in (6, 2, 2))
