@@ -103,7 +103,7 @@ def build_step_function(config: TrainConfig, dist: "DistContext") -> Callable[[]
     tokens = SyntheticTokens(SYNTHETIC_VOCAB_SIZE, plan.batch.block_size, document_mask=False)
     loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
     state, timer = build_state(config, plan, dist), StepTimer(dist.device)
-    train_step = build_train_step(config, plan, dist, state, loader, timer)
+    train_step, _ = build_train_step(config, plan, dist, state, loader, timer)
     steps = count()
 
     def take_step() -> None:

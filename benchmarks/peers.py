@@ -34,6 +34,7 @@ from benchmarks.training_peers import (
     CONTENDERS,
     DEFAULTS,
     FP32,
+    FP32_COMPILED,
     LEAN,
     LIBRARIES,
     NANOGPT,
@@ -61,7 +62,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="steps of each process, warmup included")
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not measured")
     parser.add_argument(
-        "--settings", nargs="+", choices=PEER_SETTINGS, default=PEER_SETTINGS, help="settings of the peers"
+        "--settings",
+        nargs="+",
+        choices=(*PEER_SETTINGS, FP32_COMPILED),
+        default=PEER_SETTINGS,
+        help=f"settings of the peers; with {FP32_COMPILED!r} this project is measured in float32, with and without it",
     )
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT")
     parser.add_argument("--json", type=Path, help="file for all measurements")
@@ -102,7 +107,8 @@ def main() -> None:
 
 def _find_contenders(checkout: Path | None, settings: list[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Return (name, setting) of the contenders that can run, and name -> reason for those that cannot."""
-    contenders, left_out = [(OURS, DEFAULTS), (OURS, LEAN)], {}
+    own = (DEFAULTS, FP32, FP32_COMPILED) if FP32_COMPILED in settings else (DEFAULTS, LEAN)
+    contenders, left_out = [(OURS, setting) for setting in own], {}
     for name in CONTENDERS:
         missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
         if name == OURS:

@@ -9,8 +9,10 @@ one that nanoGPT has. The settings of the peers:
     fp32             what each project documents for a CPU
     bf16             bfloat16 autocast and the fused AdamW
     bf16, compiled   the same with torch.compile
+    fp32, compiled   fp32 with torch.compile
 
-Ours is a complete run of the Trainer, at the defaults or with `--parallel.activation-checkpointing block`. When a peer
+Ours is a complete run of the Trainer, at the defaults, with `--parallel.activation-checkpointing block`, or in float32
+with and without `--compile on`. When a peer
 is measured, nothing of `gpt` is imported.
 """
 
@@ -32,7 +34,8 @@ import torch
 
 OURS, NANOGPT, LITGPT, TRANSFORMERS = "this project", "nanoGPT", "Lightning Fabric + litgpt", "transformers Trainer"
 DEFAULTS, LEAN = "defaults", "block checkpointing"
-FP32, BF16, COMPILED = "fp32", "bf16", "bf16, compiled"
+FP32, BF16, COMPILED, FP32_COMPILED = "fp32", "bf16", "bf16, compiled", "fp32, compiled"
+FLOAT32 = (FP32, FP32_COMPILED)
 LIBRARIES = {OURS: (), NANOGPT: (), LITGPT: ("lightning", "litgpt"), TRANSFORMERS: ("transformers", "accelerate")}
 """Contender -> libraries it needs besides torch."""
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
@@ -104,7 +107,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def autocast(setting: str) -> contextlib.AbstractContextManager[object]:
     """Return the autocast context of a setting."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=setting != FP32)
+    return torch.autocast("cpu", torch.bfloat16, enabled=setting not in FLOAT32)
 
 
 def train_ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
@@ -147,6 +150,8 @@ def train_ours(spec: Spec, setting: str, watch: Stopwatch) -> None:
             micro_batch_size=spec.batch,
             tokens_per_step=spec.batch * spec.block_size,
             device="cpu",
+            dtype="float32" if setting in FLOAT32 else "auto",
+            compile="on" if setting == FP32_COMPILED else "auto",
             grad_clip=CLIP,
             model=GPTConfig(
                 n_layer=spec.n_layer,
@@ -189,8 +194,8 @@ def train_nanogpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
     model = nano.GPT(nano.GPTConfig(**sizes, dropout=0.0, bias=True))
     watch.parameters = count_parameters(model)
     # It uses the fused kernel only if the device type is cuda.
-    optimizer = model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, "cpu" if setting == FP32 else "cuda")
-    if setting == COMPILED:
+    optimizer = model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, "cpu" if setting in FLOAT32 else "cuda")
+    if setting in (COMPILED, FP32_COMPILED):
         model = torch.compile(model)
     inputs, targets = get_batch()
     watch.start()
@@ -218,7 +223,7 @@ def train_litgpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    fabric = Fabric(accelerator="cpu", devices=1, precision="32-true" if setting == FP32 else "bf16-mixed")
+    fabric = Fabric(accelerator="cpu", devices=1, precision="32-true" if setting in FLOAT32 else "bf16-mixed")
     fabric.launch()
     fabric.seed_everything(SEED)
     config = Config(
@@ -240,11 +245,11 @@ def train_litgpt(spec: Spec, setting: str, watch: Stopwatch) -> None:
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.02)
     watch.parameters = count_parameters(model)
-    if setting == COMPILED:
+    if setting in (COMPILED, FP32_COMPILED):
         model = torch.compile(model)
     model = fabric.setup(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=setting != FP32
+        model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=setting not in FLOAT32
     )
     optimizer = fabric.setup_optimizers(optimizer)
     loader = fabric.setup_dataloaders(
@@ -309,8 +314,8 @@ def train_transformers(spec: Spec, setting: str, watch: Stopwatch) -> None:
             adam_beta2=BETAS[1],
             max_grad_norm=CLIP,
             seed=SEED,
-            bf16=setting != FP32,
-            torch_compile=setting == COMPILED,
+            bf16=setting not in FLOAT32,
+            torch_compile=setting in (COMPILED, FP32_COMPILED),
             dataloader_pin_memory=False,
             logging_first_step=True,
             save_strategy="no",

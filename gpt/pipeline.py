@@ -5,6 +5,7 @@ plan -> loader -> model -> optimizer -> Trainer -> observers
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,15 +29,17 @@ from gpt.evaluation.val_loss import ValLoss
 from gpt.inference.generate import require_fitting_prompt, require_known_tokens
 from gpt.machine.arithmetic_check import require_right_arithmetic
 from gpt.machine.cuda_runtime import name_nondeterministic_operator
-from gpt.machine.data_sheet import find_data_sheet_peak
 from gpt.machine.flops import flops_per_token
 from gpt.machine.hardware import find_free_memory, peak_memory, reset_peak_memory
 from gpt.machine.memory_estimate import estimate_memory
-from gpt.machine.peak_flops import load_or_measure_peak_flops
+from gpt.machine.peak_flops import find_peak_flops
 from gpt.models.gpt import GPT
+from gpt.models.init import init_weights
 from gpt.ops.cross_entropy import find_chunk_bytes
+from gpt.ops.precision import round_output
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
+from gpt.resume.find import Start
 from gpt.resume.journal import Journal
 from gpt.resume.restore import restore_state
 from gpt.run import Run, write_run_files
@@ -84,12 +87,13 @@ def build_trainer(run: Run, console: RunConsole | None = None) -> Trainer:
     sequences = build_sequences(run.corpus, config.data, plan.batch.block_size, plan.seed)
     loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device, quarantine=journal.quarantine)
     prompts = encode_prompts(config.sample, run.corpus.tokenizer, plan.batch.block_size)
-    state = build_state(config, plan, dist)
+    state = build_state(config, plan, dist, run.start)
     targets = find_rollback_targets(run)
     spike_guard = state.savables["spike_guard"] = build_spike_guard(run, sequences, journal, targets)
     restore_state(run.start, state, dist)
+    train_step, plan = build_train_step(config, plan, dist, state, loader, timer)
+    run = replace(run, plan=plan)
     write_run_files(run)
-    train_step = build_train_step(config, plan, dist, state, loader, timer)
     protected = targets if config.spike.rollback else None
     checkpoints = CheckpointManager(run.folder, config.checkpoint, config.saved_json(), dist, run.start.step, protected)
     trainer = build_loop(run, state, train_step, checkpoints, journal, timer)
@@ -125,6 +129,7 @@ def compare_memory(run: Run) -> Memory:
         plan.batch,
         plan.optimizer,
         plan.dtype,
+        rounds_residuals=plan.rounds_residuals,
         activation_checkpointing=run.config.parallel.activation_checkpointing,
         copies_state=run.config.checkpoint.asynchronous and device != "cuda",  # a GPU's state is copied to the host
         chunk_bytes=find_chunk_bytes(run.dist.device),
@@ -133,9 +138,22 @@ def compare_memory(run: Run) -> Memory:
     return Memory(needed, free if free is None or device == "cuda" else free // local_world_size())
 
 
-def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppState:
-    """Build the model with its initial weights, and its optimizer."""
-    model = GPT(plan.model, seed=plan.seed).to(dist.device)
+def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext, start: Start | None = None) -> AppState:
+    """Build the model and its optimizer.
+
+    Args:
+        config: the run's configuration.
+        plan: resolved for it.
+        dist: the ranks.
+        start: where the run starts; weights that it loads are not drawn before. None: at step 0, with initial weights.
+    """
+    draws = start is None or not start.loads_weights
+    model = GPT.build_empty(plan.model, torch.device("cpu") if draws and dist.is_main else dist.device)
+    if draws:  # each weight once, and not by every rank
+        dist.on_main(lambda: init_weights(model, model.config, plan.seed))
+        dist.broadcast_tensors([*model.to(dist.device).parameters()])
+    if plan.rounds_residuals:
+        round_output(model.drop)
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -150,8 +168,11 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext) -> AppSta
 
 def build_train_step(
     config: TrainConfig, plan: RunPlan, dist: DistContext, state: AppState, loader: DataLoader, timer: StepTimer
-) -> TrainStep:
+) -> tuple[TrainStep, RunPlan]:
     """Build the step that updates `state`: check the machine's matmuls, parallelize the model, and compile it.
+
+    Returns:
+        The step, and the plan, which differs from `plan` if the compiler does not work here.
 
     Raises:
         UserError: the machine multiplies wrongly, or a reproducible run needs an operator that is not deterministic.
@@ -177,9 +198,12 @@ def build_train_step(
         dist.on_every_rank(lambda: require_deterministic_operators(state.model, trial))
     if compile_mode is not None:
         with work_line("compiling the model", is_shown=dist.is_main):
-            compile_or_fall_back(state.model, model, trial)
+            failure = compile_or_fall_back(state.model, model, trial, dist)
+        if failure:
+            note = f"the run is not compiled, because torch.compile does not work here: {failure}"
+            plan = replace(plan, compiles=False, notes=(*plan.notes, note))
     reset_peak_memory(dist.device.type)
-    return TrainStep(
+    train_step = TrainStep(
         model,
         state,
         plan,
@@ -190,6 +214,7 @@ def build_train_step(
         grad_clip=config.grad_clip,
         timer=timer,
     )
+    return train_step, plan
 
 
 def require_deterministic_operators(model: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> None:
@@ -212,20 +237,14 @@ def build_loop(
 ) -> Trainer:
     """Build the Trainer with its meter and logger; nothing is attached."""
     dist, plan = run.dist, run.plan
-    with work_line("measuring the machine's peak FLOP/s", is_shown=dist.is_main):
-        peak_flops = dist.on_main(
-            lambda: load_or_measure_peak_flops(
-                dist.device, plan.machine.device_name, plan.dtype, run.config.data.cache_dir
-            )
-        )
-    data_sheet = find_data_sheet_peak(plan.machine.device_name, plan.dtype)
+    peak = find_peak_flops(plan, dist, run.config.data.cache_dir)
     meter = Meter(
         plan.batch.tokens_per_step,
         state.skipped_updates,
         dist,
         flops_per_token=flops_per_token(plan.model),
-        peak_flops=peak_flops * dist.world_size,
-        data_sheet_flops=None if data_sheet is None else data_sheet * dist.world_size,
+        peak_flops=peak.measured,
+        data_sheet_flops=peak.data_sheet,
         peak_memory=partial(peak_memory, dist.device.type),
     )
     return Trainer(

@@ -16,9 +16,11 @@ from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.run_plan import DTYPE_KEY, TOKENIZER_KEY, MachineFacts, RunPlan, resolve
 from gpt.configs.train_config import TrainConfig
 from gpt.configs.user_folders import temporary_folder
+from gpt.data.chat_template import find_chat_template
 from gpt.data.corpus import Corpus, load_corpus
 from gpt.device_check import choose_device
 from gpt.errors import UserError
+from gpt.fast_paths import try_fast_paths
 from gpt.interop.families import explain_obstacles, find_families
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.cuda_runtime import set_up_cuda, uses_tf32
@@ -88,6 +90,7 @@ def open_run(config: TrainConfig, *, dry_run: bool = False) -> Run:
             dist.on_every_rank(lambda: require_same_manifest(start, dist.rank))
             corpus = load_corpus(config.data, config.model.block_size, dist)
             plan = resolve_auto_micro_batch(config, resolve(config, machine, corpus.facts), dist)
+            plan = try_fast_paths(config, plan, dist)
             plan = _with_notes(plan, [*corpus.notes, *_note_temporary_cache(config), *_note_no_export(plan.model)])
             plan = _resume_plan(config, plan, start, has_validation=bool(corpus.val))
             records = dist.on_main(lambda: collect_records(folder, start, plan.order, config.spike.journal))
@@ -137,6 +140,7 @@ def _write_run_files(run: Run) -> None:
         write_text(folder.config, folder.record_origin(run.config, run.start.checkpoint).saved_json() + "\n")
         write_json(folder.environment, environment)
         run.corpus.tokenizer.save(folder.path)
+        _keep_chat_template(run)
         for records in (folder.metrics, folder.samples):
             truncate_jsonl(records, run.start.step)
         if run.journal or folder.journal.exists():  # its last line may be torn
@@ -145,6 +149,14 @@ def _write_run_files(run: Run) -> None:
         append_jsonl(folder.lineage, _lineage_record(run, environment))
     except OSError as error:
         raise UserError(f"--run-dir {folder.path}: cannot write there: {error.strerror}") from error
+
+
+def _keep_chat_template(run: Run) -> None:
+    """Copy the chat template of the run whose weights this one starts from, if it has one."""
+    origin = run.start.init_from or run.start.checkpoint
+    template = None if origin is None else find_chat_template(find_run(origin).path)
+    if template is not None:
+        template.save(run.folder.path)
 
 
 def _lineage_record(run: Run, environment: Mapping[str, Any]) -> dict[str, Any]:

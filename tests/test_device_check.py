@@ -1,5 +1,6 @@
 """A device that computes wrongly is caught. The device is the CPU, with operators that are broken on purpose."""
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,14 @@ def test_auto_takes_mps_where_the_check_passes_and_remembers_it(
     assert choose_device("auto", MODEL, tmp_path) == ("mps", ())
     monkeypatch.setattr(device_check, "check_device", lambda *arguments: pytest.fail("checked again"))
     assert choose_device("auto", MODEL, tmp_path) == ("mps", ())
-    monkeypatch.setattr(torch, "__version__", "0.0")  # another torch is another device
-    with pytest.raises(pytest.fail.Exception, match="checked again"):
-        choose_device("auto", MODEL, tmp_path)
+    for module, name, value in (  # another torch is another device, and so is another driver
+        (torch, "__version__", "0.0"),
+        (platform, "mac_ver", lambda: ("99.9", ("", "", ""), "arm64")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            with pytest.raises(pytest.fail.Exception, match="checked again"):
+                choose_device("auto", MODEL, tmp_path)
 
 
 @pytest.mark.usefixtures("mps_that_is_the_cpu")

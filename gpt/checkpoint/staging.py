@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 16
 """Each tensor starts at a multiple of it, as every dtype needs."""
+PAGE_BYTES = 4096
+"""Size of the memory that tries whether CUDA registers any."""
 
 
 class Staging:
@@ -56,7 +58,7 @@ class Staging:
         self._buffer = torch.empty(size, dtype=torch.uint8)
         if not is_pinned:
             return
-        status = int(torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, 0))
+        status = _register(self._buffer)
         if status:
             log.warning("checkpoints are copied through pageable memory: cudaHostRegister returned error %d", status)
         else:
@@ -70,6 +72,20 @@ def lay_out_tensors(tensors: list[torch.Tensor]) -> tuple[list[int], int]:
         offsets.append(size)
         size += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return offsets, size
+
+
+def can_pin_memory() -> bool:
+    """Return whether CUDA registers ordinary host memory here; tries it with one page."""
+    page = torch.empty(PAGE_BYTES, dtype=torch.uint8)
+    if _register(page):
+        return False
+    _unregister(page)
+    return True
+
+
+def _register(buffer: torch.Tensor) -> int:
+    """Pin a buffer; return CUDA's error, 0 if there is none."""
+    return int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 0))
 
 
 def _unregister(buffer: torch.Tensor) -> None:

@@ -87,16 +87,12 @@ def measure_step(config: TrainConfig, machine: MachineFacts, dist: "DistContext"
         dist: the ranks.
         steps: steps to measure, twice.
     """
-    from gpt.machine.data_sheet import find_data_sheet_peak
     from gpt.machine.flops import flops_per_token
-    from gpt.machine.peak_flops import load_or_measure_peak_flops
+    from gpt.machine.peak_flops import find_peak_flops
 
     plan = plan_synthetic_run(config, machine, dist)
     measured = _measure(config, plan, dist, steps)
-    peak = dist.world_size * dist.on_main(
-        lambda: load_or_measure_peak_flops(dist.device, machine.device_name, plan.dtype, config.data.cache_dir)
-    )
-    data_sheet = find_data_sheet_peak(machine.device_name, plan.dtype)
+    peak = find_peak_flops(plan, dist, config.data.cache_dir)
     flops = flops_per_token(plan.model) * plan.batch.tokens_per_step
     seconds = statistics.median(measured.step_seconds)
     return {
@@ -111,14 +107,14 @@ def measure_step(config: TrainConfig, machine: MachineFacts, dist: "DistContext"
         "milliseconds": {phase: 1e3 * median for phase, median in measured.phase_seconds.items()},
         "peak_memory_bytes": measured.peak_memory_bytes,
         "flops_per_token": flops_per_token(plan.model),
-        "peak_flops_per_second": peak,
-        "mfu": flops / seconds / peak,
+        "peak_flops_per_second": peak.measured,
+        "mfu": flops / seconds / peak.measured,
         "own_shapes_flops_per_second": statistics.median(measured.matmul_rates),
         "mfu_of_own_shapes": statistics.median(
             flops / step / rate for step, rate in zip(measured.step_seconds, measured.matmul_rates, strict=True)
         ),
-        "data_sheet_flops_per_second": None if data_sheet is None else data_sheet * dist.world_size,
-        "mfu_data_sheet": None if data_sheet is None else flops / seconds / (data_sheet * dist.world_size),
+        "data_sheet_flops_per_second": peak.data_sheet,
+        "mfu_data_sheet": None if peak.data_sheet is None else flops / seconds / peak.data_sheet,
     }
 
 
@@ -140,7 +136,7 @@ def build_synthetic_step(config: TrainConfig, plan: RunPlan, dist: "DistContext"
 
     tokens = SyntheticTokens(plan.model.vocab_size, plan.batch.block_size, document_mask=config.data.document_mask)
     loader = DataLoader(tokens, plan.batch, rank=dist.rank, device=dist.device)
-    return build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)
+    return build_train_step(config, plan, dist, build_state(config, plan, dist), loader, timer)[0]
 
 
 def _drop_source_weights(config: TrainConfig) -> TrainConfig:

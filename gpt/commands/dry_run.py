@@ -24,7 +24,7 @@ def probe_steps(run: "Run") -> Probe:
     sequences = build_sequences(run.corpus, run.config.data, plan.batch.block_size, plan.seed)
     loader = DataLoader(sequences, plan.batch, rank=dist.rank, device=dist.device)
     state = build_state(run.config, plan, dist)
-    train_step = build_train_step(run.config, plan, dist, state, loader, StepTimer(dist.device))
+    train_step, _ = build_train_step(run.config, plan, dist, state, loader, StepTimer(dist.device))
     with closing(train_step):
         train_step(0)
         synchronize(dist.device)

@@ -15,6 +15,7 @@ from gpt.errors import UserError
 if TYPE_CHECKING:
     from gpt.configs.gpt_config import GPTConfig
     from gpt.data.tokenizer import Tokenizer
+    from gpt.inference.language_model import LanguageModel
     from gpt.interop.proof import Proof
     from gpt.models.gpt import GPT
 
@@ -61,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     _require_exportable(command.to, load_config(checkpoint / "config.json").model.resolve())
     require_writable(command.out.absolute().parent, "--out")
     loaded = load_for_inference(checkpoint, "cpu", "float32")
-    facts = export(command, checkpoint, loaded.model, loaded.tokenizer)
+    facts = export(command, checkpoint, loaded)
     if command.as_json:
         print_json(facts)
     else:
@@ -69,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def export(command: ExportCommand, checkpoint: Path, model: "GPT", tokenizer: "Tokenizer") -> dict[str, str]:
+def export(command: ExportCommand, checkpoint: Path, loaded: "LanguageModel") -> dict[str, str]:
     """Commit the folder once its content is proven, and return the facts to print.
 
     Raises:
@@ -81,17 +82,17 @@ def export(command: ExportCommand, checkpoint: Path, model: "GPT", tokenizer: "T
 
     write = {"hf": _write_hf, "gguf": _write_gguf}[command.to]
     with commit_folder(command.out) as folder:
-        architecture, prove = write(folder, command, model, tokenizer)
+        architecture, prove = write(folder, command, loaded)
         size = sum(path.stat().st_size for path in folder.iterdir())
         proof = _describe(prove(), command.to)
         card = write_model_card(
             name=command.out.absolute().name,
             library={"hf": "transformers", "gguf": "gguf"}[command.to],
             architecture=architecture,
-            n_parameters=model.config.n_parameters,
+            n_parameters=loaded.model.config.n_parameters,
             dtype=command.dtype,
             origin=read_origin(checkpoint),
-            tokenizer=tokenizer,
+            tokenizer=loaded.tokenizer,
             proof=proof,
         )
         write_text(folder / MODEL_CARD, card)
@@ -119,13 +120,15 @@ def _require_exportable(to: str, config: "GPTConfig") -> None:
             raise UserError("--to gguf needs the package gguf: pip install 'gpt-training-pipeline[gguf]'")
 
 
-def _write_hf(folder: Path, command: ExportCommand, model: "GPT", tokenizer: "Tokenizer") -> tuple[str, Prove]:
+def _write_hf(folder: Path, command: ExportCommand, loaded: "LanguageModel") -> tuple[str, Prove]:
     import torch
 
     from gpt.interop.model_folder import choose_family, write_model_folder
 
-    dtype = getattr(torch, command.dtype)
-    write_model_folder(folder, dict(model.state_dict()), model.config, tokenizer, dtype=dtype)
+    model, tokenizer, dtype = loaded.model, loaded.tokenizer, getattr(torch, command.dtype)
+    write_model_folder(
+        folder, dict(model.state_dict()), model.config, tokenizer, dtype=dtype, chat_template=loaded.chat_template
+    )
     return choose_family(model.config, tokenizer).architecture, lambda: _prove_hf(folder, model, tokenizer, dtype)
 
 
@@ -141,11 +144,14 @@ def _prove_hf(folder: Path, model: "GPT", tokenizer: "Tokenizer", dtype: Any) ->
     return prove(model, tokenizer, transformers_runtime.TransformersRuntime(folder), tolerance=HF_TOLERANCE)
 
 
-def _write_gguf(folder: Path, command: ExportCommand, model: "GPT", tokenizer: "Tokenizer") -> tuple[str, Prove]:
+def _write_gguf(folder: Path, command: ExportCommand, loaded: "LanguageModel") -> tuple[str, Prove]:
     from gpt.interop import gguf
 
+    model, tokenizer = loaded.model, loaded.tokenizer
     path = folder / f"{command.out.absolute().name}-{gguf.TYPES[command.dtype]}.gguf"
-    gguf.write_gguf(path, model.state_dict(), model.config, tokenizer, dtype=command.dtype)
+    gguf.write_gguf(
+        path, model.state_dict(), model.config, tokenizer, dtype=command.dtype, chat_template=loaded.chat_template
+    )
     architecture = gguf.require_architecture(model.config)
     return architecture, lambda: _prove_gguf(path, model, tokenizer, command.dtype)
 

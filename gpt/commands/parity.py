@@ -51,6 +51,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _load(command: ParityCommand) -> "tuple[GPT, Tokenizer]":
+    import torch
+
     from gpt.inference.load import load_for_inference
     from gpt.interop.families import require_family
     from gpt.interop.model_folder import is_model_folder, open_model_folder
@@ -61,6 +63,6 @@ def _load(command: ParityCommand) -> "tuple[GPT, Tokenizer]":
         require_family(loaded.model.config)
         return loaded.model, loaded.tokenizer
     source = open_model_folder(command.folder)
-    model = GPT(source.config, seed=0)
+    model = GPT.build_empty(source.config, torch.device("cpu"))
     model.load_state_dict(source.read_weights())
     return model.eval(), source.tokenizer

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ServeCommand(Config):
-    """Serve a trained model over HTTP: OpenAI's /v1/completions, and a page at /."""
+    """Serve a trained model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, and a page at /."""
 
     run_dir: Annotated[FilePath, POSITIONAL]
     """Folder of a run, or of one of its checkpoints."""
@@ -49,9 +49,9 @@ class ServeCommand(Config):
 def run(argv: Sequence[str]) -> int:
     """Parse the flags, load the model, and serve until SIGTERM or Ctrl-C."""
     command = parse(ServeCommand, argv, prog="gpt serve")
-    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("fastapi", "jinja2", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise UserError(f"gpt serve needs {' and '.join(missing)}: pip install 'gpt-training-pipeline[serve]'")
+        raise UserError(f"gpt serve needs {', '.join(missing)}: pip install 'gpt-training-pipeline[serve]'")
     with open_socket(command.host, command.port) as listener:
         return _serve(command, listener)
 

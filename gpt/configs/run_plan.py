@@ -105,6 +105,8 @@ class RunPlan:
     seed: int
     dtype: str
     """float32, bfloat16 or float16."""
+    rounds_residuals: bool
+    """The residual stream has that dtype, too; otherwise float32."""
     compiles: bool
     """The blocks and the loss are compiled."""
     model: GPTConfig
@@ -225,6 +227,7 @@ def resolve(config: TrainConfig, machine: MachineFacts, corpus: CorpusFacts) -> 
         reproducible=config.parallel.reproducible,
         seed=config.seed,
         dtype=dtype,
+        rounds_residuals=config.residual_dtype == "compute",
         compiles=resolve_compile(config, machine.device),
         model=model,
         max_steps=max_steps,
@@ -358,6 +361,8 @@ def _note_device(config: TrainConfig, machine: MachineFacts, dtype: str) -> list
         )
     if machine.device == "cuda" and config.dtype == "auto" and dtype == "float16":
         notes.append(FLOAT16_NOTE)
+    if dtype == "float32" and config.residual_dtype == "compute":
+        notes.append("--residual-dtype compute changes nothing: --dtype is float32")
     if dtype == "float32" and machine.runtime.get("tf32"):
         notes.append("--dtype float32 multiplies in TF32 on this GPU: 10 bits of mantissa instead of 23")
     if config.parallel.reproducible and machine.device == "cuda":

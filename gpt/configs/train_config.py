@@ -68,6 +68,8 @@ class TrainConfig(Config):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], NEEDS_FLAG] = "auto"
     """Compute type under autocast; auto: bfloat16 if the hardware has it, else float16 on CUDA and float32
     elsewhere."""
+    residual_dtype: Annotated[Literal["float32", "compute"], NEEDS_FLAG] = "float32"
+    """Type of the residual stream; compute: that of --dtype, which takes less memory and rounds every sum."""
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_parse_switch), SWITCH, SAFE_WITHOUT_DROPOUT] = (
         "auto"
     )

@@ -119,6 +119,11 @@ class Tokenizer:
         return {} if self.end_of_text is None else {"end_of_text": self.end_of_text}
 
     @property
+    def special_names(self) -> tuple[str, ...]:
+        """Names of the special tokens."""
+        return self._vocabulary.special
+
+    @property
     def document_start(self) -> Ids:
         """Ids that every document begins with: end-of-text, or none if there is no such token."""
         return np.array([] if self.end_of_text is None else [self.end_of_text], dtype=np.uint32)
@@ -130,6 +135,16 @@ class Tokenizer:
             UserError: the text is not valid Unicode, or has a character that a character tokenizer does not know.
         """
         return _encode_or_user_error(lambda: self._encode(text))
+
+    def encode_special(self, text: str) -> Ids:
+        """Return the ids of a text in which the names of special tokens stand for these; none is added.
+
+        Raises:
+            UserError: as for `encode`.
+        """
+        _encode_or_user_error(text.encode)
+        ids = _encode_or_user_error(lambda: self._control_library.encode(text, add_special_tokens=False).ids)
+        return np.array(ids, dtype=np.uint32)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, at least one.
@@ -199,6 +214,13 @@ class Tokenizer:
         definition = json.loads(self.definition)
         hidden = hide_special_tokens(definition)
         return self._library if hidden is definition else _load_library(json.dumps(hidden))
+
+    @cached_property
+    def _control_library(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer for text that names special tokens."""
+        library = _load_library(self.definition)
+        library.encode_special_tokens = False
+        return library
 
     @cached_property
     def _unrepresented_finder(self) -> Finder | None:

@@ -20,9 +20,11 @@ from gpt.utils.helper import plural
 
 FinishReason = Literal["stop", "length", "context", "diverged"]
 """A stop token or text; max_new_tokens; a full context; logits that are not finite."""
+NOT_FINITE = -1
+"""Token id that stands for logits that are not finite."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(model: nn.Module, cache: KVCache, prompts: Sequence[Sequence[int]], first_row: int = 0) -> torch.Tensor:
     """Read prompts into empty rows of the cache; return the logits after each, (B, V) float32."""
     length = max(map(len, prompts))
@@ -31,7 +33,7 @@ def prefill(model: nn.Module, cache: KVCache, prompts: Sequence[Sequence[int]], 
     return _read(model, cache, padded, rows, counts=[len(prompt) for prompt in prompts])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model: nn.Module, cache: KVCache, tokens: Sequence[int]) -> torch.Tensor:
     """Read the next token of each of the first rows; return the logits after each, (B, V) float32."""
     return _read(model, cache, [[token] for token in tokens], range(len(tokens)), counts=[1] * len(tokens))
@@ -131,15 +133,20 @@ class Batch:
                     self._rows[row], self._generators[row] = last, generator
 
     def _sample(self, logits: torch.Tensor, first_row: int) -> list[Completion]:
+        """Sample a token of each row from `first_row` on, with one host sync for all of them."""
         logits = logits[:, : self._vocab_size]
+        is_finite = logits.isfinite().all(dim=1)  # (B,)
+        logits = torch.where(is_finite[:, None], logits, 0)
         changed = self._rows[first_row:]
-        for completion, generator, row, is_finite in zip(
-            changed, self._generators[first_row:], logits, logits.isfinite().all(dim=1).tolist(), strict=True
-        ):
-            if not is_finite:
+        sampled = [
+            sample_next_token(row, completion.config, generator, [*completion.prompt, *completion.tokens])
+            for row, completion, generator in zip(logits, changed, self._generators[first_row:], strict=True)
+        ]
+        tokens = torch.where(is_finite, torch.stack(sampled), NOT_FINITE).tolist()
+        for completion, row, token in zip(changed, logits, tokens, strict=True):
+            if token == NOT_FINITE:
                 completion.finish_reason = "diverged"
                 continue
-            token = sample_next_token(row, completion.config, generator, [*completion.prompt, *completion.tokens])
             if token == self._end_of_text or token in completion.config.stop_tokens:
                 completion.finish_reason = "stop"
                 continue

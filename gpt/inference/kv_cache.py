@@ -143,8 +143,10 @@ def _attend_cached(
         index = torch.arange(len(q), device=q.device)
         keys[index, :, place.positions], values[index, :, place.positions] = k[:, :, 0], v[:, :, 0]
     group_size = q.shape[1] // k.shape[1]
-    if place.is_first:  # as in training
+    if place.is_first and (mask is not None or q.device.type != "cpu"):
         return attend(q, k, v, mask, dropout=0.0)
+    if place.is_first:  # without gradients torch's own is faster than the kernel of training (docs/EXPERIMENTS.md)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group_size > 1)
     return F.scaled_dot_product_attention(
         q,
         keys[:, :, place.keys],

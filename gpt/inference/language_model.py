@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from gpt.configs.explain import explain_validation_error
 from gpt.configs.observer_config import SampleConfig
+from gpt.data.chat_template import ChatTemplate
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.inference.generate import Completion, generate, require_fitting_prompt, require_known_tokens
@@ -40,10 +41,17 @@ class LanguageModel:
         model: the model, in evaluation mode.
         tokenizer: the tokenizer that it was trained with.
         dtype: dtype of matmuls; bfloat16 after `round_weights_to_bfloat16`.
+        chat_template: template of the tokenizer's folder; None if the model is none for conversations.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32):
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        dtype: torch.dtype = torch.float32,
+        chat_template: ChatTemplate | None = None,
+    ):
+        self.model, self.tokenizer, self.dtype, self.chat_template = model, tokenizer, dtype, chat_template
 
     @property
     def block_size(self) -> int:

@@ -9,6 +9,7 @@ from gpt.checkpoint.app_state import load_model_tensors
 from gpt.checkpoint.run_folder import find_run, locate_checkpoint
 from gpt.checkpoint.store import read_weights
 from gpt.configs.load import load_config
+from gpt.data.chat_template import find_chat_template
 from gpt.data.tokenizer import Tokenizer
 from gpt.device_check import choose_device
 from gpt.errors import UserError
@@ -43,7 +44,8 @@ def load_for_inference(path: Path, device: str, dtype: str = "auto") -> Language
     match_openmp_team()
     sleep_when_busy(torch.get_num_threads())
     checkpoint = locate_checkpoint(path, "RUN_DIR")
-    tokenizer = Tokenizer.from_folder(find_run(checkpoint).path)
+    run_path = find_run(checkpoint).path
+    tokenizer, chat_template = Tokenizer.from_folder(run_path), find_chat_template(run_path)
     weights = read_weights(checkpoint)
     saved = load_config(checkpoint / "config.json")
     config = saved.model
@@ -58,7 +60,7 @@ def load_for_inference(path: Path, device: str, dtype: str = "auto") -> Language
     used_device, notes = choose_device(device, saved.model, saved.data.cache_dir)
     for note in notes:
         log.warning("%s", note)
-    model = GPT(config, seed=0).to(used_device)
+    model = GPT.build_empty(config, torch.device(used_device))
     load_model_tensors(model, weights)
     used = next(model.parameters()).device
     machine = detect_machine(used.type, world_size=1)
@@ -67,4 +69,4 @@ def load_for_inference(path: Path, device: str, dtype: str = "auto") -> Language
     require_right_arithmetic(used, machine.device_name, dtype, model.config, config.block_size, saved.data.cache_dir)
     if dtype == "bfloat16":
         round_weights_to_bfloat16(model)
-    return LanguageModel(model.eval(), tokenizer, getattr(torch, dtype))
+    return LanguageModel(model.eval(), tokenizer, getattr(torch, dtype), chat_template)

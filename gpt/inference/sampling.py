@@ -12,8 +12,8 @@ MIN_TEMPERATURE = 1e-30
 
 def sample_next_token(
     logits: torch.Tensor, config: SampleConfig, generator: torch.Generator, previous: Sequence[int] = ()
-) -> int:
-    """Sample one token.
+) -> torch.Tensor:
+    """Sample one token; return its id, () int64, on the logits' device, without a host sync.
 
     Args:
         logits: (V,) float32.
@@ -24,11 +24,11 @@ def sample_next_token(
     if config.repetition_penalty != 1:
         logits = penalize_repetition(logits, previous, config.repetition_penalty)
     if config.temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax()
     # Subtracting the maximum first keeps every quotient finite or -inf at the smallest temperatures.
     logits = (logits - logits.max()) / max(config.temperature, MIN_TEMPERATURE)
     logits = keep_min_p(keep_top_p(keep_top_k(logits, config.top_k), config.top_p), config.min_p)
-    return int(torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator))
+    return _sample_index(logits.softmax(dim=-1), generator)
 
 
 def penalize_repetition(logits: torch.Tensor, previous: Sequence[int], penalty: float) -> torch.Tensor:
@@ -71,6 +71,14 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
         return logits
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def _sample_index(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return what `torch.multinomial` returns for one sample, bit-exactly, without its checks, which read the GPU.
+
+    The index of the largest p / q, where q is exponentially distributed, is index i with the probability p_i.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax()
 
 
 def _sum_up(probabilities: torch.Tensor) -> torch.Tensor:

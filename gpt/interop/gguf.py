@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.data.chat_template import ChatTemplate
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.interop.families import require_family
@@ -97,7 +98,13 @@ def require_architecture(config: GPTConfig) -> str:
 
 
 def write_gguf(
-    path: Path, weights: Mapping[str, torch.Tensor], config: GPTConfig, tokenizer: Tokenizer, *, dtype: str
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """Write a model and its tokenizer into one file.
 
@@ -107,6 +114,7 @@ def write_gguf(
         config: its resolved configuration.
         tokenizer: its tokenizer.
         dtype: a key of TYPES, the type of the matrices; norms, biases and positions stay float32.
+        chat_template: its chat template.
 
     Raises:
         UserError: llama.cpp has no such model or tokenizer, or the disk refused.
@@ -115,7 +123,7 @@ def write_gguf(
 
     logging.getLogger("gguf").setLevel(logging.WARNING)
     architecture, family = require_architecture(config), require_family(config)
-    vocabulary = describe_vocabulary(tokenizer, config.vocab_size)
+    vocabulary = describe_vocabulary(tokenizer, config.vocab_size, chat_template)
     writer = GGUFWriter(path, architecture)
     writer.add_name(path.stem)
     writer.add_file_type(getattr(LlamaFileType, "ALL_F32" if dtype == "float32" else f"MOSTLY_{TYPES[dtype]}"))
@@ -136,7 +144,9 @@ def write_gguf(
         for file in writer.fout or ():
             with contextlib.suppress(OSError):
                 file.close()
-        reason = error.strerror or first_line(error)  # numpy gives no errno
+        reason = (
+            error.strerror or f"the disk took a part of a tensor alone ({first_line(error)})"
+        )  # numpy gives no errno
         raise UserError(f"{path}: cannot be written: {reason}; free space, or name another --out") from error
 
 

@@ -5,6 +5,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gpt.data.chat_template import ChatTemplate
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.interop.awkward_texts import AWKWARD_TEXTS
@@ -33,7 +34,9 @@ class Vocabulary:
     types: list[int]
     """gguf.TokenType of each id."""
     merges: list[str]
+    begin_of_text: int
     end_of_text: int
+    chat_template: str | None
 
     def add_to(self, writer: "GGUFWriter") -> None:
         """Add the vocabulary to the metadata of a file."""
@@ -42,17 +45,20 @@ class Vocabulary:
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
         writer.add_token_merges(self.merges)
-        writer.add_bos_token_id(self.end_of_text)
+        writer.add_bos_token_id(self.begin_of_text)
         writer.add_eos_token_id(self.end_of_text)
         writer.add_add_bos_token(False)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
 
 
-def describe_vocabulary(tokenizer: Tokenizer, n_rows: int) -> Vocabulary:
+def describe_vocabulary(tokenizer: Tokenizer, n_rows: int, chat_template: ChatTemplate | None = None) -> Vocabulary:
     """Return the vocabulary of a file, with a name for each row of the embedding.
 
     Args:
         tokenizer: the tokenizer.
         n_rows: rows of the embedding; those without a token are unused ones.
+        chat_template: its chat template, which may have a bos_token of its own.
 
     Raises:
         UserError: llama.cpp has no such tokenizer.
@@ -75,7 +81,17 @@ def describe_vocabulary(tokenizer: Tokenizer, n_rows: int) -> Vocabulary:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if not merges:  # llama.cpp requires one: this never applies, because no text is cut into names of special tokens
         merges = [f"{names[tokenizer.end_of_text]} {names[tokenizer.end_of_text]}"]
-    return Vocabulary(pre, list(names.values()), [int(kind) for kind in types.values()], merges, tokenizer.end_of_text)
+    ids = {name: index for index, name in names.items()}
+    begin = None if chat_template is None else ids.get(chat_template.special_tokens.get("bos_token", ""))
+    return Vocabulary(
+        pre=pre,
+        tokens=list(names.values()),
+        types=[int(kind) for kind in types.values()],
+        merges=merges,
+        begin_of_text=tokenizer.end_of_text if begin is None else begin,
+        end_of_text=tokenizer.end_of_text,
+        chat_template=None if chat_template is None else chat_template.source,
+    )
 
 
 def list_comparable_texts(tokenizer: Tokenizer) -> list[str]:

@@ -20,7 +20,7 @@ from gpt.models.gpt import shorten_context
 from gpt.utils.atomic_io import commit_folder, make_folder, write_text
 from gpt.utils.helper import first_line
 
-DOWNLOADED = ("*.json", "*.safetensors", "pytorch_model*.bin")
+DOWNLOADED = ("*.json", "*.jinja", "*.safetensors", "pytorch_model*.bin")
 """Patterns of the files of a model on the hub that are read."""
 FINE_TUNING_LR = 3e-5
 """Highest learning rate in the config.json of an imported model; nanoGPT fine-tunes GPT-2 with it."""
@@ -79,6 +79,8 @@ def import_model(source: ModelFolder, out: Path, *, block_size: int = 0) -> Path
     with commit_folder(out) as folder:
         run = RunFolder(folder)
         source.tokenizer.save(folder)
+        if source.chat_template is not None:
+            source.chat_template.save(folder)
         write_text(run.config, config_json + "\n")
         write_checkpoint(run.checkpoint_path(0), Snapshot(weights, {}, progress, {}, 1), config_json)
     return RunFolder(out).checkpoint_path(0)

@@ -13,6 +13,7 @@ import torch
 
 from gpt.checkpoint.tensor_file import read_tensors, write_tensors
 from gpt.configs.gpt_config import GPTConfig
+from gpt.data.chat_template import CHAT_TEMPLATE_FILE, ChatTemplate, find_chat_template
 from gpt.data.end_of_text import TOKENIZER_SETTINGS_FILE, find_rule_beside
 from gpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from gpt.data.tokenizer_files import CONVERT
@@ -44,6 +45,7 @@ class ModelFolder:
     config: GPTConfig
     """Resolved."""
     tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
 
     def read_weights(self) -> Tensors:
         """Return the weights under our names and in our layout, float32.
@@ -89,7 +91,7 @@ def open_model_folder(path: Path) -> ModelFolder:
             f"{config.vocab_size:,} rows (vocab_size); use the tokenizer of this model"
         )
     list_weight_files(path)
-    return ModelFolder(path, config, tokenizer)
+    return ModelFolder(path, config, tokenizer, find_chat_template(path))
 
 
 def read_model_config(path: Path) -> GPTConfig:
@@ -163,7 +165,13 @@ def _is_qwen_tokenizer(tokenizer: Tokenizer) -> bool:
 
 
 def write_model_folder(
-    folder: Path, weights: Mapping[str, torch.Tensor], config: GPTConfig, tokenizer: Tokenizer, *, dtype: torch.dtype
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype,
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """Write configuration, weights and tokenizer into an empty folder.
 
@@ -173,6 +181,7 @@ def write_model_folder(
         config: its resolved configuration.
         tokenizer: its tokenizer.
         dtype: dtype of the weights in the files.
+        chat_template: its chat template.
 
     Raises:
         UserError: no class of transformers has this configuration.
@@ -184,7 +193,9 @@ def write_model_folder(
     write_json(folder / CONFIG, content | {"torch_dtype": str(dtype).removeprefix("torch.")})
     write_json(folder / GENERATION_CONFIG, _describe_generation(config, tokenizer))
     write_text(folder / TOKENIZER_FILE, tokenizer.definition)
-    write_json(folder / TOKENIZER_SETTINGS_FILE, _describe_tokenizer(config, tokenizer))
+    write_json(folder / TOKENIZER_SETTINGS_FILE, _describe_tokenizer(config, tokenizer, chat_template))
+    if chat_template is not None:
+        write_text(folder / CHAT_TEMPLATE_FILE, chat_template.source)
     _write_weights(folder, tensors)
 
 
@@ -196,7 +207,8 @@ def _describe_generation(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, A
     return ids | ({"suppress_tokens": padding} if padding else {})
 
 
-def _describe_tokenizer(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def _describe_tokenizer(config: GPTConfig, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> dict[str, Any]:
+    """Return tokenizer_config.json; the special tokens of a chat template go before those of this program."""
     token = tokenizer.end_of_text
     name = None if token is None else tokenizer.name_token(token)
     return {
@@ -205,6 +217,7 @@ def _describe_tokenizer(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, An
         "eos_token": name,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.block_size,
+        **({} if chat_template is None else chat_template.special_tokens),
     }
 
 

@@ -40,6 +40,7 @@ def estimate_memory(
     optimizer: OptimizerConfig,
     dtype: str,
     *,
+    rounds_residuals: bool = False,
     activation_checkpointing: str = "none",
     copies_state: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
@@ -53,6 +54,7 @@ def estimate_memory(
         batch: sizes of a step.
         optimizer: AdamW has two values per parameter; Muon has one for each of its matrices.
         dtype: float32, bfloat16 or float16.
+        rounds_residuals: whether the residual stream has this dtype, and not float32.
         activation_checkpointing: none, block or selective.
         copies_state: whether a checkpoint is copied in the same memory.
         chunk_bytes: bytes of logits that the loss materialises at a time.
@@ -60,21 +62,28 @@ def estimate_memory(
     weights = FLOAT32_BYTES * model.n_parameters
     *hidden, _ = linear_layers(model)
     matrices = sum(linear.n_in * linear.n_out * linear.layers for linear in hidden)
+    size = DTYPE_BYTES[dtype]
     state = 2 * weights - (FLOAT32_BYTES * matrices if optimizer.name == "muon" else 0)
     return MemoryEstimate(
         weights=weights,
         gradients=weights,
         optimizer=state,
-        activations=_estimate_activations(model, batch, DTYPE_BYTES[dtype], activation_checkpointing, chunk_bytes),
+        activations=_estimate_activations(
+            model, batch, size, size if rounds_residuals else FLOAT32_BYTES, activation_checkpointing, chunk_bytes
+        ),
         checkpoint=weights + state if copies_state else 0,
     )
 
 
-def _estimate_activations(model: GPTConfig, batch: BatchPlan, size: int, checkpointing: str, chunk_bytes: int) -> int:
-    """Return the bytes of a micro-batch; `size` is the compute dtype's."""
+def _estimate_activations(
+    model: GPTConfig, batch: BatchPlan, size: int, stream_size: int, checkpointing: str, chunk_bytes: int
+) -> int:
+    """Return the bytes of a micro-batch; the sizes are those of the compute dtype and of the residual stream's."""
     n_tokens = batch.micro_batch_size * batch.block_size
-    stream = FLOAT32_BYTES * model.n_embd  # bytes per token of the residual stream
-    block = _block_bytes_per_token(model, n_tokens, size)
+    stream = stream_size * model.n_embd  # bytes per token of the residual stream
+    if model.norm == "rmsnorm" and n_tokens * stream < RECOMPUTE_MIN_BYTES:
+        stream = FLOAT32_BYTES * model.n_embd  # it saves a float32 copy
+    block = _block_bytes_per_token(model, n_tokens, size, stream)
     matmuls = size * (sum(model.qkv_sizes) + sum(model.fc_sizes) + 2 * model.n_embd)
     saved = model.n_layer * {"none": block, "block": stream, "selective": stream + matmuls}[checkpointing]
     recomputed = 0 if checkpointing == "none" else block  # of the block that backward is in
@@ -91,9 +100,8 @@ def _estimate_activations(model: GPTConfig, batch: BatchPlan, size: int, checkpo
     return n_tokens * (saved + 2 * stream) + rounded_weights + max(loss + SCRATCH_BYTES, backward)
 
 
-def _block_bytes_per_token(model: GPTConfig, n_tokens: int, size: int) -> int:
+def _block_bytes_per_token(model: GPTConfig, n_tokens: int, size: int, stream: int) -> int:
     """Return the bytes per token that a block saves for backward (see gpt.models.gpt)."""
-    stream = FLOAT32_BYTES * model.n_embd
     normed = 0 if n_tokens * stream >= RECOMPUTE_MIN_BYTES else size * model.n_embd
     queries, keys, _ = model.qkv_sizes
     attention = size * (sum(model.qkv_sizes) + queries) + FLOAT32_BYTES * model.n_head

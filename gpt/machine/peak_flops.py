@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device: the rate of its fastest square matmuls, measured."""
+"""Peak FLOP/s of a device: the rate of its fastest square matmuls, measured, and that of its data sheet."""
 
 import contextlib
 import hashlib
@@ -7,12 +7,17 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.run_plan import RunPlan
+from gpt.machine.data_sheet import find_data_sheet_peak
 from gpt.machine.flops import linear_layers
+from gpt.utils.distributed import DistContext
+from gpt.utils.progress import work_line
 
 MIN_ROWS, MAX_ROWS = 512, 8192
 """Rows of the square matrices: these, and the powers of two between."""
@@ -28,6 +33,33 @@ SECONDS_PER_SHAPE = 0.05
 """Time for which a matmul is repeated."""
 MIN_JOINT_SHARE = 0.5
 """Joint FLOP/s of all threads, as a share of what they reach one by one, below which other programs must be running."""
+
+
+@dataclass(frozen=True)
+class PeakFlops:
+    """Peak FLOP/s of all ranks' devices together."""
+
+    measured: float
+    data_sheet: float | None
+    """That of the GPU's data sheet; None if it is not known."""
+
+
+def find_peak_flops(plan: RunPlan, dist: DistContext, cache_dir: Path) -> PeakFlops:
+    """Return the peaks of a run's devices in its dtype; rank 0 measures for all.
+
+    Args:
+        plan: names the machine and the dtype.
+        dist: the ranks.
+        cache_dir: folder of the cache of measured peaks.
+    """
+    name = plan.machine.device_name
+    with work_line("measuring the machine's peak FLOP/s", is_shown=dist.is_main):
+        measured = dist.on_main(lambda: load_or_measure_peak_flops(dist.device, name, plan.dtype, cache_dir))
+    data_sheet = find_data_sheet_peak(name, plan.dtype)
+    return PeakFlops(
+        measured=measured * dist.world_size,
+        data_sheet=None if data_sheet is None else data_sheet * dist.world_size,
+    )
 
 
 def load_or_measure_peak_flops(device: torch.device, device_name: str, dtype: str, cache_dir: Path) -> float:

@@ -1,32 +1,46 @@
 """The initialisation of each family, as a table: parameter -> distribution, with its source."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from gpt.configs.gpt_config import GPTConfig
+from gpt.utils.helper import Purpose, random_bits
 
-Distribution = Callable[[torch.Tensor, torch.Generator, GPTConfig], object]
-"""Fills a parameter in place, given the generator and the configuration."""
-
-
-def _normal(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
-    nn.init.normal_(parameter, std=config.init_std, generator=generator)
+BLOCK_NUMBERS = 2**14
+"""Numbers that are drawn together, rounded down to rows of the parameter, but at least one row."""
 
 
-def _scaled_normal(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
-    nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.n_layer), generator=generator)
+class Normal(NamedTuple):
+    """A normal distribution; a constant if `std` is 0."""
+
+    mean: float
+    std: float
 
 
-def _ones(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
-    nn.init.ones_(parameter)
+Distribution = Callable[[GPTConfig], Normal]
 
 
-def _zeros(parameter: torch.Tensor, generator: torch.Generator, config: GPTConfig) -> None:
-    nn.init.zeros_(parameter)
+def _normal(config: GPTConfig) -> Normal:
+    return Normal(0.0, config.init_std)
+
+
+def _scaled_normal(config: GPTConfig) -> Normal:
+    return Normal(0.0, config.init_std / math.sqrt(2 * config.n_layer))
+
+
+def _ones(config: GPTConfig) -> Normal:
+    return Normal(1.0, 0.0)
+
+
+def _zeros(config: GPTConfig) -> Normal:
+    return Normal(0.0, 0.0)
 
 
 INITIALISATION: dict[str, Distribution] = {
@@ -56,15 +70,52 @@ INITIALISATIONS: dict[str, dict[str, Distribution]] = {
 
 
 def init_weights(model: nn.Module, config: GPTConfig, seed: int) -> None:
-    """Fill every parameter of `model` from its table; they draw from one generator in the order of their names.
+    """Fill every parameter of `model` from its table.
 
     Args:
-        model: a GPT on the CPU.
+        model: a GPT whose parameters are whole.
         config: its configuration.
-        seed: generator's seed, which alone decides the weights of a configuration.
+        seed: decides the weights of a configuration, alone.
     """
-    generator = torch.Generator().manual_seed(seed)
-    table = INITIALISATIONS[config.init]
     for name, parameter in model.named_parameters():
-        distribution = next(fill for pattern, fill in table.items() if fnmatchcase(name, pattern))
-        distribution(parameter, generator, config)
+        init_rows(name, parameter, parameter.shape, 0, config, seed)
+
+
+@torch.no_grad()
+def init_rows(name: str, rows: torch.Tensor, shape: torch.Size, first_row: int, config: GPTConfig, seed: int) -> None:
+    """Fill some rows of a parameter, in place, with the bits that they have in the whole parameter.
+
+    The random bits of a block of rows are folded from the seed, the parameter's name and the block's number alone. So
+    any part of a model can be initialised by itself. They come from Philox (Salmon et al. 2011, "Parallel random
+    numbers: as easy as 1, 2, 3"), and become normal in numpy, which uses no vector instructions for it: CPUs of all
+    kinds draw the same weights.
+
+    Args:
+        name: parameter's name in the model.
+        rows: consecutive rows of it, on any device; may be none.
+        shape: shape of the whole parameter.
+        first_row: number of the first of `rows` in the parameter.
+        config: the model's configuration.
+        seed: decides the weights of a configuration, alone.
+    """
+    table = INITIALISATIONS[config.init]
+    mean, std = next(distribution for pattern, distribution in table.items() if fnmatchcase(name, pattern))(config)
+    if std == 0:
+        rows.fill_(mean)
+        return
+    assert mean == 0 and rows.dtype == torch.float32
+    n_rows, columns = shape[0], math.prod(shape[1:])
+    block_rows, end = max(1, BLOCK_NUMBERS // columns), first_row + len(rows)
+    key = np.array([random_bits(seed, Purpose.INIT), _digest_name(name)], dtype=np.uint64)
+    for start in range(first_row - first_row % block_rows, end, block_rows):
+        stop = min(start + block_rows, n_rows)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=(start // block_rows) << 128))
+        block = generator.standard_normal((stop - start, *shape[1:]), dtype=np.float32)
+        block *= np.float32(std)
+        begin = max(start, first_row)
+        rows[begin - first_row : stop - first_row].copy_(torch.from_numpy(block[begin - start : end - start]))
+
+
+def _digest_name(name: str) -> int:
+    """Return the first 64 bits of a name's SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

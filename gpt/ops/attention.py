@@ -67,7 +67,7 @@ class DocumentMask:
         self.doc_starts: torch.Tensor | None = None  # (B, T) int32, the first position that each position attends to
         self.allowed: torch.Tensor | None = None  # (B, 1, T, T) bool, the same for every head
         self.masked: torch.Tensor | None = None  # ~allowed
-        if _supports_flex(documents.device, dtype, dropout=dropout, head_dim=head_dim):
+        if supports_flex(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             self.blocks = _build_block_mask(documents, window)
         elif _supports_kernel(documents.device, dtype, dropout=dropout, head_dim=head_dim):
             index = torch.arange(documents.shape[1], device=documents.device)  # (T,)
@@ -255,7 +255,8 @@ def _supports_shared_heads(q: torch.Tensor, mask: DocumentMask | None) -> bool:
     return _is_ampere(q.device) and compute_dtype(q) in HALF_DTYPES
 
 
-def _supports_flex(device: torch.device, dtype: torch.dtype, *, dropout: float, head_dim: int) -> bool:
+def supports_flex(device: torch.device, dtype: torch.dtype, *, dropout: float, head_dim: int) -> bool:
+    """Return whether document masks use FlexAttention; tries it once, and warns where it does not compile."""
     # FlexAttention has no dropout, and no backward pass on a CPU or on MPS. Its kernels do not say if they are
     # deterministic; those of SDPA do. In float32, and on GPUs before Ampere, its tiles may not fit.
     is_usable = _is_ampere(device) and HAS_TRITON and not torch.are_deterministic_algorithms_enabled()
@@ -275,10 +276,11 @@ _is_ampere._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def _flex_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Compile FlexAttention forward and backward for a short row; warn and return False where that fails."""
-    documents = torch.zeros((1, FLEX_TRIAL_TOKENS), dtype=torch.int64, device=device)
-    q = torch.zeros((1, 1, FLEX_TRIAL_TOKENS, head_dim), dtype=dtype, device=device, requires_grad=True)
     try:
-        with torch.enable_grad(), autocast_off(device):
+        # Generation may be the first to ask, in inference mode, where nothing has gradients.
+        with torch.inference_mode(mode=False), torch.enable_grad(), autocast_off(device):
+            documents = torch.zeros((1, FLEX_TRIAL_TOKENS), dtype=torch.int64, device=device)
+            q = torch.zeros((1, 1, FLEX_TRIAL_TOKENS, head_dim), dtype=dtype, device=device, requires_grad=True)
             blocks = _build_block_mask(documents, FLEX_TRIAL_TOKENS)
             _compile(flex_attention)(q, q, q, block_mask=blocks).sum().backward()
     except torch.OutOfMemoryError:

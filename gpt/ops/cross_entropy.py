@@ -220,6 +220,8 @@ def _compute_tile(
     return loss
 
 
+_TRIAL_VOCAB = 16
+"""Logits of the row that tries whether the kernel works."""
 _triton_works = True
 """False once a kernel could not be compiled."""
 
@@ -253,3 +255,12 @@ torch.library.register_fake(
     "gpt::cross_entropy_chunk", lambda logits, *_: logits.new_empty((), dtype=torch.float32), lib=_library
 )
 CHUNK_OP = torch.ops.gpt.cross_entropy_chunk.default
+
+
+def loss_kernel_works(device: torch.device, dtype: torch.dtype, softcap: float) -> bool:
+    """Return whether the loss uses the Triton kernel; tries it on one row, and warns where it does not compile."""
+    if device.type != "cuda" or not HAS_TRITON:
+        return False
+    logits = torch.zeros((1, _TRIAL_VOCAB), dtype=dtype, device=device)
+    CHUNK_OP(logits, torch.zeros(1, dtype=torch.int64, device=device), softcap, True, 1.0)
+    return _triton_works

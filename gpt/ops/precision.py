@@ -2,7 +2,8 @@
 
 Under autocast, parameters and the residual stream are float32. Matmuls, attention and activations take the compute
 dtype (bfloat16 or float16); norms, rotary embeddings, softmax, the loss and every gradient of a parameter are float32.
-Without autocast everything has the dtype of its inputs. Autocast itself stays the mechanism, so that modules that a
+Without autocast everything has the dtype of its inputs. `round_output` gives the residual stream the compute dtype, too
+(--residual-dtype compute). Autocast itself stays the mechanism, so that modules that a
 user puts into the model compute in the same dtype (docs/adr/0017-autocast-is-asked-in-one-place.md).
 """
 
@@ -11,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
+from torch import nn
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -35,3 +37,12 @@ def capture_autocast(device: torch.device) -> Autocast:
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     """Return a context without autocast, for ops that choose their dtypes themselves."""
     return torch.autocast(device.type, enabled=False)
+
+
+def round_output(module: nn.Module) -> None:
+    """Round what `module` puts out to the compute dtype from now on.
+
+    Called for the module that begins the residual stream, it rounds all of the stream: each branch that is added has
+    the compute dtype already.
+    """
+    module.register_forward_hook(lambda module, inputs, output: output.to(compute_dtype(output)))

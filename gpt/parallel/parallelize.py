@@ -60,19 +60,40 @@ def parallelize(
     )
 
 
-def compile_or_fall_back(model: nn.Module, parallelized: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> bool:
-    """Compile what `parallelize` marked, by trials of training and of evaluation; return whether that worked.
+def compile_or_fall_back(
+    model: nn.Module, parallelized: nn.Module, trial: Callable[[nn.Module], torch.Tensor], dist: DistContext
+) -> str:
+    """Compile what `parallelize` marked, by trials of training and of evaluation; no later step compiles anything.
 
-    Where it fails, warn and let the model run uncompiled. No later step compiles anything.
+    Where it fails on one rank, warn and let the model run uncompiled on all.
 
     Args:
         model: the bare model, which is evaluated.
         parallelized: what `parallelize` returned for it, which is trained.
         trial: maps a module to a loss.
+        dist: the ranks.
+
+    Returns:
+        The reason why the model runs uncompiled; empty if it is compiled.
 
     Raises:
         torch.OutOfMemoryError: the trial does not fit in memory, compiled or not.
     """
+    failure = _find_compile_failure(model, parallelized, trial)
+    first = dist.min(dist.rank if failure else dist.world_size)
+    if first == dist.world_size:
+        return ""
+    failure = str(dist.broadcast(failure, first))
+    for module in model.modules():
+        module._compiled_call_impl = None
+    torch._dynamo.reset()
+    if dist.is_main:
+        log.warning("torch.compile does not work here (%s); going on without it", failure)
+    return failure
+
+
+def _find_compile_failure(model: nn.Module, parallelized: nn.Module, trial: Callable[[nn.Module], torch.Tensor]) -> str:
+    """Run the trials; return the error of the compiler in one line, empty if there is none."""
     try:
         with AveragedGradients(parallelized, world_size=1).micro_batch(is_last=False):
             trial(parallelized).backward()
@@ -82,15 +103,11 @@ def compile_or_fall_back(model: nn.Module, parallelized: nn.Module, trial: Calla
     except Exception as error:  # the compiler raises many: no C++ compiler, no Triton, an unsupported Python
         if (cause := _find_out_of_memory(error)) is not None:
             raise cause from None
-        for module in model.modules():
-            module._compiled_call_impl = None
-        torch._dynamo.reset()
-        log.warning("torch.compile does not work here (%s); going on without it", first_line(error))
-        return False
+        return first_line(error) or type(error).__name__
     finally:
         model.train()
         model.zero_grad(set_to_none=True)
-    return True
+    return ""
 
 
 def _find_out_of_memory(error: BaseException | None) -> BaseException | None:

@@ -66,6 +66,11 @@ class Start(Config):
     moved_aside: tuple[Path, ...] = ()
     """Their paths after they were renamed."""
 
+    @property
+    def loads_weights(self) -> bool:
+        """The run starts with weights from files, not with initial ones."""
+        return self.checkpoint is not None or self.init_from is not None
+
 
 @dataclass(frozen=True)
 class _Candidates:

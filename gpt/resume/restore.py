@@ -19,7 +19,7 @@ def restore_state(start: Start, state: AppState, dist: DistContext) -> None:
     Raises:
         UserError: on every rank, if rank 0 cannot load it.
     """
-    if start.checkpoint is not None or start.init_from is not None:
+    if start.loads_weights:
         load_on_all_ranks(lambda: _load(start, state), state, dist)
 
 

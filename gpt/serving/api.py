@@ -1,11 +1,10 @@
-"""The HTTP interface: OpenAI's /v1/models and /v1/completions, /v1/score, /health, /metrics and a page at /."""
+"""The HTTP interface: OpenAI's models, completions and chat completions, /v1/score, /health, /metrics, a page at /."""
 
 import asyncio
 import hmac
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 from fastapi import FastAPI, Request, Response
@@ -13,15 +12,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt.errors import UserError
+from gpt.inference.chat import ChatEncoder
 from gpt.inference.language_model import LanguageModel
-from gpt.serving.engine import Engine, Job, Update
-from gpt.serving.errors import error_body, error_response, install_error_handlers
+from gpt.inference.text import CompletionText
+from gpt.serving.answer import Answer
+from gpt.serving.engine import Engine, Job
+from gpt.serving.errors import error_response, install_error_handlers
+from gpt.serving.formats import AnswerFormat, ChatFormat, CompletionFormat
 from gpt.serving.metrics import Metrics
-from gpt.serving.schema import MAX_PROMPTS, CompletionRequest, ScoreRequest
+from gpt.serving.schema import MAX_PROMPTS, ChatRequest, CompletionRequest, ScoreRequest
 
 MAX_BODY_BYTES = 8 * 2**20
-FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
-"""Reason here -> in OpenAI's API."""
+NO_CHAT_TEMPLATE = "the model has no chat template, which an imported chat model brings along; use /v1/completions"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,11 +38,58 @@ def build_app(engine: Engine, model_id: str, *, api_key: str = "") -> FastAPI:
         engine: generates; started and stopped by the caller.
         model_id: name of the model in the API.
         api_key: key that requests below /v1 must carry as a bearer token; empty: none.
+
+    Raises:
+        UserError: the model's chat template is not valid.
     """
     app = FastAPI(openapi_url=None)
-    created = int(time.time())
+    model = engine.model
+    chat = None if model.chat_template is None else ChatEncoder(model.tokenizer, model.chat_template)
     install_error_handlers(app)
     app.add_middleware(Gate, api_key=api_key, metrics=engine.metrics)
+    _add_information(app, engine, model_id)
+
+    async def respond(
+        body: CompletionRequest | ChatRequest,
+        request: Request,
+        form: AnswerFormat,
+        build_texts: Callable[[], Sequence[CompletionText]],
+    ) -> Response:
+        texts, loop = await asyncio.to_thread(build_texts), asyncio.get_running_loop()
+        answer = Answer([Job(text, loop) for text in texts], form, model_id, per_prompt=body.n)
+        engine.submit(*answer.jobs)
+        if not body.stream:
+            return await answer.wait(request)
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return StreamingResponse(answer.stream(include_usage=include_usage), media_type="text/event-stream")
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        if body.model not in ("", model_id):
+            return _refuse_model(body.model, model_id)
+        return await respond(body, request, CompletionFormat(), lambda: build_completion_texts(body, model))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        if body.model not in ("", model_id):
+            return _refuse_model(body.model, model_id)
+        if chat is None:
+            return error_response(NO_CHAT_TEMPLATE, 400, code="no_chat_template")
+        return await respond(body, request, ChatFormat(), lambda: build_chat_texts(body, model, chat))
+
+    @app.post("/v1/score")
+    async def score(body: ScoreRequest) -> Response:
+        if body.model not in ("", model_id):
+            return _refuse_model(body.model, model_id)
+        scores = await asyncio.wrap_future(engine.call(lambda: model.score_tokens(body.text)))
+        return JSONResponse({"tokens": [{"id": s.token, "text": s.text, "nats": s.nats} for s in scores]})
+
+    return app
+
+
+def _add_information(app: FastAPI, engine: Engine, model_id: str) -> None:
+    """Add the page, and the answers that need no generation."""
+    created = int(time.time())
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -57,28 +106,8 @@ def build_app(engine: Engine, model_id: str, *, api_key: str = "") -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, object]:
-        model = {"id": model_id, "object": "model", "created": created, "owned_by": "local"}
-        return {"object": "list", "data": [model | {"max_model_len": engine.model.block_size}]}
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        if body.model not in ("", model_id):
-            return _refuse_model(body.model, model_id)
-        loop = asyncio.get_running_loop()
-        answer = Answer(await asyncio.to_thread(build_jobs, body, engine.model, loop), body, model_id)
-        engine.submit(*answer.jobs)
-        if body.stream:
-            return StreamingResponse(answer.stream(), media_type="text/event-stream")
-        return await answer.wait(request)
-
-    @app.post("/v1/score")
-    async def score(body: ScoreRequest) -> Response:
-        if body.model not in ("", model_id):
-            return _refuse_model(body.model, model_id)
-        scores = await asyncio.wrap_future(engine.call(lambda: engine.model.score_tokens(body.text)))
-        return JSONResponse({"tokens": [{"id": s.token, "text": s.text, "nats": s.nats} for s in scores]})
-
-    return app
+        entry = {"id": model_id, "object": "model", "created": created, "owned_by": "local"}
+        return {"object": "list", "data": [entry | {"max_model_len": engine.model.block_size}]}
 
 
 class Gate:
@@ -120,148 +149,45 @@ class Gate:
         return None
 
 
-def build_jobs(body: CompletionRequest, model: LanguageModel, loop: asyncio.AbstractEventLoop) -> list[Job]:
-    """Return a job for each completion that a request asks for; encoding a long prompt takes a while.
+def build_completion_texts(body: CompletionRequest, model: LanguageModel) -> list[CompletionText]:
+    """Return the completions that a request asks for, not yet begun; encoding a long prompt takes a while.
 
     Raises:
         UserError: a prompt that does not fit the context or the tokenizer.
     """
-    prompts, config = body.list_prompts(), body.build_config()
+    prompts = body.list_prompts()
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise UserError(f"prompt: {len(prompts)} prompts; a request has 1 to {MAX_PROMPTS}")
-    seed = secrets.randbits(62) if body.seed is None else body.seed
-    jobs = []
-    for index in range(len(prompts) * body.n):
-        prompt = prompts[index // body.n]
-        text = model.build_completion(prompt, config, (seed + index) % 2**63)
-        text.completion.n_top_logprobs = body.logprobs
-        jobs.append(Job(text, loop))
-    return jobs
+    return _build_texts(body, model, prompts, body.max_tokens, place="prompt")
 
 
-class Answer:
-    """The answer to one request for completions.
+def build_chat_texts(body: ChatRequest, model: LanguageModel, chat: ChatEncoder) -> list[CompletionText]:
+    """Return the turns of the assistant that a request asks for, not yet begun.
 
-    Args:
-        jobs: its completions.
-        body: the request.
-        model_id: name of the model in the API.
+    Raises:
+        UserError: messages that the chat template refuses, or that do not fit the context.
     """
-
-    def __init__(self, jobs: Sequence[Job], body: CompletionRequest, model_id: str):
-        self.jobs, self._body = jobs, body
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model_id,
-        }
-        self._text_lengths = [0] * len(jobs)
-
-    async def wait(self, request: Request) -> Response:
-        """Return the whole answer; the jobs end early if the client leaves."""
-        watcher = asyncio.ensure_future(_wait_until_gone(request))
-        try:
-            choices = []
-            for index, job in enumerate(self.jobs):
-                updates = [update async for update in _read(job, watcher)]
-                if not updates:  # the client has left
-                    return Response(status_code=499)
-                if updates[-1].error:
-                    return error_response(updates[-1].error, 500)
-                text = "".join(update.text for update in updates)
-                tokens = tuple(text for update in updates for text in update.token_texts)
-                choices.append(self._format_choice(index, Update(text, tokens, 0, updates[-1].finish_reason)))
-            return JSONResponse(self._head | {"choices": choices, "usage": self._count_usage()})
-        finally:
-            self.cancel()
-            watcher.cancel()
-
-    async def stream(self) -> AsyncIterator[str]:
-        """Yield server-sent events; closed when the client leaves, which ends the jobs."""
-        queue: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-
-        async def forward(index: int, job: Job) -> None:
-            while True:
-                update = await job.updates.get()
-                queue.put_nowait((index, update))
-
-        forwarders = [asyncio.ensure_future(forward(index, job)) for index, job in enumerate(self.jobs)]
-        try:
-            n_open = len(self.jobs)
-            while n_open:
-                index, update = await queue.get()
-                if update.error:
-                    yield _format_event(error_body(update.error, 500))
-                    return
-                n_open -= update.finish_reason is not None
-                yield _format_event(self._head | {"choices": [self._format_choice(index, update)]})
-            if self._body.stream_options and self._body.stream_options.include_usage:
-                yield _format_event(self._head | {"choices": [], "usage": self._count_usage()})
-            yield "data: [DONE]\n\n"
-        finally:
-            self.cancel()
-            for forwarder in forwarders:
-                forwarder.cancel()
-
-    def cancel(self) -> None:
-        """End the jobs that are not finished."""
-        for job in self.jobs:
-            job.is_cancelled = True
-
-    def _format_choice(self, index: int, update: Update) -> dict[str, object]:
-        reason = None if update.finish_reason is None else FINISH_REASONS[update.finish_reason]
-        logprobs = None if self._body.logprobs is None else self._format_logprobs(index, update)
-        return {"index": index, "text": update.text, "finish_reason": reason, "logprobs": logprobs}
-
-    def _format_logprobs(self, index: int, update: Update) -> dict[str, object]:
-        text = self.jobs[index].text
-        logprobs = text.completion.logprobs[update.first_token : update.first_token + len(update.token_texts)]
-        offsets, length = [], self._text_lengths[index]
-        for token_text in update.token_texts:
-            offsets.append(length)
-            length += len(token_text)
-        self._text_lengths[index] = length
-        return {
-            "tokens": list(update.token_texts),
-            "token_logprobs": [position.logprob for position in logprobs],
-            "top_logprobs": [
-                {text.decode_token(token): value for token, value in position.top.items()} for position in logprobs
-            ],
-            "text_offset": offsets,
-        }
-
-    def _count_usage(self) -> dict[str, int]:
-        completions = [job.text.completion for job in self.jobs]
-        n_prompt = sum(len(each.prompt) for each in completions[:: self._body.n])
-        n_new = sum(len(each.tokens) for each in completions)
-        return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+    ids = chat.encode([message.describe() for message in body.messages])
+    max_tokens = body.max_completion_tokens or body.max_tokens or model.block_size
+    return _build_texts(body, model, [ids], max_tokens, place="messages")
 
 
-async def _read(job: Job, watcher: "asyncio.Future[None]") -> AsyncIterator[Update]:
-    """Yield a job's updates to its last one; stop where the client has left."""
-    while True:
-        getter = asyncio.ensure_future(job.updates.get())
-        await asyncio.wait((getter, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not getter.done():
-            getter.cancel()
-            return
-        update = getter.result()
-        yield update
-        if update.finish_reason is not None or update.error:
-            return
-
-
-async def _wait_until_gone(request: Request) -> None:
-    """Return when the client has closed the connection."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
+def _build_texts(
+    body: CompletionRequest | ChatRequest,
+    model: LanguageModel,
+    prompts: Sequence[str | list[int]],
+    max_tokens: int,
+    place: str,
+) -> list[CompletionText]:
+    config, texts = body.build_config(max_tokens), []
+    seed = secrets.randbits(62) if body.seed is None else body.seed
+    for index in range(len(prompts) * body.n):
+        text = model.build_completion(prompts[index // body.n], config, (seed + index) % 2**63, place)
+        text.completion.n_top_logprobs = body.n_top_logprobs
+        texts.append(text)
+    return texts
 
 
 def _refuse_model(name: str, model_id: str) -> JSONResponse:
     message = f"the model {name!r} does not exist; this server has {model_id!r}"
     return error_response(message, 404, "model", "model_not_found")
-
-
-def _format_event(value: dict[str, object]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

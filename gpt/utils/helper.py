@@ -1,5 +1,6 @@
 """A few small functions that several layers need."""
 
+import errno
 import hashlib
 import itertools
 import math
@@ -24,6 +25,7 @@ class Purpose(IntEnum):
     FORWARD = 3
     TEXT = 4
     MIXTURE = 5
+    INIT = 6
 
 
 def random_bits(*address: int) -> int:
@@ -167,7 +169,9 @@ def describe_mistake(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'output'}: {error.strerror or error}"
+        is_full = error.filename is not None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free space there" if is_full else ""
+        return f"{error.filename or 'output'}: {error.strerror or error}{remedy}"
     return _describe_shortage(error)
 
 

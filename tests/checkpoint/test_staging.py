@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt.checkpoint.app_state import AppState
-from gpt.checkpoint.staging import Staging, lay_out_tensors
+from gpt.checkpoint.staging import Staging, can_pin_memory, lay_out_tensors
 from gpt.checkpoint.store import Snapshot
 from gpt.configs.presets import PRESETS
 from gpt.models.gpt import GPT
@@ -86,3 +86,11 @@ def test_memory_that_cannot_be_registered_is_used_as_it_is_and_reported(caplog: 
     assert torch.equal(snapshot.model["wte.weight"], state.model_tensors()["wte.weight"])
     (line,) = caplog.messages
     assert line == "checkpoints are copied through pageable memory: cudaHostRegister returned error 2"
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_page_that_tries_whether_memory_can_be_pinned_is_freed(status: int) -> None:
+    cudart = Cudart(status)
+    with mock.patch.object(torch.cuda, "cudart", lambda: cudart):
+        assert can_pin_memory() == (status == 0)
+    assert cudart.registered == {}

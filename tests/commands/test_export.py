@@ -11,6 +11,7 @@ import pytest
 from gpt.commands.export import run
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
+from gpt.main import main
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from tests.conftest import limit_file_size
@@ -58,6 +59,19 @@ def test_a_full_disk_leaves_nothing(finished_run: Path, tmp_path: Path, proven: 
     with limit_file_size(20_000), pytest.raises(OSError, match="File too large") as caught:
         run([str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")])
     assert (caught.value.errno, Path(caught.value.filename).name) == (errno.EFBIG, "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_remedy(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(folder: Path, *args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr("gpt.interop.model_folder.write_tensors", fill)
+    assert main(["export", str(finished_run), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("model.safetensors: No space left on device; free space there\n") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,3 +144,69 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_succeeds(
     assert not (tmp_path / "out").exists()
     assert run(argv) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED_AT_EVERY_STEP = """
+import contextlib, io, os, signal, sys
+from pathlib import Path
+
+import torch
+from gpt.commands import export
+from gpt.main import main
+
+export._prove_hf = export._prove_gguf = lambda *args: None
+torch.set_num_threads(1)
+out, argv = Path(sys.argv[1]), sys.argv[2:]
+
+
+def run_and_kill(n):
+    seen = 0
+
+    def count(event, args):  # Python reports every file that it opens, makes, renames or removes
+        nonlocal seen
+        if str(out.parent) in str(args[:1]):
+            seen += 1
+            if seen == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = main(["export", *argv, "--out", str(out)])
+    os._exit(status)
+
+
+with contextlib.redirect_stdout(io.StringIO()):  # imports everything, so that a child does not
+    main(["export", *argv, "--out", str(out.parent.with_name("reference"))])
+n = 1
+while True:
+    child = os.fork()
+    if not child:
+        run_and_kill(n)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+    files = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    print(n, *files, flush=True)
+    if files:  # committed: the next export may not find it
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
+    n += 1
+print(0, *sorted(path.name for path in out.iterdir()))
+print(*[path.name for path in out.parent.iterdir()])
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_an_export_that_is_killed_at_any_step_leaves_nothing_or_all(
+    finished_run: Path, tmp_path: Path, to: str
+) -> None:
+    command = [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(tmp_path / "out"), str(finished_run), "--to", to]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *killed, complete, leftovers = [line.split() for line in done.stdout.splitlines()]
+    expected = {"hf": 6, "gguf": 2}[to]
+    assert len(complete) == 1 + expected
+    assert len(killed) >= 10
+    assert {tuple(files) for _, *files in killed} <= {(), tuple(complete[1:])}
+    assert killed[0][1:] == []
+    assert leftovers == ["out"]

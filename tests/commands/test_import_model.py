@@ -64,3 +64,14 @@ def test_train_refuses_an_unsupported_model_before_anything_else(tmp_path: Path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"--init-from .*config.json: model_type 'bert' is not supported"):
         parse_train(["debug", "--init-from", str(tmp_path)])
+
+
+@pytest.mark.parametrize("verb", ["sample", "export", "serve"])
+def test_a_model_that_is_not_imported_yet_is_named(
+    tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "model")
+    flags = {"export": ["--to", "hf", "--out", str(tmp_path / "out")], "serve": ["--port", "0"]}.get(verb, [])
+    assert main([verb, str(folder), *flags]) == 2
+    remedy = f"a model from elsewhere; import it first: gpt import {folder} --out RUN_DIR"
+    assert capsys.readouterr().err == f"gpt: error: RUN_DIR {folder}: {remedy}\n"

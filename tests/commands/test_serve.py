@@ -56,7 +56,7 @@ def test_address_of_another_machine_is_refused() -> None:
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt.commands.serve.find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"gpt serve needs fastapi and uvicorn: pip install 'gpt-training-pipeline\[serve\]'"
+        UserError, match=r"gpt serve needs fastapi, jinja2, uvicorn: pip install 'gpt-training-pipeline\[serve\]'"
     ):
         run(["runs/x"])
 
@@ -65,7 +65,7 @@ def test_help_loads_neither_torch_nor_fastapi() -> None:
     script = (
         "import sys\nfrom gpt.commands.serve import run\n"
         "try:\n    run(['--help'])\nexcept SystemExit:\n    pass\n"
-        "assert not {'torch', 'fastapi', 'uvicorn'} & sys.modules.keys()"
+        "assert not {'torch', 'fastapi', 'jinja2', 'uvicorn'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert "--max-queue" in done.stdout

@@ -32,7 +32,7 @@ FIELDS = {
     """,
     ResumeRule.NEEDS_FLAG: """
         lr.schedule lr.max_lr lr.min_lr lr.warmup_steps optimizer.muon_lr optimizer.muon_momentum
-        optimizer.weight_decay optimizer.beta1 optimizer.beta2 grad_clip parallel.reproducible dtype
+        optimizer.weight_decay optimizer.beta1 optimizer.beta2 grad_clip parallel.reproducible dtype residual_dtype
         model.dropout
     """,
     ResumeRule.FORBIDDEN: """

@@ -141,6 +141,14 @@ def test_auto_dtype_on_a_gpu_without_bfloat16_is_float16_and_noted() -> None:
     assert plan(MachineFacts("mps", "", has_bfloat16=False), dtype="auto").dtype == "float32"
 
 
+def test_residual_dtype_that_changes_nothing_is_noted() -> None:
+    note = "--residual-dtype compute changes nothing: --dtype is float32"
+    for dtype, notes in (("float32", (note,)), ("bfloat16", ())):
+        rounded = plan(CPU, dtype=dtype, residual_dtype="compute")
+        assert (rounded.rounds_residuals, rounded.notes) == (True, notes)
+    assert not plan(CPU, dtype="bfloat16").rounds_residuals
+
+
 def test_float32_in_tf32_is_noted() -> None:
     ampere = MachineFacts("cuda", "", True, runtime={"tf32": True})
     (note,) = plan(ampere, dtype="float32").notes

@@ -39,6 +39,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_plain = isinstance(function, torch._ops.OpOverload)
+        may_decompose = is_plain and function.namespace == "aten"
+        if may_decompose and torch.is_inference_mode_enabled():  # where composite ops arrive before they are decomposed
+            with self:
+                out = function.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
         name = function.overloadpacket.__name__ if is_plain else function.name()
         if name in SYNCS:
             self.syncs.append(f"{name} at {_find_caller()}")

@@ -13,11 +13,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gpt.checkpoint.app_state import AppState
 from gpt.configs.gpt_config import GPTConfig
+from gpt.configs.observer_config import SampleConfig
 from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.presets import PRESETS
 from gpt.data.data_loader import MicroBatch, StepBatch
+from gpt.inference.generate import Batch, Completion
 from gpt.models.gpt import GPT
 from gpt.ops import attention, cross_entropy
+from gpt.ops.precision import round_output
 from gpt.optim.build import build_optimizer
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.parallel.gradient_sync import AveragedGradients
@@ -99,9 +102,12 @@ def make_step(
     optimizer: str = "adamw",
     mode: str = "none",
     reproducible: bool = False,
+    rounds_residuals: bool = False,
 ) -> tuple[TrainStep, AppState]:
     with DEVICE:
         model = GPT(config, seed=0)
+    if rounds_residuals:
+        round_output(model.drop)
     checkpoint_activations(model.h, mode)
     precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     built = build_optimizer(
@@ -139,6 +145,7 @@ def train_step(
     masked: bool,
     llama: bool = False,
     has_triton: bool = False,
+    rounds_residuals: bool = False,
 ) -> dict[str, Any]:
     """Record the second step of a small model, accumulated over three micro-batches."""
     config = TINY.model_copy(update={"dropout": dropout} | (LLAMA if llama else {}))
@@ -152,12 +159,21 @@ def train_step(
         mock.patch("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
     ):
         batch = make_batch(config, sequences=2, micro_batches=3, masked=masked)
-        step, _ = make_step(config, batch, dtype=dtype, optimizer=optimizer, mode=mode)
+        step, _ = make_step(
+            config, batch, dtype=dtype, optimizer=optimizer, mode=mode, rounds_residuals=rounds_residuals
+        )
         step(0)  # allocates the optimizer's state
         with Recorder() as recorder:
             stats = step(1)
         assert stats.loss_sum.device == stats.grad_norm.device == DEVICE
     return recorder.to_json()
+
+
+def try_loss_kernel(*, has_triton: bool) -> dict[str, Any]:
+    """Return whether the loss's kernel works, and what its trial launches."""
+    with fake_cuda(), mock.patch.object(cross_entropy, "HAS_TRITON", has_triton), Recorder() as recorder:
+        works = cross_entropy.loss_kernel_works(DEVICE, torch.bfloat16, 0.0)
+    return {"works": works, "kernels": recorder.launches["cross_entropy_chunk"]}
 
 
 def reproducible_step(*, dtype: str, optimizer: str) -> dict[str, Any]:
@@ -175,6 +191,38 @@ def reproducible_step(*, dtype: str, optimizer: str) -> dict[str, Any]:
     return recorder.to_json()
 
 
+@contextmanager
+def readable(recorder: Recorder) -> Iterator[None]:
+    """Let `tolist`, which a fake tensor refuses, return zeros; record it as a sync."""
+
+    def read_zeros(tensor: torch.Tensor) -> list[int]:
+        recorder.syncs.append("tolist")
+        return [0] * tensor.numel()
+
+    with mock.patch.object(FakeTensor, "tolist", read_zeros):
+        yield
+
+
+def generate_token(*, settings: dict[str, Any], end: int) -> dict[str, Any]:
+    """Record the sampling of one more token of four texts, of which the last has an own length.
+
+    Args:
+        settings: fields of SampleConfig.
+        end: length of the last prompt.
+    """
+    prompts = [[1, 2], [3, 4], [5, 6], list(range(end))]
+    generator = mock.Mock(**{"return_value.manual_seed.return_value": None})
+    with fake_cuda(), mock.patch("torch.Generator", generator):
+        with DEVICE:
+            model = GPT(TINY, seed=0).eval()
+        batch = Batch(model, TINY.resolve(), vocab_size=512, end_of_text=None, max_rows=4)
+        with Recorder() as recorder, readable(recorder):
+            batch.add([Completion(prompt, SampleConfig(**settings), seed=0) for prompt in prompts])
+        with Recorder() as recorder, readable(recorder):
+            batch.step()
+    return recorder.to_json()
+
+
 def report() -> dict[str, Any]:
     """Record a report of two steps."""
     with fake_cuda():
@@ -182,14 +230,8 @@ def report() -> dict[str, Any]:
         meter = Meter(128, state.skipped_updates, DistContext("cpu"), flops_per_token=1.0, peak_flops=1.0)
         meter.add(step(0))
         meter.add(step(1))
-        with Recorder() as recorder:
-
-            def read_zeros(tensor: torch.Tensor) -> list[float]:
-                recorder.syncs.append("tolist")
-                return [0.0] * tensor.numel()
-
-            with mock.patch.object(FakeTensor, "tolist", read_zeros):
-                meter.report()
+        with Recorder() as recorder, readable(recorder):
+            meter.report()
     return recorder.to_json()
 
 

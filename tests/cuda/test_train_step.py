@@ -37,6 +37,15 @@ def test_step_with_triton_and_shared_heads_does_no_host_sync_and_no_copy(fake_cu
             assert launches["flex_attention"] == (6 if mode == "block" else 3), variant
 
 
+@pytest.mark.parametrize("llama", [False, True])
+def test_step_with_rounded_residual_stream_does_no_host_sync_and_no_copy(
+    fake_cuda: FakeCudaProcess, llama: bool
+) -> None:
+    variant = {"dtype": "bfloat16", "optimizer": "adamw", "mode": "none", "dropout": 0.0, "masked": False}
+    record = fake_cuda.run("train_step", llama=llama, rounds_residuals=True, **variant)
+    assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], [])
+
+
 @pytest.mark.parametrize(("dtype", "optimizer"), [("bfloat16", "adamw"), ("float16", "muon")])
 def test_reproducible_step_does_no_host_sync_and_uses_no_flex_attention(
     fake_cuda: FakeCudaProcess, dtype: str, optimizer: str
@@ -44,6 +53,12 @@ def test_reproducible_step_does_no_host_sync_and_uses_no_flex_attention(
     record = fake_cuda.run("reproducible_step", dtype=dtype, optimizer=optimizer)
     assert (record["syncs"], record["copies"], record["mixed"]) == ([], [], [])
     assert not [name for name in record["launches_by_op"] if "flex" in name]
+
+
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_loss_kernel_is_tried_where_triton_is_installed(has_triton: bool, fake_cuda: FakeCudaProcess) -> None:
+    expected = {"works": has_triton, "kernels": int(has_triton)}
+    assert fake_cuda.run("try_loss_kernel", has_triton=has_triton) == expected
 
 
 def test_report_has_one_host_sync(fake_cuda: FakeCudaProcess) -> None:

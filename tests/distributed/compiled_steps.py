@@ -32,7 +32,7 @@ def run_step(dist: DistContext, mode: str) -> dict[str, object]:
         device=dist.device,
         autocast=partial(torch.autocast, "cpu", enabled=False),
     )
-    is_compiled = compile_or_fall_back(model, ddp, trial)
+    is_compiled = compile_or_fall_back(model, ddp, trial, dist) == ""
     gradients = build_gradient_sync(ddp, dist, parallel)
     tokens = torch.randint(CONFIG.vocab_size, (2, 2, 33), generator=torch.Generator().manual_seed(0))
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -92,7 +92,9 @@ def kill_processes(*pids: int) -> None:
 
 
 LONG_WORK_SCRIPT = """
-import sys, time
+import os, sys, time
+from torch import nn
+from gpt import pipeline
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.data import corpus
 from gpt.evaluation.val_loss import ValLoss
@@ -110,11 +112,14 @@ def slow_down(owner, name, seconds):
 slow_down(corpus, "prepare_corpus", 10)  # on rank 0 alone
 slow_down(ValLoss, "run", 8)
 slow_down(CheckpointManager, "_commit", 8)  # on rank 0 alone
+nn.Module.compile = lambda *arguments, **options: None  # only the trial takes long
+if os.environ["RANK"] == "0":
+    slow_down(pipeline, "compile_or_fall_back", 8)
 program()
 """
 
 
-def test_preparation_evaluation_and_save_beyond_every_limit_are_no_hangs(
+def test_preparation_compilation_evaluation_and_save_beyond_every_limit_are_no_hangs(
     tiny: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """Work for 8 s in training, where a rank is stalled after 3 s and silent after 7 s; for 10 s (8 s) before it."""
@@ -122,6 +127,7 @@ def test_preparation_evaluation_and_save_beyond_every_limit_are_no_hangs(
     config = tiny(
         tmp_path / "run",
         max_steps=2,
+        compile="on",
         eval={"interval": 2},
         checkpoint={"interval": 2, "asynchronous": False},
         parallel={"step_timeout": 1, "start_timeout": 6},

@@ -12,13 +12,14 @@ from tests.distributed.test_torchrun import start_torchrun
 SCRIPT = """
 import json, sys
 from pathlib import Path
+from gpt import pipeline
 from gpt.checkpoint import manifest, tensor_file
 from gpt.configs.load import load_config
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from gpt.utils import launch
 
-sizes = []  # threads append to it
+sizes, draws = [], []  # threads append to sizes
 
 def count(read):
     def counting(path, *arguments, **options):
@@ -28,13 +29,14 @@ def count(read):
 
 manifest.sha256_of_file = count(manifest.sha256_of_file)
 tensor_file.load_file = count(tensor_file.load_file)
+pipeline.init_weights = lambda *arguments: draws.append(arguments)
 folder = Path(sys.argv[1])
 with open_run(load_config(folder / "config.json").model_copy(update={"max_steps": 9})) as run:
     trainer = build_trainer(run)
 state = trainer._state
 tensors = state.model_tensors() | state.optimizer_tensors()
 digest = {name: tensor.double().sum().item() for name, tensor in tensors.items()}
-facts = {"bytes": sum(sizes), "digest": digest, "progress": state.progress_json()}
+facts = {"bytes": sum(sizes), "draws": len(draws), "digest": digest, "progress": state.progress_json()}
 (folder / f"rank{launch.rank()}.json").write_text(json.dumps(facts))
 run.dist.close()
 """
@@ -53,5 +55,6 @@ def test_checkpoint_is_read_by_one_rank_and_held_by_all(tiny: Callable[..., Trai
     tensors = sizes["model.safetensors"] + sizes["optimizer.safetensors"]
     verified = tensors + sizes["progress.json"] + sizes["config.json"]
     assert (first["bytes"], second["bytes"]) == (verified + tensors, 0)
+    assert first["draws"] == second["draws"] == 0  # of weights that the checkpoint would overwrite
     assert first["progress"]["step"] == 4
     assert (first["digest"], first["progress"]) == (second["digest"], second["progress"])

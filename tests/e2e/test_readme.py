@@ -3,12 +3,15 @@
 Each document runs in a folder of its own, from top to bottom, as a reader would run it.
 """
 
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,10 +31,19 @@ EXCLUDED_COMMANDS = (
     "source ",
     "python -m benchmarks.",
     "gpt bench speedrun",
-    "gpt serve",
 )
 SHORTENING_FLAGS = "--eval.batches 1 --sample.max-new-tokens 4 --log.interval 1 --device cpu".split()
-VERBS_TO_RUN_UNCHANGED = {"sample", "prepare", "verify", "data-at", "verify-resume", "export", "import", "parity"}
+VERBS_TO_RUN_UNCHANGED = {
+    "sample",
+    "prepare",
+    "verify",
+    "data-at",
+    "verify-resume",
+    "export",
+    "import",
+    "parity",
+    "serve",
+}
 INFO_FLAGS = {"--help", "--help-all", "--version"}
 EXPECTED_RUNS = {
     "README.md": {"quickstart", "texts"},
@@ -106,10 +118,40 @@ def test_commands_and_python_blocks_run(name: str, clone: Path, environment: dic
         else:
             to_run = [(block, [sys.executable, "-c", block])] if language == "python" else []
         for source, words in to_run:
+            if words[:2] == ["gpt", "serve"]:
+                serve_and_stop(words, clone, environment)
+                continue
             done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{source}\n{done.stdout}\n{done.stderr}"
     runs = clone / "runs"
     assert ({path.name for path in runs.iterdir()} if runs.exists() else set()) == EXPECTED_RUNS.get(name, set())
+
+
+def test_three_commands_lead_from_texts_to_an_application(clone: Path, environment: dict[str, str]) -> None:
+    train, export = commands_of(next(code for _, code in code_blocks(README) if "gpt export" in code))
+    serve = f"gpt serve {shlex.split(train)[shlex.split(train).index('--run-dir') + 1]}"
+    assert train.startswith("gpt train --data.source")
+    for command in (train, export):
+        done = subprocess.run(shorten(command), cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    serve_and_stop(shorten(serve), clone, environment)
+
+
+def serve_and_stop(words: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Run `gpt serve` on a free port, ask for a completion and for the page, and stop it."""
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    command = [*words, "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        url = next(match[1] for line in lines if (match := re.search(r"serving on (http://127\.0\.0\.1:\d+)/", line)))
+        body = json.dumps({"prompt": "the", "max_tokens": 3}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer, urllib.request.urlopen(url, timeout=60) as page:
+            assert json.load(answer)["usage"]["completion_tokens"] <= 3
+            assert b"<title>gpt serve</title>" in page.read()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
 
 
 def test_documents_hold_the_commands() -> None:

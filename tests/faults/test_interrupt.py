@@ -123,7 +123,7 @@ def test_interrupt_during_the_imports() -> None:
         "gpt.pipeline:restore_state",
         "gpt.pipeline:write_run_files",
         "gpt.pipeline:require_right_arithmetic",
-        "gpt.pipeline:load_or_measure_peak_flops",
+        "gpt.pipeline:find_peak_flops",
     ],
 )
 def test_interrupt_before_the_first_step(place: str, config: list[str], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def generate_uncached(model: GPT, prompt: Sequence[int], config: SampleConfig, s
     """Run a full forward pass for every token."""
     generator, text = torch.Generator().manual_seed(seed), list(prompt)
     for _ in range(config.max_new_tokens):
-        text.append(sample_next_token(last_logits(model, text), config, generator, text))
+        text.append(int(sample_next_token(last_logits(model, text), config, generator, text)))
     return text[len(prompt) :]
 
 
@@ -104,6 +104,15 @@ def test_diverged_model_generates_nothing() -> None:
     diverged.ln_f.weight.data.fill_(float("nan"))
     (completion,) = complete((1, 2), model=diverged)
     assert (completion.tokens, completion.finish_reason) == ([], "diverged")
+
+
+def test_row_that_diverges_does_not_disturb_the_others() -> None:
+    model = GPT(CONFIG.model_copy(update={"tie_embeddings": False}), seed=0).eval()
+    (expected,) = complete((1, 2), model=model, vocab_size=256)
+    model.wte.weight.data[256] = torch.nan
+    diverged, other = complete((1, 256), (1, 2), model=model, vocab_size=256)
+    assert (diverged.tokens, diverged.finish_reason) == ([], "diverged")
+    assert (other.tokens, other.finish_reason) == (expected.tokens, "length")
 
 
 def test_training_mode_is_restored() -> None:

@@ -44,7 +44,7 @@ def test_filters_apply_in_the_order_of_transformers() -> None:
     for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.05)):
         scores = warper(IDS[:1], scores)
     generator = torch.Generator().manual_seed(0)
-    sampled = {sample_next_token(LOGITS[0], config, generator, [1, 2]) for _ in range(2000)}
+    sampled = {int(sample_next_token(LOGITS[0], config, generator, [1, 2])) for _ in range(2000)}
     assert sampled == set(scores[0].isfinite().nonzero()[:, 0].tolist())
 
 
@@ -81,6 +81,14 @@ def test_samples_follow_the_probabilities() -> None:
     counts = torch.bincount(sample(0.7, rows=40_000), minlength=50) / 40_000
     expected = TemperatureLogitsWarper(0.7)(IDS[:1], LOGITS[:1]).softmax(-1)[0]
     assert (counts - expected).abs().max() < 0.01
+
+
+def test_sample_is_that_of_multinomial_bit_exactly() -> None:
+    first, second = (torch.Generator().manual_seed(0) for _ in range(2))
+    for row in LOGITS:
+        expected = torch.multinomial(row.softmax(dim=-1), 1, generator=first)
+        assert sample_next_token(row, SampleConfig(temperature=1.0), second) == expected
+    assert torch.equal(first.get_state(), second.get_state())
 
 
 def test_seed_determines_the_sample_and_the_global_generator_is_unused() -> None:

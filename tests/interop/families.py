@@ -75,12 +75,19 @@ def make_tokenizer(name: str = "gpt2") -> Tokenizer:
     tokenizer = train_bpe_tokenizer([make_text(500)], 290)
     if not name.startswith("qwen2"):
         return tokenizer
-    split = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    definition = json.loads(tokenizer.definition)
-    definition["normalizer"] = {"type": "NFC"}
-    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    return Tokenizer(json.dumps(definition))
+    return change_pre_tokenizer(tokenizer, make_split(QWEN_PATTERN), normalizer={"type": "NFC"})
+
+
+def make_split(pattern: str) -> list[dict[str, object]]:
+    """Return the steps of a pre-tokenizer that cuts words by a regular expression."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [split, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]
+
+
+def change_pre_tokenizer(tokenizer: Tokenizer, steps: list[dict[str, object]], **changes: object) -> Tokenizer:
+    """Return a tokenizer with other steps of its pre-tokenizer, and other parts."""
+    parts = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, **changes}
+    return Tokenizer(json.dumps(json.loads(tokenizer.definition) | parts))
 
 
 def write_folder(path: Path, name: str = "llama", **changes: object) -> Path:

@@ -15,6 +15,7 @@ from gpt.errors import UserError
 from gpt.interop.gguf import require_architecture, round_weights, write_gguf
 from gpt.interop.gguf_tokenizer import LLAMA3_PATTERN, describe_vocabulary, find_pre_tokenizer, list_comparable_texts
 from tests.conftest import limit_file_size
+from tests.data.chat_templates import build_chat_template, build_chat_tokenizer
 from tests.data.tokenizer_families import FAMILIES, add_tokens
 from tests.interop.families import CHANGES, VOCAB_SIZE, make_config, make_model, make_tokenizer
 
@@ -84,6 +85,16 @@ def test_every_row_has_a_token() -> None:
     assert vocabulary.types[tokenizer.end_of_text] == TokenType.CONTROL
     assert vocabulary.types[tokenizer.vocab_size :] == [TokenType.UNUSED] * (VOCAB_SIZE - tokenizer.vocab_size)
     assert vocabulary.tokens[: tokenizer.vocab_size] == [tokenizer.name_token(i) for i in range(tokenizer.vocab_size)]
+
+
+def test_chat_template_and_its_first_token_are_in_the_file(tmp_path: Path) -> None:
+    model, tokenizer, template = make_model("llama"), build_chat_tokenizer(), build_chat_template()
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model.state_dict(), model.config, tokenizer, dtype="float32", chat_template=template)
+    fields = GGUFReader(path).fields
+    assert fields["tokenizer.chat_template"].contents() == template.source
+    assert tokenizer.name_token(fields["tokenizer.ggml.bos_token_id"].contents()) == "<s>"
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.end_of_text
 
 
 def split_definition(pattern: str) -> dict[str, object]:

@@ -1,4 +1,6 @@
 import errno
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +12,16 @@ from gpt.configs.batch_plan import plan_batch
 from gpt.configs.gpt_config import GPTConfig
 from gpt.configs.load import load_config
 from gpt.configs.train_config import TrainConfig
+from gpt.data.chat_template import find_chat_template
 from gpt.data.tokenizer import Tokenizer
 from gpt.errors import UserError
 from gpt.inference.load import load_for_inference
 from gpt.interop.imported_run import download_model, import_into_cache, import_model
-from gpt.interop.model_folder import open_model_folder
+from gpt.interop.model_folder import open_model_folder, write_model_folder
 from gpt.pipeline import build_trainer
 from gpt.run import open_run
 from tests.conftest import limit_file_size
+from tests.data.chat_templates import build_chat_template, build_chat_tokenizer
 from tests.interop.families import make_model, make_tokenizer, write_folder
 
 Tiny = Callable[..., TrainConfig]
@@ -114,3 +118,53 @@ def test_without_a_network_a_download_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(UserError, match=r"hf:a/b cannot be downloaded \(ConnectionError: no route to host\)"):
         download_model("hf:a/b")
+
+
+def test_chat_template_is_kept_through_import_fine_tuning_and_export(tiny: Tiny, tmp_path: Path) -> None:
+    folder, template = write_folder(tmp_path / "model"), build_chat_template()
+    (folder / "tokenizer.json").write_text(build_chat_tokenizer().definition)
+    settings = {"chat_template": template.source, **template.special_tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    import_model(open_model_folder(folder), tmp_path / "run")
+    fine_tune(tiny, tmp_path / "tuned", folder, block_size=32)
+    for number, run_dir in enumerate((tmp_path / "run", tmp_path / "tuned")):
+        loaded = load_for_inference(run_dir, "cpu", "float32")
+        assert loaded.chat_template == template
+        out = tmp_path / f"out-{number}"
+        out.mkdir()
+        model, tokenizer = loaded.model, loaded.tokenizer
+        write_model_folder(
+            out, model.state_dict(), model.config, tokenizer, dtype=torch.float32, chat_template=loaded.chat_template
+        )
+        assert open_model_folder(out).chat_template == template
+        assert open_model_folder(out).tokenizer.end_of_text == tokenizer.end_of_text
+
+
+def test_fork_of_a_run_keeps_its_chat_template(tiny: Tiny, tmp_path: Path, finished_run: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(finished_run, source)
+    build_chat_template().save(source)
+    checkpoint = source / "checkpoints" / "step_00000004"
+    with open_run(tiny(tmp_path / "fork", resume=str(checkpoint))) as run:
+        build_trainer(run).train()
+    assert find_chat_template(tmp_path / "fork") == build_chat_template()
+
+
+def test_downloaded_model_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "qwen3")
+    (folder / "README.md").write_text("not needed")
+    asked = list[str]()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        """Return the folder with the files that match, as the hub's client does."""
+        asked.append(name)
+        for file in folder.iterdir():
+            if not any(file.match(pattern) for pattern in allow_patterns):
+                file.unlink()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    import_model(open_model_folder(download_model("hf:some/model")), tmp_path / "run")
+    assert asked == ["some/model"]
+    assert not (folder / "README.md").exists()
+    assert load_for_inference(tmp_path / "run", "cpu", "float32").tokenizer.sha256 == make_tokenizer().sha256

@@ -10,6 +10,7 @@ from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.machine.memory import LiveMemory
 from gpt.machine.memory_estimate import estimate_memory
 from gpt.models.gpt import GPT
+from gpt.ops.precision import round_output
 from gpt.optim.build import build_optimizer
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 
@@ -25,9 +26,13 @@ MODELS = {
 CPU = torch.device("cpu")
 
 
-def measure_activations(config: GPTConfig, n_sequences: int, dtype: str, checkpointing: str = "none") -> int:
+def measure_activations(
+    config: GPTConfig, n_sequences: int, dtype: str, checkpointing: str = "none", *, rounds_residuals: bool = False
+) -> int:
     """Return the peak bytes of a second micro-batch, without weights and gradients."""
     model = GPT(config, seed=0)
+    if rounds_residuals:
+        round_output(model.drop)
     checkpoint_activations(model.h, checkpointing)
     autocast = partial(torch.autocast, "cpu", getattr(torch, dtype), enabled=dtype != "float32")
     forward = partial(trial_loss, model, block_size=config.block_size, masked=False, device=CPU, autocast=autocast)
@@ -54,6 +59,18 @@ def test_activation_checkpointing_is_counted(checkpointing: str) -> None:
     measured = measure_activations(config, 16, "float32", checkpointing)
     assert estimate(activation_checkpointing=checkpointing).activations == pytest.approx(measured, rel=0.4)
     assert estimate(activation_checkpointing=checkpointing).activations < 0.9 * estimate().activations
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "relu2"])
+def test_rounded_residual_stream_takes_less(name: str) -> None:
+    config = MODELS[name].model_copy(update={"n_layer": 12}).resolve()
+    estimate = partial(estimate_memory, config, BatchPlan(32, 128, 1, 1), OptimizerConfig(), "bfloat16")
+    measured = measure_activations(config, 32, "bfloat16", rounds_residuals=True)
+    rounded = estimate(rounds_residuals=True).activations
+    assert rounded == pytest.approx(measured, rel=0.3)
+    saved_share = 1 - measured / measure_activations(config, 32, "bfloat16")
+    assert saved_share > 0.05 or MODELS[name].norm == "rmsnorm"  # which saves a float32 copy where it is small
+    assert 1 - rounded / estimate().activations == pytest.approx(saved_share, abs=0.05)
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(), OptimizerConfig(name="muon")])

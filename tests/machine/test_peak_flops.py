@@ -1,6 +1,9 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +11,14 @@ import torch
 from gpt.configs.gpt_config import GPTConfig
 from gpt.machine import peak_flops as module
 from gpt.machine.flops import flops_per_token
-from gpt.machine.peak_flops import load_or_measure_peak_flops, measure_model_flops, measure_peak_flops
+from gpt.machine.peak_flops import (
+    PeakFlops,
+    find_peak_flops,
+    load_or_measure_peak_flops,
+    measure_model_flops,
+    measure_peak_flops,
+)
+from tests.training.example_events import PLAN
 
 CPU = torch.device("cpu")
 
@@ -59,6 +69,16 @@ def test_an_unwritable_cache_is_no_error(measurements: list[float], tmp_path: Pa
     measurements += [1.0]
     (tmp_path / "file").touch()
     assert load_or_measure_peak_flops(CPU, "a", "float32", tmp_path / "file" / "cache") == 1.0
+
+
+@pytest.mark.parametrize(("name", "data_sheet"), [("NVIDIA H100 80GB HBM3", 2 * 989.4e12), ("a CPU", None)])
+def test_peaks_are_those_of_all_ranks_together(
+    name: str, data_sheet: float | None, measurements: list[float], tmp_path: Path
+) -> None:
+    measurements += [7e14]
+    plan = replace(PLAN, dtype="bfloat16", machine=replace(PLAN.machine, device_name=name))
+    ranks: Any = SimpleNamespace(device=CPU, world_size=2, is_main=True, on_main=lambda work: work())
+    assert find_peak_flops(plan, ranks, tmp_path) == PeakFlops(1.4e15, data_sheet)
 
 
 @pytest.mark.parametrize(("together", "expected"), [(7.0, 7.0), (3.9, 8.0)])

@@ -109,7 +109,7 @@ MODIFICATIONS: dict[str, Modify] = {
 
 
 def make_pair(config: GPTConfig) -> tuple[GPT, ReferenceGPT]:
-    ours, reference = GPT(config, seed=0), ReferenceGPT(config)
+    ours, reference = GPT(config, seed=2), ReferenceGPT(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # larger than at init, so that every path matters
         for parameter in ours.parameters():

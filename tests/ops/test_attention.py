@@ -128,7 +128,7 @@ def test_document_layouts_do_not_recompile() -> None:
 @pytest.fixture
 def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use FlexAttention on the CPU, where it runs without gradients, and here without its compiler."""
-    monkeypatch.setattr(attention, "_supports_flex", lambda *args, **kwargs: True)
+    monkeypatch.setattr(attention, "supports_flex", lambda *args, **kwargs: True)
     monkeypatch.setattr(attention, "_compile", lambda function: torch.compile(function, backend="eager"))
 
 
@@ -156,7 +156,7 @@ def test_flex_attention_matches_sdpa(flex_on_cpu: None, model_is_compiled: bool)
     with torch.no_grad():
         given = model(tokens, documents=documents)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "_supports_flex", lambda *args, **kwargs: False)
+            patch.setattr(attention, "supports_flex", lambda *args, **kwargs: False)
             expected = plain(tokens, documents=documents)
     torch.testing.assert_close(given, expected, atol=2e-5, rtol=0)
 
@@ -173,7 +173,7 @@ def test_supports_flex_needs_an_ampere_gpu_triton_a_half_dtype_and_no_dropout(
     device: str, dtype: torch.dtype, dropout: float, head_dim: int, serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def supports() -> bool:
-        return attention._supports_flex(torch.device(device), dtype, dropout=dropout, head_dim=head_dim)
+        return attention.supports_flex(torch.device(device), dtype, dropout=dropout, head_dim=head_dim)
 
     capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -205,6 +205,19 @@ def test_document_mask_is_boolean_where_flex_attention_does_not_compile(
     assert mask.blocks is None
     assert mask.allowed is not None
     assert "FlexAttention does not work here (out of resource: shared memory)" in caplog.text
+
+
+def test_flex_attention_is_tried_with_gradients_also_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = list[tuple[bool, bool]]()
+
+    def record(function: object) -> None:
+        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        raise RuntimeError("not compiled in this test")
+
+    monkeypatch.setattr(attention, "_compile", record)
+    with torch.inference_mode():
+        attention._flex_works.__wrapped__(torch.device("cpu"), torch.bfloat16, 16)
+    assert modes == [(False, True)]
 
 
 def test_shared_heads_equal_repeated_ones(monkeypatch: pytest.MonkeyPatch) -> None:

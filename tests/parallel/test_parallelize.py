@@ -1,6 +1,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def cheap_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_trial(model: GPT, *, mode: str = "none", masked: bool = False, bfloat16: bool = False) -> bool:
     config = ParallelConfig.model_validate({"activation_checkpointing": mode})
-    module = parallelize(model, model.h, DistContext("cpu"), config, compile_mode="default", others=[model.loss])
+    dist = DistContext("cpu")
+    module = parallelize(model, model.h, dist, config, compile_mode="default", others=[model.loss])
     assert module is model
     trial = partial(
         trial_loss,
@@ -46,7 +48,7 @@ def run_trial(model: GPT, *, mode: str = "none", masked: bool = False, bfloat16:
         device=torch.device("cpu"),
         autocast=partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16),
     )
-    return compile_or_fall_back(model, module, trial)
+    return compile_or_fall_back(model, module, trial, dist) == ""
 
 
 def count_graphs() -> int:
@@ -110,11 +112,27 @@ def test_compiled_model_equals_the_eager_one(mode: str, cheap_compiler: None) ->
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def make_linear(trial: Callable[[nn.Module], torch.Tensor]) -> tuple[nn.Linear, Callable[[], bool]]:
-    model = nn.Linear(2, 2)
+class OtherRankFails(DistContext):
+    """Rank 0 of two ranks, of which the other one cannot compile."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.world_size = 2
+
+    def min(self, value: int) -> int:
+        return min(value, 1)
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        return value if source == 0 else "no Triton"
+
+
+def make_linear(
+    trial: Callable[[nn.Module], torch.Tensor], dist: DistContext | None = None
+) -> tuple[nn.Linear, Callable[[], str]]:
+    model, ranks = nn.Linear(2, 2), dist or DistContext("cpu")
     assert parallelize(model, [model], DistContext("cpu"), ParallelConfig(), compile_mode="default") is model
     assert model._compiled_call_impl is not None
-    return model, lambda: compile_or_fall_back(model, model, trial)
+    return model, lambda: compile_or_fall_back(model, model, trial, ranks)
 
 
 def test_a_failing_compiler_falls_back_to_the_uncompiled_model(caplog: pytest.LogCaptureFixture) -> None:
@@ -124,12 +142,18 @@ def test_a_failing_compiler_falls_back_to_the_uncompiled_model(caplog: pytest.Lo
 
     model, compile_model = make_linear(trial)
     with caplog.at_level(logging.WARNING):
-        assert not compile_model()
+        assert compile_model() == "no C++ compiler"
     assert "torch.compile does not work here (no C++ compiler)" in caplog.text
     assert model._compiled_call_impl is None
     assert model.weight.grad is None
     assert model.training
     assert model(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_no_rank_is_compiled_where_another_one_fails() -> None:
+    model, compile_model = make_linear(lambda module: module.weight.sum(), OtherRankFails())
+    assert compile_model() == "no Triton"
+    assert model._compiled_call_impl is None
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])

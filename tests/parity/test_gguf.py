@@ -51,6 +51,16 @@ def test_rounded_files_agree_with_llama_cpp(tmp_path: Path, name: str, dtype: st
     assert proof.texts == len(AWKWARD_TEXTS)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen2_with_the_usual_head_dim_is_a_qwen2_in_llama_cpp(tmp_path: Path, tied: bool) -> None:
+    model = make_model("qwen2", block_size=96, head_dim=12, n_kv_head=2, tie_embeddings=tied)
+    assert gguf.require_architecture(model.config) == "qwen2"
+    proof = prove_file(tmp_path, model, make_tokenizer("qwen2"), "float32")
+    assert proof.logits_difference < 1e-5
+    assert proof.greedy_tokens == 64 and not proof.greedy_tie
+    assert proof.texts >= 50
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "byte", "qwen2"])
 def test_tokenizers_agree_with_llama_cpp(tmp_path: Path, kind: str) -> None:
     build = {"gpt2": build_gpt2_tokenizer, "byte": build_byte_tokenizer, "qwen2": lambda: make_tokenizer("qwen2")}[kind]

@@ -80,6 +80,21 @@ def test_an_exported_folder_is_proven_and_round_trips_to_the_byte(name: str, tmp
         assert sha256_of_file(folder / file) == sha256_of_file(tmp_path / "second" / file), file
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama 3", "qwen3"])
+def test_rounded_weights_round_trip_to_the_byte(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    weights, config, tokenizer = make_model(name).state_dict(), make_config(name), make_tokenizer(name)
+    for folder in folders:
+        folder.mkdir()
+        write_model_folder(folder, weights, config, tokenizer, dtype=dtype)
+        import_folder(open_model_folder(folder), tmp_path / f"run-{folder.name}")
+        loaded = load_for_inference(tmp_path / f"run-{folder.name}", "cpu", "float32")
+        weights, config, tokenizer = loaded.model.state_dict(), loaded.model.config, loaded.tokenizer
+    for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert sha256_of_file(folders[0] / file) == sha256_of_file(folders[1] / file), file
+
+
 def test_a_qwen_2_with_another_tokenizer_is_exported_as_a_llama(tmp_path: Path) -> None:
     model, tokenizer = make_model("qwen2"), make_tokenizer()
     write_model_folder(tmp_path, model.state_dict(), model.config, tokenizer, dtype=torch.float32)

@@ -188,6 +188,18 @@ def test_bfloat16_trains(tiny: Configure, record: Callable[..., tuple[list[float
     assert bfloat16 == pytest.approx(float32, abs=0.05)
 
 
+def test_rounded_residual_stream_changes_losses_by_rounding_and_loads_in_float32(
+    tiny: Callable[..., TrainConfig],
+    record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]],
+    tmp_path: Path,
+) -> None:
+    exact, _ = record(tiny(tmp_path / "exact", dtype="bfloat16"))
+    rounded, weights = record(tiny(tmp_path / "rounded", dtype="bfloat16", residual_dtype="compute"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.05)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
 def test_compiled_run_equals_the_eager_run_and_compiles_before_its_first_step(
     tiny: Callable[..., TrainConfig],
     record: Callable[..., tuple[list[float], dict[str, torch.Tensor]]],

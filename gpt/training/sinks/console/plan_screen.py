@@ -69,6 +69,7 @@ def format_plan(plan: RunPlan, memory: Memory | None = None, probe: Probe | None
     processes = plural(machine.world_size, "process", "es")
     rows = {
         "machine": f"{machine.device_name} ({machine.device}), {processes}, {plan.dtype}"
+        + (", residuals too" if plan.rounds_residuals else "")
         + (", compiled" if plan.compiles else ""),
         "runtime": _format_runtime(plan),
         "model": f"{format_count(plan.model.n_parameters)} parameters: {plural(plan.model.n_layer, 'layer')}, "
