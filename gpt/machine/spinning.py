@@ -5,10 +5,9 @@ operations. Beside other programs that is a loss: a spinning thread holds the co
 step can take 20 times as long. A thread of its own therefore watches how long the compute threads wait for a core:
 
     threads spin    --- one of them waits for more than MAX_WAITING_SHARE --->    threads sleep
-    threads sleep   --- others use few cores, and MIN_SLEEP_SECONDS or more have passed --->    threads spin
+    threads sleep   --- after MIN_SLEEP_SECONDS, at each repetition twice as long --->    threads spin
 
-While they sleep they may also be limited to some of the cores (`gpt.machine.core_limit`). How and where a thread waits
-changes no result: the number of threads, and what each of them computes, stay the same.
+How a thread waits changes no result: the number of threads, and what each of them computes, stay the same.
 """
 
 import ctypes
@@ -18,8 +17,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
-
-from gpt.machine.core_limit import CoreLimit, CoreUsage
 
 USER_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Environment variables by which users decide how threads wait; nothing is changed if one is set."""
@@ -33,8 +30,6 @@ MIN_ACTIVE_SHARE = 0.2
 MIN_RUN_SHARE = 0.1
 """Share of the busiest thread's time that a thread must have run; threads that run less, such as the one that watches
 the others, compute nothing."""
-MAX_CORES_OF_OTHERS = 0.5
-"""Cores that other programs may use when sleeping threads try spinning again."""
 MIN_SLEEP_SECONDS, MAX_SLEEP_SECONDS = 1.0, 16.0
 """Bounds of the time after which sleeping threads try spinning again."""
 
@@ -120,7 +115,7 @@ class SpinPolicy:
         self._sleep_seconds = MIN_SLEEP_SECONDS
         self._wakes_at = 0.0
 
-    def update(self, waiting_share: float | None, others: float, now: float) -> bool:
+    def update(self, waiting_share: float | None, now: float) -> bool:
         """Return whether threads spin from now on.
 
         Whether spinning pays off is judged only while threads spin: sleeping threads leave their cores to others, and
@@ -129,13 +124,12 @@ class SpinPolicy:
         Args:
             waiting_share: share of the last interval that a compute thread waited for a core; None if nothing computed,
                 which shows neither free nor busy cores.
-            others: cores that other programs used in it; 0 if unknown.
             now: seconds on a monotonic clock.
         """
         if waiting_share is None:
             return self.spins
         if not self.spins:
-            self.spins = now >= self._wakes_at and others <= MAX_CORES_OF_OTHERS
+            self.spins = now >= self._wakes_at
         elif waiting_share > MAX_WAITING_SHARE:
             self.spins = False
             self._wakes_at = now + self._sleep_seconds
@@ -153,27 +147,23 @@ class ThreadTimes(NamedTuple):
 
 
 class _Watcher(threading.Thread):
-    """Thread that applies a SpinPolicy and a CoreLimit to this process until `end`."""
+    """Thread that applies a SpinPolicy to this process until `end`."""
 
-    def __init__(self, control: SpinControl, limit: CoreLimit):
+    def __init__(self, control: SpinControl):
         super().__init__(name="spinning", daemon=True)
         self._control = control
-        self._limit = limit
         self._ended = threading.Event()
 
     def run(self) -> None:
-        policy, usage = SpinPolicy(), CoreUsage()
-        times, then = read_thread_times(), time.monotonic()
+        policy, times, then = SpinPolicy(), read_thread_times(), time.monotonic()
         while not self._ended.wait(POLL_SECONDS):
             before, times, now = times, read_thread_times(), time.monotonic()
-            waiting_share, others = find_waiting_share(before, times, now - then), usage.measure_others()
-            spun, spins, then = policy.spins, policy.update(waiting_share, others, now), now
+            spun, spins = policy.spins, policy.update(find_waiting_share(before, times, now - then), now)
+            then = now
             if spins != spun:
                 (self._control.spin if spins else self._control.sleep)()
-            self._limit.update(times, 0.0 if spins else others)
         if not policy.spins:
             self._control.spin()
-            self._limit.update(read_thread_times(), 0.0)
 
     def end(self) -> None:
         """Let threads spin again and wait until this thread has ended."""
@@ -202,7 +192,7 @@ def sleep_when_busy(threads: int, *, enabled: bool = True) -> bool:
     control = find_spin_control(threads) if enabled else None
     if control is None:
         return False
-    _watchers.append(_Watcher(control, CoreLimit(threads)))
+    _watchers.append(_Watcher(control))
     _watchers[0].start()
     return True
 
