@@ -15,7 +15,6 @@ from gpt.errors import UserError
 from gpt.machine.memory import extrapolate_max_size, search_max_size
 from gpt.machine.resources import find_memory_budget
 from gpt.models.gpt import GPT
-from gpt.ops.precision import round_output
 from gpt.parallel.activation_checkpointing import checkpoint_activations
 from gpt.utils.distributed import DistContext
 from gpt.utils.launch import local_world_size
@@ -72,11 +71,9 @@ def max_micro_batch(config: TrainConfig, plan: RunPlan, dist: DistContext) -> in
     Raises:
         UserError: not even one sequence fits.
     """
-    model = GPT.build_empty(plan.model, dist.device)
+    model = GPT.build_empty(plan.model, dist.device, rounds_residuals=plan.rounds_residuals)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)  # what is in memory may be NaN, or slow to compute with
-    if plan.rounds_residuals:
-        round_output(model.drop)
     checkpoint_activations(model.h, config.parallel.activation_checkpointing)
     forward = partial(
         trial_loss,

@@ -36,7 +36,6 @@ from gpt.machine.peak_flops import find_peak_flops
 from gpt.models.gpt import GPT
 from gpt.models.init import init_weights
 from gpt.ops.cross_entropy import find_chunk_bytes
-from gpt.ops.precision import round_output
 from gpt.optim.build import build_optimizer
 from gpt.parallel.parallelize import build_gradient_sync, compile_or_fall_back, parallelize
 from gpt.resume.find import Start
@@ -148,12 +147,11 @@ def build_state(config: TrainConfig, plan: RunPlan, dist: DistContext, start: St
         start: where the run starts; weights that it loads are not drawn before. None: at step 0, with initial weights.
     """
     draws = start is None or not start.loads_weights
-    model = GPT.build_empty(plan.model, torch.device("cpu") if draws and dist.is_main else dist.device)
+    device = torch.device("cpu") if draws and dist.is_main else dist.device
+    model = GPT.build_empty(plan.model, device, rounds_residuals=plan.rounds_residuals)
     if draws:  # each weight once, and not by every rank
         dist.on_main(lambda: init_weights(model, model.config, plan.seed))
         dist.broadcast_tensors([*model.to(dist.device).parameters()])
-    if plan.rounds_residuals:
-        round_output(model.drop)
     optimizer = build_optimizer(
         model,
         config.optimizer,

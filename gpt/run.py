@@ -152,8 +152,8 @@ def _write_run_files(run: Run) -> None:
 
 
 def _keep_chat_template(run: Run) -> None:
-    """Copy the chat template of the run whose weights this one starts from, if it has one."""
-    origin = run.start.init_from or run.start.checkpoint
+    """Copy the chat template of another run whose weights this one starts from, if it has one."""
+    origin = run.start.checkpoint if run.start.is_fork else run.start.init_from
     template = None if origin is None else find_chat_template(find_run(origin).path)
     if template is not None:
         template.save(run.folder.path)

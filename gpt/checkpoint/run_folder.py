@@ -106,10 +106,11 @@ def locate_checkpoint(path: Path, flag: str) -> Path:
     """
     if (path / CHECKPOINT_MANIFEST).exists():
         return path
-    committed = RunFolder(path).list_checkpoints()
+    folder = RunFolder(path)
+    committed = folder.list_checkpoints()
     if not committed:
         reason = "holds no checkpoint" if path.exists() else "no such folder"
-        if (path / "tokenizer.json").is_file() and [*path.glob("*.safetensors"), *path.glob("*.bin")]:
+        if folder.tokenizer.is_file() and [*path.glob("*.safetensors"), *path.glob("*.bin")]:
             raise UserError(f"{flag} {path}: a model from elsewhere; import it first: gpt import {path} --out RUN_DIR")
         raise UserError(f"{flag} {path}: {reason}; name a run's folder or one of its checkpoints/step_XXXXXXXX")
     return committed[-1]

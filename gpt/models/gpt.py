@@ -16,7 +16,7 @@ from gpt.ops.attention import Attend, Cache, DocumentMask, attend, positions_in_
 from gpt.ops.cross_entropy import LinearCrossEntropy, soft_cap, summed_cross_entropy
 from gpt.ops.linear import FusedLinear, Linear, is_plain_linear
 from gpt.ops.norm import build_norm
-from gpt.ops.precision import compute_dtype
+from gpt.ops.precision import compute_dtype, round_output
 from gpt.ops.rope import Rope, RopeScaling, apply_rope, rope_cos_sin
 
 
@@ -129,13 +129,20 @@ class GPT(nn.Module):
             init_weights(self, config, seed)
 
     @classmethod
-    def build_empty(cls, config: GPTConfig, device: torch.device) -> "GPT":
+    def build_empty(cls, config: GPTConfig, device: torch.device, *, rounds_residuals: bool = False) -> "GPT":
         """Return a model on `device` whose weights hold what is in memory, for weights that are loaded or drawn later.
 
         Drawing takes some 12 ns per weight, on one thread.
+
+        Args:
+            config: the architecture.
+            device: device of the weights.
+            rounds_residuals: whether the residual stream has the compute dtype under autocast, and not float32.
         """
         with torch.device("meta"):
             model = cls(config, seed=None)
+        if rounds_residuals:
+            round_output(model.drop)
         return model.to_empty(device=device)
 
     def forward(

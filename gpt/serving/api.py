@@ -17,7 +17,7 @@ from gpt.inference.language_model import LanguageModel
 from gpt.inference.text import CompletionText
 from gpt.serving.answer import Answer
 from gpt.serving.engine import Engine, Job
-from gpt.serving.errors import error_response, install_error_handlers
+from gpt.serving.errors import UnknownModelError, error_response, install_error_handlers
 from gpt.serving.formats import AnswerFormat, ChatFormat, CompletionFormat
 from gpt.serving.metrics import Metrics
 from gpt.serving.schema import MAX_PROMPTS, ChatRequest, CompletionRequest, ScoreRequest
@@ -65,22 +65,19 @@ def build_app(engine: Engine, model_id: str, *, api_key: str = "") -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        if body.model not in ("", model_id):
-            return _refuse_model(body.model, model_id)
+        _require_model(body.model, model_id)
         return await respond(body, request, CompletionFormat(), lambda: build_completion_texts(body, model))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        if body.model not in ("", model_id):
-            return _refuse_model(body.model, model_id)
+        _require_model(body.model, model_id)
         if chat is None:
             return error_response(NO_CHAT_TEMPLATE, 400, code="no_chat_template")
         return await respond(body, request, ChatFormat(), lambda: build_chat_texts(body, model, chat))
 
     @app.post("/v1/score")
     async def score(body: ScoreRequest) -> Response:
-        if body.model not in ("", model_id):
-            return _refuse_model(body.model, model_id)
+        _require_model(body.model, model_id)
         scores = await asyncio.wrap_future(engine.call(lambda: model.score_tokens(body.text)))
         return JSONResponse({"tokens": [{"id": s.token, "text": s.text, "nats": s.nats} for s in scores]})
 
@@ -188,6 +185,6 @@ def _build_texts(
     return texts
 
 
-def _refuse_model(name: str, model_id: str) -> JSONResponse:
-    message = f"the model {name!r} does not exist; this server has {model_id!r}"
-    return error_response(message, 404, "model", "model_not_found")
+def _require_model(name: str, model_id: str) -> None:
+    if name not in ("", model_id):
+        raise UnknownModelError(f"the model {name!r} does not exist; this server has {model_id!r}")

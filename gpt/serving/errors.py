@@ -14,6 +14,10 @@ KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 MAX_MESSAGE_CHARACTERS = 500
 
 
+class UnknownModelError(Exception):
+    """A request names a model that this server does not have."""
+
+
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """Return the body of an error."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -54,6 +58,9 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_mistake(request: Request, error: Exception) -> JSONResponse:
         return error_response(str(error), 400)
 
+    async def on_unknown_model(request: Request, error: Exception) -> JSONResponse:
+        return error_response(str(error), 404, "model", "model_not_found")
+
     async def on_full_queue(request: Request, error: Exception) -> JSONResponse:
         return error_response("too many requests wait already; try again later", 429, code="queue_full")
 
@@ -68,5 +75,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(UserError, on_mistake)
+    app.add_exception_handler(UnknownModelError, on_unknown_model)
     app.add_exception_handler(QueueFullError, on_full_queue)
     app.add_exception_handler(ShutdownError, on_shutdown)
