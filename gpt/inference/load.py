@@ -16,7 +16,7 @@ from gpt.errors import UserError
 from gpt.inference.bfloat16 import round_weights_to_bfloat16
 from gpt.inference.language_model import LanguageModel
 from gpt.machine.arithmetic_check import require_right_arithmetic
-from gpt.machine.cpu_runtime import match_openmp_team
+from gpt.machine.cpu_runtime import initialize_vector_math, match_openmp_team
 from gpt.machine.hardware import detect_machine
 from gpt.machine.spinning import sleep_when_busy
 from gpt.models.gpt import GPT
@@ -41,6 +41,7 @@ def load_for_inference(path: Path, device: str, dtype: str = "auto") -> Language
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    initialize_vector_math()
     match_openmp_team()
     sleep_when_busy(torch.get_num_threads())
     checkpoint = locate_checkpoint(path, "RUN_DIR")

@@ -19,6 +19,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 MAX_REUSED_BYTES = 2**30
 """Largest block that glibc reuses when it was freed."""
 NEVER = -1
+VECTOR_MATH_FUNCTIONS = (
+    "acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "expm1",
+    "log", "log10", "log1p", "log2", "sin", "sqrt", "tan", "tanh", "trunc",
+)  # fmt: skip
+"""Functions that torch may hand to MKL, a chunk per thread (aten/src/ATen/cpu/vml.h)."""
 
 
 def keep_freed_memory() -> bool:
@@ -34,6 +39,18 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another libc, such as musl
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, MAX_REUSED_BYTES) and mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def initialize_vector_math() -> None:
+    """Call each function of MKL's vector math once on one thread, so that its first call by several is right.
+
+    MKL chooses the code of a function at the function's first call. Where threads make that call together, one of them
+    may compute with another code, whose relative error is 1e-4 (https://github.com/pytorch/pytorch/issues/188792):
+    tables of rotary embeddings then differ between two runs of the same command.
+    """
+    for dtype in (torch.float32, torch.float64):
+        for name in VECTOR_MATH_FUNCTIONS:
+            getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype))
 
 
 def match_openmp_team() -> None:
@@ -88,6 +105,7 @@ def set_up_cpu(config: RuntimeConfig, *, reproducible: bool = False) -> dict[str
         torch.set_num_threads(usable_cores())
     keeps_freed_memory = config.keep_freed_memory and keep_freed_memory()
     flushes_denormals = config.flush_denormals and torch.set_flush_denormal(True)
+    initialize_vector_math()
     match_openmp_team()  # starts the pool of threads
     digest_matmuls()  # before a background save asks for it
     return {

@@ -88,3 +88,27 @@ def test_several_threads_sleep_when_busy_unless_the_user_decides_how_they_wait()
     assert set_up('{"threads": 2}', OMP_NUM_THREADS="1")[0]["sleep_when_busy"] is bool(read_thread_times())
     assert set_up('{"threads": 2}', GOMP_SPINCOUNT="1000")[0]["sleep_when_busy"] is False
     assert set_up('{"threads": 1}')[0]["sleep_when_busy"] is False
+
+
+COMPARE_FIRST_CALLS = """
+import torch
+from gpt.configs.runtime_config import RuntimeConfig
+from gpt.machine import cpu_runtime
+from gpt.models.gpt import GPT
+cpu_runtime.set_up_cpu(RuntimeConfig(threads=2))
+tensor = torch.ones(2**20)
+for _ in range(20):
+    tensor.add_(1.0)  # both threads are awake
+x = torch.linspace(0.01, 0.99, 2**16)
+for name in ("tanh", "sin", "cos", "erf", "log", "sqrt"):
+    function = getattr(torch, name)
+    print(name, int((function(x) != function(x)).sum()))
+"""
+
+
+def test_first_threaded_call_of_a_vector_function_computes_the_bits_of_later_calls() -> None:
+    """Without the initialization about one process in six differs, so several are started."""
+    command = [sys.executable, "-c", COMPARE_FIRST_CALLS]
+    for _ in range(8):
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert output.split()[1::2] == ["0"] * 6, output

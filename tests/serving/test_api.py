@@ -189,16 +189,22 @@ def test_200_streams_at_once_each_get_their_own_text() -> None:
 
 
 def test_full_queue_is_refused_with_429_and_accepts_again_later() -> None:
-    with serve(max_batch=1, max_queue=1) as (url, engine):
-        held = [open_stream(url) for _ in range(2)]
-        wait_until(lambda: engine.metrics.running + engine.metrics.waiting == 2)
-        with connect(url) as client:
+    model, may_continue = build_paused_model()
+    with serve(model, max_batch=1, max_queue=1) as (url, engine), connect(url) as client:
+        with open_stream(url), open_stream(url):
+            wait_until(lambda: engine.metrics.running + engine.metrics.waiting == 2)
             with pytest.raises(openai.RateLimitError, match="too many requests wait"):
                 client.completions.create(model="tiny", prompt="a", max_tokens=1)
-            for connection in held:
-                connection.close()
-            wait_until(lambda: engine.metrics.running + engine.metrics.waiting == 0)
-            assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
+        may_continue.set()
+        wait_until(lambda: engine.metrics.running + engine.metrics.waiting == 0)
+        assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
+
+
+def build_paused_model() -> tuple[LanguageModel, threading.Event]:
+    """Build a model that computes nothing until the event is set."""
+    model, may_continue = LanguageModel(build_model(MODEL.model.config), MODEL.tokenizer), threading.Event()
+    model.model.register_forward_pre_hook(lambda module, inputs: may_continue.wait(60.0) and None)
+    return model, may_continue
 
 
 def open_stream(url: str) -> socket.socket:
