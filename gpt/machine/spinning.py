@@ -5,9 +5,10 @@ operations. Beside other programs that is a loss: a spinning thread holds the co
 step can take 20 times as long. A thread of its own therefore watches how long the compute threads wait for a core:
 
     threads spin    --- one of them waits for more than MAX_WAITING_SHARE --->    threads sleep
-    threads sleep   --- after MIN_SLEEP_SECONDS, at each repetition twice as long --->    threads spin
+    threads sleep   --- others use few cores, and MIN_SLEEP_SECONDS or more have passed --->    threads spin
 
-How a thread waits changes no result: the number of threads, and what each of them computes, stay the same.
+While they sleep they may also be limited to some of the cores (`gpt.machine.core_limit`). How and where a thread waits
+changes no result: the number of threads, and what each of them computes, stay the same.
 """
 
 import ctypes
@@ -17,6 +18,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from gpt.machine.core_limit import CoreLimit, CoreUsage
+from gpt.machine.time_slice import shorten_time_slices
 
 USER_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Environment variables by which users decide how threads wait; nothing is changed if one is set."""
@@ -30,6 +34,8 @@ MIN_ACTIVE_SHARE = 0.2
 MIN_RUN_SHARE = 0.1
 """Share of the busiest thread's time that a thread must have run; threads that run less, such as the one that watches
 the others, compute nothing."""
+MAX_CORES_OF_OTHERS = 0.5
+"""Cores that other programs may use when sleeping threads try spinning again."""
 MIN_SLEEP_SECONDS, MAX_SLEEP_SECONDS = 1.0, 16.0
 """Bounds of the time after which sleeping threads try spinning again."""
 
@@ -115,7 +121,7 @@ class SpinPolicy:
         self._sleep_seconds = MIN_SLEEP_SECONDS
         self._wakes_at = 0.0
 
-    def update(self, waiting_share: float | None, now: float) -> bool:
+    def update(self, waiting_share: float | None, others: float, now: float) -> bool:
         """Return whether threads spin from now on.
 
         Whether spinning pays off is judged only while threads spin: sleeping threads leave their cores to others, and
@@ -124,12 +130,13 @@ class SpinPolicy:
         Args:
             waiting_share: share of the last interval that a compute thread waited for a core; None if nothing computed,
                 which shows neither free nor busy cores.
+            others: cores that other programs used in it; 0 if unknown.
             now: seconds on a monotonic clock.
         """
         if waiting_share is None:
             return self.spins
         if not self.spins:
-            self.spins = now >= self._wakes_at
+            self.spins = now >= self._wakes_at and others <= MAX_CORES_OF_OTHERS
         elif waiting_share > MAX_WAITING_SHARE:
             self.spins = False
             self._wakes_at = now + self._sleep_seconds
@@ -147,23 +154,29 @@ class ThreadTimes(NamedTuple):
 
 
 class _Watcher(threading.Thread):
-    """Thread that applies a SpinPolicy to this process until `end`."""
+    """Thread that applies a SpinPolicy and a CoreLimit to this process until `end`."""
 
-    def __init__(self, control: SpinControl):
+    def __init__(self, control: SpinControl, limit: CoreLimit):
         super().__init__(name="spinning", daemon=True)
         self._control = control
+        self._limit = limit
         self._ended = threading.Event()
 
     def run(self) -> None:
-        policy, times, then = SpinPolicy(), read_thread_times(), time.monotonic()
+        policy, usage = SpinPolicy(), CoreUsage()
+        times, then = read_thread_times(), time.monotonic()
         while not self._ended.wait(POLL_SECONDS):
             before, times, now = times, read_thread_times(), time.monotonic()
-            spun, spins = policy.spins, policy.update(find_waiting_share(before, times, now - then), now)
-            then = now
+            waiting_share, others = find_waiting_share(before, times, now - then), usage.measure_others()
+            spun, spins, then = policy.spins, policy.update(waiting_share, others, now), now
             if spins != spun:
                 (self._control.spin if spins else self._control.sleep)()
+            if spun and not spins:
+                shorten_time_slices(times)
+            self._limit.update(times, 0.0 if spins else others)
         if not policy.spins:
             self._control.spin()
+            self._limit.update(read_thread_times(), 0.0)
 
     def end(self) -> None:
         """Let threads spin again and wait until this thread has ended."""
@@ -192,7 +205,7 @@ def sleep_when_busy(threads: int, *, enabled: bool = True) -> bool:
     control = find_spin_control(threads) if enabled else None
     if control is None:
         return False
-    _watchers.append(_Watcher(control))
+    _watchers.append(_Watcher(control, CoreLimit(threads)))
     _watchers[0].start()
     return True
 

@@ -8,6 +8,7 @@ import pytest
 
 from gpt.machine import spinning
 from gpt.machine.spinning import (
+    MAX_CORES_OF_OTHERS,
     MAX_SLEEP_SECONDS,
     MAX_WAITING_SHARE,
     MIN_SLEEP_SECONDS,
@@ -21,39 +22,51 @@ from gpt.machine.spinning import (
 )
 
 BUSY, QUIET = MAX_WAITING_SHARE + 0.1, MAX_WAITING_SHARE - 0.1
+FREE = 0.0
 needs_statistics = pytest.mark.skipif(not read_thread_times(), reason="needs Linux with schedstat")
 
 
 def test_threads_spin_while_cores_are_free() -> None:
     policy = SpinPolicy()
-    assert all(policy.update(QUIET, now) for now in range(100))
+    assert all(policy.update(QUIET, FREE, now) for now in range(100))
 
 
 def test_threads_sleep_on_a_busy_machine_and_spin_again_when_it_is_quiet() -> None:
     policy = SpinPolicy()
-    assert not policy.update(BUSY, 10.0)
-    assert not policy.update(0.0, 10.0 + MIN_SLEEP_SECONDS / 2)
-    assert policy.update(BUSY, 10.0 + MIN_SLEEP_SECONDS)
-    assert policy.update(QUIET, 10.25 + MIN_SLEEP_SECONDS)
+    assert not policy.update(BUSY, FREE, 10.0)
+    assert not policy.update(0.0, FREE, 10.0 + MIN_SLEEP_SECONDS / 2)
+    assert policy.update(BUSY, FREE, 10.0 + MIN_SLEEP_SECONDS)
+    assert policy.update(QUIET, FREE, 10.25 + MIN_SLEEP_SECONDS)
+
+
+def test_threads_do_not_try_spinning_while_others_use_the_cores() -> None:
+    policy = SpinPolicy()
+    assert not policy.update(BUSY, FREE, 0.0)
+    assert not any(policy.update(BUSY, MAX_CORES_OF_OTHERS + 0.1, now) for now in range(1, 100))
+    assert policy.update(BUSY, MAX_CORES_OF_OTHERS, 100.0)
 
 
 def test_intervals_without_computation_change_nothing() -> None:
     policy = SpinPolicy()
-    assert policy.update(None, 1.0) and not policy.update(BUSY, 2.0)
-    assert not policy.update(None, 100.0)
-    assert policy.update(QUIET, 101.0)
+    assert policy.update(None, FREE, 1.0) and not policy.update(BUSY, FREE, 2.0)
+    assert not policy.update(None, FREE, 100.0)
+    assert policy.update(QUIET, FREE, 101.0)
 
 
 def test_threads_of_a_busy_machine_try_spinning_ever_more_rarely() -> None:
     policy, tries = SpinPolicy(), []
     for quarter in range(4 * 120):
-        if policy.update(BUSY, quarter / 4):
+        if policy.update(BUSY, FREE, quarter / 4):
             tries.append(quarter / 4)
     pauses = [later - earlier for earlier, later in pairwise(tries)]
     assert pauses == sorted(pauses)
     assert pauses[-1] == pytest.approx(MAX_SLEEP_SECONDS, abs=0.5)
-    assert policy.update(BUSY, 1000.0) and policy.update(QUIET, 1000.25) and not policy.update(BUSY, 1000.5)
-    assert policy.update(BUSY, 1000.5 + MIN_SLEEP_SECONDS)
+    assert (
+        policy.update(BUSY, FREE, 1000.0)
+        and policy.update(QUIET, FREE, 1000.25)
+        and not policy.update(BUSY, FREE, 1000.5)
+    )
+    assert policy.update(BUSY, FREE, 1000.5 + MIN_SLEEP_SECONDS)
 
 
 def test_waiting_share_is_that_of_the_compute_thread_that_waits_longest() -> None:
