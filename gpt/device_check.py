@@ -5,6 +5,7 @@ its matmuls (`gpt.machine.arithmetic_check`); here a model of at most two layers
 optimizer on both devices. Errors are relative: |given - expected| / |expected|, by the Euclidean norm.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -78,7 +79,8 @@ class CheckResult:
 class Reference:
     """Results of the CPU in float32."""
 
-    model: GPTConfig
+    initial: GPT
+    """Model with the weights that every comparison starts from; no comparison changes it."""
     optimizer: OptimizerConfig
     logits: torch.Tensor
     gradients: dict[int, dict[str, torch.Tensor]]
@@ -104,15 +106,16 @@ def compute_reference(model: GPTConfig, optimizer: OptimizerConfig) -> Reference
         optimizer: the run's optimizer.
     """
     cpu = torch.device("cpu")
+    initial = GPT(model, seed=SEED)
     sizes = list(dict.fromkeys(BATCH_SIZES))
-    gradients = dict(zip(sizes, _compute_gradients(model, cpu, torch.float32, sizes), strict=True))
+    gradients = dict(zip(sizes, _compute_gradients(initial, cpu, torch.float32, sizes), strict=True))
     return Reference(
-        model,
+        initial,
         optimizer,
-        logits=_compute_logits(model, cpu, torch.float32),
+        logits=_compute_logits(initial, cpu, torch.float32),
         gradients=gradients,
-        updates=_compute_updates(model, optimizer, cpu, gradients[BATCH_SIZES[0]]),
-        losses=_train(model, optimizer, cpu, torch.float32),
+        updates=_compute_updates(initial, optimizer, cpu, gradients[BATCH_SIZES[0]]),
+        losses=_train(initial, optimizer, cpu, torch.float32),
     )
 
 
@@ -124,18 +127,18 @@ def check_device(device: torch.device, dtype: str, reference: Reference) -> Iter
         dtype: the dtype of a run: float32, bfloat16 or float16.
         reference: from `compute_reference`.
     """
-    model, optimizer = reference.model, reference.optimizer
+    initial, optimizer = reference.initial, reference.optimizer
     for name in dict.fromkeys(("float32", dtype)):
         yield from _check_passes(device, name, reference)
     yield _compare(
         f"update by {optimizer.name}",
         MAX_UPDATE_ERROR,
         reference.updates,
-        lambda: _compute_updates(model, optimizer, device, reference.gradients[BATCH_SIZES[0]]),
+        lambda: _compute_updates(initial, optimizer, device, reference.gradients[BATCH_SIZES[0]]),
     )
 
     def measure_loss_differences() -> dict[str, float]:
-        losses = _train(model, optimizer, device, getattr(torch, dtype))
+        losses = _train(initial, optimizer, device, getattr(torch, dtype))
         pairs = enumerate(zip(losses, reference.losses, strict=True), start=1)
         return {f"step {step}": abs(given - expected) for step, (given, expected) in pairs}
 
@@ -144,14 +147,14 @@ def check_device(device: torch.device, dtype: str, reference: Reference) -> Iter
 
 def _check_passes(device: torch.device, dtype: str, reference: Reference) -> Iterator[CheckResult]:
     """Yield the comparisons of the forward pass, and of the gradients of batches of several sizes, in one dtype."""
-    model, compute_dtype, bound = reference.model, getattr(torch, dtype), MAX_ERRORS[dtype]
+    initial, compute_dtype, bound = reference.initial, getattr(torch, dtype), MAX_ERRORS[dtype]
     yield _compare(
         f"forward pass in {dtype}",
         bound,
         {"logits": reference.logits},
-        lambda: {"logits": _compute_logits(model, device, compute_dtype)},
+        lambda: {"logits": _compute_logits(initial, device, compute_dtype)},
     )
-    batches = _compute_gradients(model, device, compute_dtype, BATCH_SIZES)
+    batches = _compute_gradients(initial, device, compute_dtype, BATCH_SIZES)
     names = ("gradients", "gradients of another batch size", "gradients of the first batch size again")
     for name, size in zip(names, BATCH_SIZES, strict=True):
         yield _compare(f"{name} in {dtype}", bound, reference.gradients[size], lambda: next(batches))
@@ -189,18 +192,25 @@ def find_wrong_result(device: torch.device, model: GPTConfig, cache_dir: Path) -
         model: configuration of a run.
         cache_dir: folder of the cache; nothing is cached if it cannot be written to.
     """
+    model = shrink_model(model)
     path = find_record(device, model, cache_dir)
     if read_record(path).get("is_right") is True:
         return None
     with work_line(f"comparing {device.type} with the CPU", is_shown=launch.speaks_first()):
-        reference = compute_reference(shrink_model(model), OptimizerConfig())
+        reference = compute_reference(model, OptimizerConfig())
         wrong = next((result for result in check_device(device, "float32", reference) if not result.is_right), None)
     remember(path, is_right=wrong is None)
     return wrong
 
 
 def find_record(device: torch.device, model: GPTConfig, cache_dir: Path) -> Path:
-    """Return the cache's file for a device: of this machine, its driver, this torch and the model's shapes."""
+    """Return the cache's file for a device: of this machine, its driver, this torch and the model's shapes.
+
+    Args:
+        device: the device.
+        model: from `shrink_model`.
+        cache_dir: folder of the cache.
+    """
     driver = platform.mac_ver()[0] or platform.version()
     key = [
         CHECK_VERSION,
@@ -208,7 +218,7 @@ def find_record(device: torch.device, model: GPTConfig, cache_dir: Path) -> Path
         platform.node(),
         driver,
         torch.__version__,
-        shrink_model(model).model_dump_json(),
+        model.model_dump_json(),
     ]
     return cache_dir / f"device-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
 
@@ -229,10 +239,15 @@ def _exact_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _make_tokens(model: GPTConfig, n_sequences: int, length: int, seed: int) -> torch.Tensor:
+def _copy_to(device: torch.device, initial: GPT) -> GPT:
+    """Return a copy of a model on a device."""
+    return copy.deepcopy(initial).to(device)
+
+
+def _make_tokens(vocab_size: int, n_sequences: int, length: int, seed: int) -> torch.Tensor:
     """Return sequences that each repeat a pattern; (n_sequences, length + 1) int64."""
     generator = torch.Generator().manual_seed(seed)
-    n_ids = min(N_PATTERN_TOKENS, model.vocab_size)
+    n_ids = min(N_PATTERN_TOKENS, vocab_size)
     start, stride = (torch.randint(1, n_ids, (n_sequences, 1), generator=generator) for _ in range(2))
     return (start + stride * torch.arange(length + 1)) % n_ids
 
@@ -242,20 +257,22 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @torch.no_grad()
-def _compute_logits(model: GPTConfig, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    tokens = _make_tokens(model, BATCH_SIZES[0], min(model.block_size, MAX_FORWARD_TOKENS) - 1, SEED).to(device)
+def _compute_logits(initial: GPT, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    config = initial.config
+    length = min(config.block_size, MAX_FORWARD_TOKENS) - 1
+    tokens = _make_tokens(config.vocab_size, BATCH_SIZES[0], length, SEED).to(device)
     with _autocast(device, dtype):
-        logits: torch.Tensor = GPT(model, seed=SEED).to(device)(tokens)
+        logits: torch.Tensor = _copy_to(device, initial)(tokens)
     return logits.float().cpu()
 
 
 def _compute_gradients(
-    config: GPTConfig, device: torch.device, dtype: torch.dtype, batch_sizes: Iterable[int]
+    initial: GPT, device: torch.device, dtype: torch.dtype, batch_sizes: Iterable[int]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the mean loss and all gradients of consecutive batches, from one model."""
-    model = GPT(config, seed=SEED).to(device)
+    model, config = _copy_to(device, initial), initial.config
     for n_sequences in batch_sizes:
-        tokens = _make_tokens(config, n_sequences, config.block_size, SEED + n_sequences).to(device)
+        tokens = _make_tokens(config.vocab_size, n_sequences, config.block_size, SEED + n_sequences).to(device)
         with _autocast(device, dtype):
             loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
         loss.backward()
@@ -265,10 +282,10 @@ def _compute_gradients(
 
 
 def _compute_updates(
-    config: GPTConfig, optimizer_config: OptimizerConfig, device: torch.device, gradients: dict[str, torch.Tensor]
+    initial: GPT, optimizer_config: OptimizerConfig, device: torch.device, gradients: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return the change of each parameter by two steps of the optimizer with given gradients."""
-    model = GPT(config, seed=SEED).to(device)
+    model = _copy_to(device, initial)
     optimizer = _build_optimizer(model, optimizer_config)
     before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     for _ in range(2):
@@ -278,17 +295,15 @@ def _compute_updates(
     return {name: p.detach().cpu() - before[name] for name, p in model.named_parameters()}
 
 
-def _train(
-    config: GPTConfig, optimizer_config: OptimizerConfig, device: torch.device, dtype: torch.dtype
-) -> list[float]:
+def _train(initial: GPT, optimizer_config: OptimizerConfig, device: torch.device, dtype: torch.dtype) -> list[float]:
     """Return the losses of TRAINED_STEPS steps, each on another batch."""
-    model = GPT(config, seed=SEED).to(device)
+    model, config = _copy_to(device, initial), initial.config
     optimizer = _build_optimizer(model, optimizer_config)
     scaler = torch.amp.GradScaler(device.type, init_scale=FLOAT16_SCALE, enabled=dtype == torch.float16)
     losses = []
     for step in range(TRAINED_STEPS):
         length = min(config.block_size, MAX_TRAINED_TOKENS)
-        tokens = _make_tokens(config, TRAINED_SEQUENCES, length, SEED + step).to(device)
+        tokens = _make_tokens(config.vocab_size, TRAINED_SEQUENCES, length, SEED + step).to(device)
         with _autocast(device, dtype):
             loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
         scaler.scale(loss).backward()

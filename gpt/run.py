@@ -21,7 +21,7 @@ from gpt.data.corpus import Corpus, load_corpus
 from gpt.device_check import choose_device
 from gpt.errors import UserError
 from gpt.fast_paths import try_fast_paths
-from gpt.interop.families import explain_obstacles, find_families
+from gpt.interop.families import require_family
 from gpt.machine.cpu_runtime import set_up_cpu
 from gpt.machine.cuda_runtime import set_up_cuda, uses_tf32
 from gpt.machine.environment import describe_environment
@@ -235,9 +235,11 @@ def _note_temporary_cache(config: TrainConfig) -> list[str]:
 
 def _note_no_export(model: GPTConfig) -> list[str]:
     """Return a note for the user if no other program can load a model of this architecture."""
-    if find_families(model):
-        return []
-    return [f"gpt export cannot write this model: {explain_obstacles(model)}"]
+    try:
+        require_family(model)
+    except UserError as error:
+        return [f"gpt export cannot write this model: {error}"]
+    return []
 
 
 def _with_notes(plan: RunPlan, notes: Sequence[str]) -> RunPlan:

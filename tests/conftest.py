@@ -62,19 +62,50 @@ SLOW_PATHS = (
     ),
     *("commands/test_verify_resume.py", "data/prepare/test_preparation.py", "data/prepare/test_unfinished.py"),
     *("data/prepare/test_workers.py", "data/test_encoders.py", "data/test_packing.py", "machine/test_cpu_runtime.py"),
-    *("models/test_plain_linears.py", "parallel", "utils/test_heartbeat.py", "utils/test_training_thread.py"),
+    *("machine/test_spinning.py", "models/test_plain_linears.py", "serving/test_page.py"),
+    *("utils/test_folder_lock.py", "utils/test_heartbeat.py", "utils/test_training_thread.py"),
     "verification/test_kills.py",
     *("test_device_check.py", "test_hatch_build.py", "verification/test_processes.py"),
 )
 """Folders and files of tests that start processes or repeat a check many times; `pytest -m fast` leaves them out."""
 
+SLOW_TESTS = (
+    "commands/test_serve.py::test_sigterm_lets_a_stream_finish_and_ends_with_status_0",
+    "data/prepare/test_memory.py::test_estimate_is_near_the_memory_of_a_process",
+    "data/prepare/test_sources.py::test_stdlib_excludes_tests_and_tables",
+    "data/test_word_boundaries.py::test_both_patterns_agree_on_every_character_before_and_after_a_newline",
+    "machine/test_arithmetic_check.py::test_run_trains_rightly_whatever_openmp_is_told",
+    "machine/test_memory_estimate.py::test_activation_checkpointing_is_counted",
+    "machine/test_memory_estimate.py::test_activations_are_about_those_that_are_measured",
+    "machine/test_memory_estimate.py::test_rounded_residual_stream_takes_less",
+    "ops/test_attention.py::test_block_mask_equals_the_boolean_mask",
+    "ops/test_attention.py::test_document_layouts_do_not_recompile",
+    "ops/test_attention.py::test_flex_attention_matches_sdpa",
+    "optim/test_adamw.py::test_adamw_does_not_import_torchs_compiler",
+    "parallel/test_activation_checkpointing.py::test_checkpointed_models_compile_without_graph_breaks",
+    "parallel/test_parallelize.py::test_compiled_model_equals_the_eager_one",
+    "parallel/test_parallelize.py::test_more_layers_compile_no_more_graphs",
+    "parallel/test_parallelize.py::test_nothing_compiles_after_the_trial",
+    "serving/test_api.py::test_200_streams_at_once_each_get_their_own_text",
+    "training/test_trainer.py::test_broken_sink_of_a_user_changes_no_bit_and_delays_the_run_once",
+    "training/test_trainer.py::test_compiled_run_equals_the_eager_run_and_compiles_before_its_first_step",
+    "utils/test_rendezvous.py::test_address_without_a_listener_is_one_line_at_the_timeout",
+    "utils/test_rendezvous.py::test_foreign_server_at_the_address_is_named_at_the_timeout",
+)
+"""Slow tests in files that are otherwise fast."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests outside SLOW_PATHS as fast."""
-    slow = tuple(Path(__file__).parent / path for path in SLOW_PATHS)
-    assert all(path.exists() for path in slow), "SLOW_PATHS in tests/conftest.py names a path that does not exist"
+    """Mark the tests outside SLOW_PATHS and SLOW_TESTS as fast."""
+    folder = Path(__file__).parent
+    paths = tuple(folder / path for path in SLOW_PATHS)
+    assert all(path.exists() for path in paths), "SLOW_PATHS in tests/conftest.py names a path that does not exist"
+    names = {(folder / path, name) for path, name in (test.split("::") for test in SLOW_TESTS)}
+    missing = [f"{path}::{name}" for path, name in names if f"def {name}(" not in path.read_text(encoding="utf-8")]
+    assert not missing, f"SLOW_TESTS in tests/conftest.py names tests that do not exist: {missing}"
     for item in items:
-        if not any(item.path.is_relative_to(path) for path in slow):
+        is_slow = any(item.path.is_relative_to(path) for path in paths)
+        if not is_slow and (item.path, getattr(item, "originalname", item.name)) not in names:
             item.add_marker("fast")
 
 

@@ -124,7 +124,8 @@ def _compare_with_cpu(config: TrainConfig, dist: "DistContext") -> Iterator[Chec
     """Yield the comparisons with the CPU, and remember for `--device auto` whether the device passed."""
     from gpt.device_check import check_device, compute_reference, find_record, remember, shrink_model
 
-    reference = compute_reference(shrink_model(config.model), config.optimizer)
+    model = shrink_model(config.model)
+    reference = compute_reference(model, config.optimizer)
     results: list[CheckResult] = []
     began = time.perf_counter()
     for result in check_device(dist.device, config.dtype, reference):
@@ -134,7 +135,7 @@ def _compare_with_cpu(config: TrainConfig, dist: "DistContext") -> Iterator[Chec
         detail = f"error {result.error:.1e} at {result.detail}, at most {result.bound:g}"
         yield Check(result.name, state, detail, seconds)
     is_right = all(result.is_right for result in results)
-    remember(find_record(dist.device, config.model, config.data.cache_dir), is_right=is_right)
+    remember(find_record(dist.device, model, config.data.cache_dir), is_right=is_right)
 
 
 def _time_check(name: str, check: Callable[[], tuple[str, str]]) -> Check:

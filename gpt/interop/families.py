@@ -89,8 +89,7 @@ def find_families(config: GPTConfig) -> list[Family]:
 
     A bias that a class has and the model has not is 0, which computes the same.
     """
-    resolved = config.resolve()
-    return [family for family in FAMILIES if not family.find_obstacles(resolved)]
+    return _find_families(config.resolve())
 
 
 def require_family(config: GPTConfig) -> Family:
@@ -99,15 +98,19 @@ def require_family(config: GPTConfig) -> Family:
     Raises:
         UserError: there is none; names the fields in the way and the nearest configuration that has one.
     """
-    families = find_families(config)
+    resolved = config.resolve()
+    families = _find_families(resolved)
     if not families:
-        raise UserError(explain_obstacles(config))
+        raise UserError(_explain_obstacles(resolved))
     return families[0]
 
 
-def explain_obstacles(config: GPTConfig) -> str:
+def _find_families(resolved: GPTConfig) -> list[Family]:
+    return [family for family in FAMILIES if not family.find_obstacles(resolved)]
+
+
+def _explain_obstacles(resolved: GPTConfig) -> str:
     """Return one line on the fields that no class of transformers has together, and the nearest values."""
-    resolved = config.resolve()
     nearest = min(FAMILIES, key=lambda family: len(family.find_obstacles(resolved)))
     obstacles = nearest.find_obstacles(resolved)
     found = ", ".join(_format(item.name, item.value) for item in obstacles)

@@ -15,7 +15,7 @@ from gpt.configs.optimizer_config import OptimizerConfig
 from gpt.configs.run_plan import TOKENIZER_KEY
 from gpt.configs.train_config import TrainConfig
 from gpt.errors import UserError
-from gpt.interop.model_folder import ModelFolder, open_model_folder
+from gpt.interop.model_folder import ModelFolder, is_model_folder, open_model_folder
 from gpt.models.gpt import shorten_context
 from gpt.utils.atomic_io import commit_folder, make_folder, write_text
 from gpt.utils.helper import first_line
@@ -86,20 +86,30 @@ def import_model(source: ModelFolder, out: Path, *, block_size: int = 0) -> Path
     return RunFolder(out).checkpoint_path(0)
 
 
-def import_into_cache(folder: Path, cache_dir: Path) -> Path:
-    """Return the checkpoint of a model folder, imported into the cache unless it is there already.
+def import_into_cache(source: str, cache_dir: Path) -> Path | None:
+    """Return the checkpoint of a model, imported into the cache unless it is there already.
+
+    Args:
+        source: the value of --init-from: a path, or hf:NAME.
+        cache_dir: folder of the cache.
+
+    Returns:
+        None if the source is no folder in Hugging Face's format.
 
     Raises:
-        UserError: the folder holds no model that can be imported.
+        UserError: the model cannot be downloaded or imported.
     """
-    source = open_model_folder(folder)
+    folder = download_model(source)
+    if not is_model_folder(folder):
+        return None
+    model = open_model_folder(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps([str(folder.resolve()), states]).encode()).hexdigest()[:20]
     run = RunFolder(cache_dir / f"{key}-imported")
     if run.config.is_file():
         return run.checkpoint_path(0)
-    return import_model(source, run.path)
+    return import_model(model, run.path)
 
 
 def build_recipe(run_dir: Path, model: GPTConfig) -> TrainConfig:

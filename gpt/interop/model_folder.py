@@ -73,8 +73,12 @@ def is_model_folder(path: Path) -> bool:
     """Return whether a folder holds a model in Hugging Face's format, and not a run or a checkpoint."""
     if not (path / CONFIG).is_file():
         return False
-    content = read_json(path / CONFIG)
-    return "model_type" in content or not {"run_dir", "model"} <= content.keys()
+    return _is_foreign(read_json(path / CONFIG))
+
+
+def _is_foreign(config_json: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is that of a model in Hugging Face's format, and not that of a run."""
+    return "model_type" in config_json or not {"run_dir", "model"} <= config_json.keys()
 
 
 def open_model_folder(path: Path) -> ModelFolder:
@@ -104,15 +108,15 @@ def read_model_config(path: Path) -> GPTConfig:
         raise UserError(f"{path}: no such folder; name a folder with config.json, tokenizer.json and model.safetensors")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: no config.json; name the folder of a model in Hugging Face's format")
-    if not is_model_folder(path):
+    content = read_json(path / CONFIG)
+    if not _is_foreign(content):
         raise UserError(
             f"{path}: a run or a checkpoint of this program; it needs no import, --init-from takes it as it is"
         )
     try:
-        return parse_config(read_json(path / CONFIG))
+        return parse_config(content)
     except UserError as error:
-        place = path / CONFIG
-        raise UserError(str(error) if str(error).startswith(str(place)) else f"{place}: {error}") from error
+        raise UserError(f"{path / CONFIG}: {error}") from error
 
 
 def list_weight_files(path: Path) -> list[Path]:

@@ -26,8 +26,7 @@ from gpt.configs.load import load_config
 from gpt.configs.train_config import NO_CHECKPOINT, TrainConfig
 from gpt.data.prepare.sources import require_apart
 from gpt.errors import UserError
-from gpt.interop.imported_run import download_model, import_into_cache
-from gpt.interop.model_folder import is_model_folder
+from gpt.interop.imported_run import import_into_cache
 from gpt.resume.compatibility import Difference, require_resumable, require_same_architecture
 from gpt.resume.origin import find_origin
 from gpt.utils.atomic_io import read_json, remove_leftovers, require_creatable, require_writable
@@ -243,12 +242,10 @@ def _locate_weights(path: Path, cache_dir: Path) -> Path:
         UserError: there is none, or the model cannot be imported.
     """
     try:
-        folder = download_model(str(path))
-        if is_model_folder(folder):
-            return import_into_cache(folder, cache_dir)
+        imported = import_into_cache(str(path), cache_dir)
     except UserError as error:
         raise UserError(f"--init-from {error}") from error
-    return locate_checkpoint(path, "--init-from")
+    return imported or locate_checkpoint(path, "--init-from")
 
 
 def _require_none_skipped(candidates: _Candidates, skipped: Sequence[tuple[Path, str]]) -> None:

@@ -67,9 +67,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_model_is_imported_into_the_cache_once(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model")
-    checkpoint = import_into_cache(folder, tmp_path / "cache")
+    checkpoint = import_into_cache(str(folder), tmp_path / "cache")
+    assert checkpoint is not None
     written = (checkpoint / "manifest.json").stat().st_mtime_ns
-    assert import_into_cache(folder, tmp_path / "cache") == checkpoint
+    assert import_into_cache(str(folder), tmp_path / "cache") == checkpoint
     assert (checkpoint / "manifest.json").stat().st_mtime_ns == written
 
 

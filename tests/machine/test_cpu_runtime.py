@@ -107,8 +107,7 @@ for name in ("tanh", "sin", "cos", "erf", "log", "sqrt"):
 
 
 def test_first_threaded_call_of_a_vector_function_computes_the_bits_of_later_calls() -> None:
-    """Without the initialization about one process in six differs, so several are started."""
     command = [sys.executable, "-c", COMPARE_FIRST_CALLS]
-    for _ in range(8):
+    for _ in range(8):  # without the initialization about one process in six differs
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert output.split()[1::2] == ["0"] * 6, output
